@@ -1,0 +1,550 @@
+"""chunking.py: a checkpoint file <-> named tensors <-> standardised chunks.        (read second, after lsmerge.py)
+
+    file --read--> flat_L --scale--> flat_L ~ (0, 1) --chunk--> chunks_NC, real_NC --to_windows--> x_BTC, real_BTC
+    file <-write-- flat_L <-unscale- flat_L          <-unchunk- chunks_NC          <-from_windows- x_BTC
+
+Every arrow has its inverse beside it, and each pair is bit-exact except scale/unscale (one float32 rounding).
+Paper: Sec. 3.2 ("layer-aware chunking"), Table 1 and Fig. 2 (`python chunking.py CHECKPOINT`).
+
+A worked example: a tensor of 7 weights with C = 4 gives N = 2 chunks, the last with one padding number:
+    flat_L [a b c d e f g]  ->  chunks_NC [[a b c d] [e f g 0]],  real_NC [[1 1 1 1] [1 1 1 0]]   (1 = weight)
+
+Owned here: the bytes on disk (no other module opens a checkpoint), what a tensor's name says about its role and
+depth, and the statistics of a tensor. Absent on purpose: pickle, mmap (a file truncated under a live mapping
+kills the process; a short `pread` is an error with a name), and any table of architectures: names are enough.
+"""
+import argparse, hashlib, json, math, os, re, signal, stat, sys, tempfile, warnings
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from scipy import stats
+
+
+class CheckpointError(ValueError):
+    """A file is not what it should be. One line: file, tensor, what is wrong, what to do."""
+
+    def __init__(self, file, what, fix, tensor=None):
+        where = f"{file}: " + (f"tensor {tensor!r}: " if tensor is not None else "")
+        super().__init__(f"{where}{what}; fix: {fix}")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Names: role and depth. Architecture knowledge is this table; a fork adds a line, not a branch.
+# ---------------------------------------------------------------------------------------------------------
+# (role, pattern over the dotted name behind the layer number, or over the whole name outside the layers). The first
+# match wins, so the long spellings of BERT and GPT-2 come before the short ones. Spellings, in order:
+# Llama/Gemma/Qwen/Mistral, BERT, GPT-2 (c_*), GPT-NeoX/Falcon, ViT and torch.nn.
+ROLES = [
+    ("norm",    r"norm|(^|\.)ln_?\d|(^|\.)ln_f"),
+    ("router",  r"router|\bmlp\.gate$|block_sparse_moe\.gate$"),
+    ("qkv",     r"c_attn|qkv(_proj)?$|query_key_value|in_proj"),
+    ("q",       r"(q_proj|query|q_lin|wq|to_q)$"),
+    ("k",       r"(k_proj|key|k_lin|wk|to_k)$"),
+    ("v",       r"(v_proj|value|v_lin|wv|to_v)$"),
+    ("o",       r"(o_proj|out_proj|out_lin|wo|attention\.output\.dense|attn\.c_proj|attention\.dense|attn\.proj)$"),
+    ("gate_up", r"gate_up_proj$"),
+    ("gate",    r"(gate_proj|w1)$"),
+    ("up",      r"(up_proj|w3|intermediate\.dense|c_fc|fc1|lin1|dense_h_to_4h)$"),
+    ("down",    r"(down_proj|w2|output\.dense|mlp\.c_proj|fc2|lin2|dense_4h_to_h)$"),
+    ("embed",   r"embed|(^|\.)wte$|(^|\.)wpe$"),
+    ("head",    r"lm_head|(^|\.)score$|classifier|embed_out"),
+]
+
+
+def natural_key(name):
+    """Sort key that reads digits as numbers: layers.2 before layers.10 (text order would scramble the depth)."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor sits. `layer` is None outside numbered layers; `role` joins tensors across architectures."""
+    layer: int | None
+    role: str
+
+
+def place(name):
+    """Role and depth of a tensor from its name.  'model.layers.3.self_attn.q_proj.weight' -> Place(3, 'q').
+
+    ours: the layer is the first number that is a whole dotted part. Later numbers (experts of a mixture), the
+    adapter's factor (PEFT's lora_A, lora_B) and `bias` stay in the role, so that they only pair with their like.
+    An unknown name keeps its own spelling as role: it still pairs with the same spelling elsewhere.
+    """
+    parts = name.split(".")
+    cut = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    layer, rest = (None, parts) if cut is None else (int(parts[cut]), parts[cut + 1:])
+    extra = [p for p in rest if p.isdigit() or p.startswith("lora_") or p == "bias"]
+    stem = ".".join(p for p in rest if p not in ("weight", "bias", "base_layer", "default") and not p.startswith("lora_"))
+    role = next((role for role, pattern in ROLES if re.search(pattern, stem, re.I)), None) or stem or name
+    return Place(layer, ".".join([role, *extra]))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Reading. The header is checked here, before any work: the library's own messages name neither file nor tensor.
+# ---------------------------------------------------------------------------------------------------------
+# In the order of the library's writer: wide dtypes first, so that every tensor of a file is aligned.
+DTYPES = {"U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "U32": torch.uint32,
+          "I32": torch.int32, "BF16": torch.bfloat16, "F16": torch.float16, "U16": torch.uint16, "I16": torch.int16,
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+MAGIC = [(b"PK\x03\x04", "a zip archive (a torch .bin/.pt or an .npz)", "convert it to safetensors; pickles run code"),
+         (b"\x80", "a pickle (an old torch .bin/.pt)", "convert it to safetensors; pickles run code"),
+         (b"GGUF", "a GGUF file", "de-quantise it to safetensors or use the original checkpoint"),
+         (b"version https://git-lfs", "a git-lfs pointer, not the weights", "run `git lfs pull`"),
+         (b"<", "a web page or XML, not the weights", "download the file itself"),
+         (b"{", "JSON text, not the weights", "pass the .safetensors file")]
+# Side tensors of GPTQ, AWQ, bitsandbytes, fp8 and compressed-tensors files: their integers are not weights.
+QUANTISED = re.compile(r"\.(qweight|qzeros|g_idx|SCB|absmax|weight_scale(_inv)?|weight_packed|scales)$|\.quant_state\.")
+HEADER_LIMIT = 100_000_000      # bytes; the format's own limit
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: where its bytes lie (`start` counts from the beginning of the file)."""
+    name: str
+    dtype: torch.dtype
+    shape: tuple
+    file: str
+    start: int
+
+    @property
+    def numel(self): return math.prod(self.shape)
+
+    @property
+    def nbytes(self): return self.numel * self.dtype.itemsize
+
+    @property
+    def is_float(self): return self.dtype.is_floating_point
+
+
+def _unique(pairs):
+    """object_pairs_hook that refuses a key given twice (the library silently takes the last)."""
+    if len({key for key, _ in pairs}) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(k for k in keys if keys.count(k) > 1)!r} stands twice in the header")
+    return dict(pairs)
+
+
+def _refuse_constant(text):
+    raise ValueError(f"{text} is not JSON")
+
+
+def read_header(path):
+    """(entries, metadata) of a safetensors file, every byte accounted for.  Raises CheckpointError, OSError."""
+    again = "the file is damaged or incomplete: fetch or write it again"
+    if os.path.isdir(path):
+        raise CheckpointError(path, "is a folder", "pass the .safetensors file in it")
+    with open(path, "rb") as file:
+        size, head = os.fstat(file.fileno()).st_size, file.read(32)
+        length = int.from_bytes(head[:8], "little")
+        if size < 8 or length > min(size - 8, HEADER_LIMIT):
+            for magic, what, fix in MAGIC:
+                if head.startswith(magic):
+                    raise CheckpointError(path, f"not a safetensors file but {what}", fix)
+            raise CheckpointError(path, f"not a safetensors file, or cut short ({size} bytes, header of {length})", again)
+        file.seek(8)
+        try:
+            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(path, f"the header is not valid JSON ({error})"[:300], again) from None
+    if not isinstance(header, dict):
+        raise CheckpointError(path, "the header is not a JSON object", again)
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(path, "__metadata__ is not a table of strings", again)
+    entries = [_entry(path, name, record, 8 + length) for name, record in header.items()]
+    if not entries:
+        raise CheckpointError(path, "holds no tensors", "nothing to merge: pass a checkpoint with weights")
+    position = 8 + length                                  # the format: no holes, no overlaps, nothing behind
+    for entry in sorted(entries, key=lambda entry: (entry.start, entry.nbytes)):
+        if entry.start != position:
+            raise CheckpointError(path, f"data begins at byte {entry.start}, expected {position}", again, entry.name)
+        position += entry.nbytes
+    if position != size:
+        raise CheckpointError(path, f"{size} bytes, but the header describes {position}", again)
+    return entries, metadata
+
+
+def _entry(path, name, record, base):
+    """One header record, checked."""
+    def bad(what, fix="the file is damaged: fetch or write it again"):
+        return CheckpointError(path, what, fix, name)
+    def naturals(value):
+        return isinstance(value, list) and all(type(v) is int and 0 <= v < 2 ** 62 for v in value)
+    if not name:
+        raise bad("a tensor without a name")
+    if QUANTISED.search(name):
+        raise bad("belongs to a quantised checkpoint", "use the original 16- or 32-bit checkpoint")
+    if not isinstance(record, dict) or not {"dtype", "shape", "data_offsets"} <= set(record):
+        raise bad("the header record lacks dtype, shape or data_offsets")
+    code, shape, offsets = record["dtype"], record["shape"], record["data_offsets"]
+    if not isinstance(code, str) or code not in DTYPES:
+        raise bad(f"dtype {code!r} is not supported", "use one of " + ", ".join(DTYPES))
+    if not naturals(shape) or not naturals(offsets) or len(offsets) != 2:
+        raise bad("shape or offsets are not natural numbers")
+    entry = Entry(name, DTYPES[code], tuple(shape), path, base + offsets[0])
+    if offsets[1] - offsets[0] != entry.nbytes:
+        raise bad(f"{offsets[1] - offsets[0]} bytes of data for shape {shape} of {code} ({entry.nbytes} bytes)")
+    return entry
+
+
+class Checkpoint:
+    """A checkpoint opened for reading: `entries` (name -> Entry, natural order), `metadata`, `read`."""
+
+    def __init__(self, path):
+        self.path = str(path)
+        entries, self.metadata = read_header(self.path)
+        self.entries = {entry.name: entry for entry in sorted(entries, key=lambda entry: natural_key(entry.name))}
+        self._files = {self.path: open(self.path, "rb")}
+        self._seen = self._state()
+
+    def _state(self):
+        return [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in map(os.stat, self._files)]
+
+    def read(self, name, start=0, stop=None):
+        """Elements [start, stop) of the flattened tensor, in the stored dtype: (stop - start,)."""
+        entry = self.entries[name]
+        stop = entry.numel if stop is None else min(stop, entry.numel)
+        if stop <= start:
+            return torch.empty(0, dtype=entry.dtype)
+        width, got = entry.dtype.itemsize, 0
+        buffer = memoryview(bytearray((stop - start) * width))
+        while got < len(buffer):                           # a read may return less than asked for (2 GiB at most)
+            step = os.preadv(self._files[entry.file].fileno(), [buffer[got:]], entry.start + start * width + got)
+            if not step:
+                raise CheckpointError(entry.file, "the file shrank while it was read", "keep inputs unchanged", name)
+            got += step
+        return torch.frombuffer(buffer, dtype=entry.dtype)
+
+    def read_tensor(self, name):
+        return self.read(name).reshape(self.entries[name].shape)
+
+    def check_unchanged(self):
+        """Raises if a file was replaced or rewritten since it was opened."""
+        if self._state() != self._seen:
+            raise CheckpointError(self.path, "the file changed while it was read", "keep inputs unchanged, run again")
+
+    def sha256(self):
+        digest = hashlib.sha256()
+        for file in self._files.values():
+            for position in range(0, os.fstat(file.fileno()).st_size, 1 << 22):
+                digest.update(os.pread(file.fileno(), 1 << 22, position))
+        return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Writing. The library's save_file wants all tensors at once, orders the metadata at random and ignores the umask.
+# ---------------------------------------------------------------------------------------------------------
+def plan_file(entries, metadata):
+    """(header bytes, name -> Entry with its final offset, size) of the file to be written.
+
+    By dtype, then by name, as the library orders them: equal inputs give equal bytes. All shapes are known beforehand,
+    so the header goes first and tensors may arrive in any order.
+    """
+    ordered = sorted(entries, key=lambda entry: (list(DTYPES).index(CODES[entry.dtype]), entry.name))
+    header, offset = {"__metadata__": {"format": "pt", **metadata}}, 0
+    for entry in ordered:
+        header[entry.name] = {"dtype": CODES[entry.dtype], "shape": list(entry.shape),
+                              "data_offsets": [offset, offset + entry.nbytes]}
+        offset += entry.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    base, placed = 8 + len(text), {}
+    for entry in ordered:
+        placed[entry.name] = replace(entry, start=base + header[entry.name]["data_offsets"][0])
+    return len(text).to_bytes(8, "little") + text, placed, base + offset
+
+
+def write_checkpoint(path, entries, pieces, metadata, accept=lambda: None):
+    """Write a safetensors file from a stream; the old file, if any, stays as it is until everything is right.
+
+    Args:    entries   what the file shall hold (names, dtypes, shapes)
+             pieces    iterable of (name, start, flat piece in the entry's dtype), each element exactly once
+             accept    called when all is written: what it raises (a failed gate) leaves the old file untouched
+    Raises:  CheckpointError, OSError; on any exception the temporary file is removed
+    """
+    path = os.path.realpath(path)                          # a symbolic link is written through, not replaced
+    header, placed, size = plan_file(entries, metadata)
+    folder = os.path.dirname(path)
+    handle, temporary = tempfile.mkstemp(prefix=".lsmerge-", suffix=".tmp", dir=folder)
+    try:
+        if size and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(handle, 0, size)            # a full disk says so now, not after an hour
+        os.pwrite(handle, header, 0)
+        missing = {entry.name: entry.numel for entry in entries}
+        for name, start, piece in pieces:
+            assert piece.dtype == placed[name].dtype, f"{name}: {piece.dtype} where {placed[name].dtype} is declared"
+            data = memoryview(piece.contiguous().reshape(-1).view(torch.uint8).numpy()) if piece.numel() else b""
+            position, missing[name] = placed[name].start + start * piece.dtype.itemsize, missing[name] - piece.numel()
+            while len(data):
+                done = os.pwrite(handle, data, position)
+                data, position = data[done:], position + done
+        assert not any(missing.values()), f"pieces do not cover the file: {missing}"
+        os.fsync(handle)
+        accept()
+        _reopen(temporary, entries)
+        umask = os.umask(0); os.umask(umask)
+        os.fchmod(handle, stat.S_IMODE(os.stat(path).st_mode) if os.path.exists(path) else 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    finally:
+        os.close(handle)
+    folder_handle = os.open(folder, os.O_RDONLY)           # the rename itself must survive a power cut
+    os.fsync(folder_handle)
+    os.close(folder_handle)
+
+
+def _reopen(path, entries):
+    """Read the written file with the library's own reader: names, shapes, dtypes, finiteness."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if set(file.keys()) != {entry.name for entry in entries}:
+                raise CheckpointError(path, "self-check: names differ from the plan", "report this")
+            for entry in entries:
+                part = file.get_slice(entry.name)
+                if tuple(part.get_shape()) != entry.shape or part.get_dtype() != CODES[entry.dtype]:
+                    raise CheckpointError(path, "self-check: shape or dtype differs", "report this", entry.name)
+    except SafetensorError as error:
+        raise CheckpointError(path, f"self-check: {error}", "report this") from None
+
+
+def write_tensors(path, tensors, metadata):
+    """A small file from whole tensors (a VAE)."""
+    entries = [Entry(name, t.dtype, tuple(t.shape), str(path), 0) for name, t in tensors.items()]
+    write_checkpoint(path, entries, ((name, 0, t.detach().cpu().reshape(-1)) for name, t in tensors.items()), metadata)
+
+
+def check_output(path, inputs, force):
+    """Refuse, before any work, an output that is an input under any spelling, exists, or cannot be made."""
+    real = os.path.realpath(path)
+    for file in inputs:
+        if os.path.exists(real) and os.path.samefile(real, file):
+            raise CheckpointError(path, f"the output is the input {file}", "choose another -o")
+    if os.path.isdir(real):
+        raise CheckpointError(path, "the output is a folder", "give a file name ending in .safetensors")
+    if os.path.exists(real) and not force:
+        raise CheckpointError(path, "the output exists", "choose another -o, or pass --force to overwrite it")
+    if not os.path.isdir(os.path.dirname(real)):
+        raise CheckpointError(path, "its folder does not exist", "create the folder first")
+    if not os.access(os.path.dirname(real), os.W_OK):
+        raise CheckpointError(path, "its folder is not writable", "choose another -o")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Layout: which tensors are encoded, and the record that makes each one invertible.
+# ---------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class TensorSlot:
+    """Per-tensor record: everything needed to turn chunks back into this tensor."""
+    name: str
+    shape: tuple
+    dtype: torch.dtype
+    mean: float                 # of the raw weights
+    scale: float                # their standard deviation (1/n); 1 where that is 0
+    place: Place
+
+    @property
+    def numel(self): return math.prod(self.shape)
+
+    def n_chunks(self, C): return -(-self.numel // C)
+
+
+def is_selected(entry, pattern=None):
+    """ours: by default floats of two or more dimensions inside numbered layers (attention and MLP, paper: Table 6);
+    a pattern chooses among all floats of two or more dimensions by name. Norms and biases stay out (paper: Sec. 3.2)."""
+    matrix = entry.is_float and len(entry.shape) >= 2 and entry.numel > 0
+    return matrix and (place(entry.name).layer is not None if pattern is None else bool(re.search(pattern, entry.name)))
+
+
+PIECE = 1 << 20                 # weights read at a time: memory does not depend on the size of a tensor
+
+
+def spans(numel, step=PIECE):
+    """[(0, step), (step, 2 step), ...] covering numel elements; one empty span for an empty tensor."""
+    return [(start, min(start + step, numel)) for start in range(0, max(numel, 1), step)]
+
+
+def measure(checkpoint, name):
+    """TensorSlot of a tensor: mean and standard deviation in float64, piece by piece; refuses NaN and Inf.
+
+    Pieces are joined by Chan's update, M2 += M2_piece + (mean_piece - mean)^2 n n_piece / (n + n_piece): exact for
+    a tiny spread around a large mean, where E[w^2] - E[w]^2 cancels.
+    """
+    entry, count, mean, m2 = checkpoint.entries[name], 0, 0.0, 0.0
+    for start, stop in spans(entry.numel):
+        piece = checkpoint.read(name, start, stop).double().numpy()
+        if not np.isfinite(piece).all():
+            first = int(np.flatnonzero(~np.isfinite(piece))[0])
+            raise CheckpointError(entry.file, f"{np.count_nonzero(~np.isfinite(piece))} NaN or Inf from element {start + first} on",
+                                  "repair or re-export the checkpoint", name)
+        if piece.size:
+            delta, total = piece.mean() - mean, count + piece.size
+            m2 += piece.var() * piece.size + delta * delta * count * piece.size / total
+            mean, count = mean + delta * piece.size / total, total
+    std = math.sqrt(m2 / count) if count else 0.0
+    return TensorSlot(name, entry.shape, entry.dtype, float(mean), std if std > 0 else 1.0, place(name))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The way to chunks and back (paper: Sec. 3.2)
+# ---------------------------------------------------------------------------------------------------------
+def scale(flat_L, slot):
+    """(w - mean) / scale in float32: mean 0, variance 1 under the slot's statistics."""
+    return ((flat_L.double() - slot.mean) / slot.scale).float()
+
+
+def unscale(flat_L, slot):
+    """Inverse of scale, in float64: the caller casts once, to the stored dtype."""
+    return flat_L.double() * slot.scale + slot.mean
+
+
+def chunk(flat_L, C):
+    """paper: w in R^L, padded with zeros to L_p = ceil(L/c) c, cut into n = L_p / c chunks.
+
+    Returns: chunks_NC in the given dtype, real_NC bool (1 = weight, 0 = padding). N = 0 for an empty tensor.
+    """
+    L, = flat_L.shape
+    N = -(-L // C)
+    chunks_NC = torch.zeros(N * C, dtype=flat_L.dtype, device=flat_L.device)
+    chunks_NC[:L] = flat_L
+    real_NC = torch.arange(N * C, device=flat_L.device) < L
+    return chunks_NC.reshape(N, C), real_NC.reshape(N, C)
+
+
+def unchunk(chunks_NC, shape):
+    """Inverse of chunk: drops the padding and restores the shape (() for a scalar)."""
+    return chunks_NC.reshape(-1)[:math.prod(shape)].reshape(shape)
+
+
+def to_windows(chunks_NC, real_NC, T):
+    """T neighbouring chunks of ONE tensor form a window; the last is filled up with padding chunks.
+
+    ours: the release concatenates all tensors and pads once, so that its windows straddle tensors.
+    """
+    N, C = chunks_NC.shape
+    x_BTC, fill = chunks_NC, -N % T
+    if fill:
+        x_BTC = torch.cat([chunks_NC, chunks_NC.new_zeros(fill, C)])
+        real_NC = torch.cat([real_NC, real_NC.new_zeros(fill, C)])
+    return x_BTC.reshape(-1, T, C), real_NC.reshape(-1, T, C)       # (N, C) -> (B, T, C)
+
+
+def from_windows(x_BTC, N):
+    """Inverse of to_windows, for weights (last axis C) as for latents (last axis Z)."""
+    return x_BTC.reshape(-1, x_BTC.shape[-1])[:N]                   # (B, T, C) -> (N, C)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# python chunking.py CHECKPOINT: Table 1 and Fig. 2 for any file
+# ---------------------------------------------------------------------------------------------------------
+def moments(matrix):
+    """paper: Table 1. mean, variance, skewness, excess kurtosis (0 for a Gaussian) of raw weights; float64.
+
+    kurtosis_row: the mean over output rows of each row's own. Pooling rows of different scale inflates `kurtosis`
+    (a scale mixture of Gaussians is heavy-tailed); the per-row figure is free of that. Constant rows count as 0.
+    """
+    flat = matrix.reshape(-1)
+    with warnings.catch_warnings():                        # scipy warns of constant rows and returns NaN for them
+        warnings.simplefilter("ignore", RuntimeWarning)
+        figures = flat.mean(), flat.var(), stats.skew(flat), stats.kurtosis(flat), np.nan_to_num(stats.kurtosis(matrix, axis=1)).mean()
+    return dict(zip(MOMENTS, map(float, np.nan_to_num(figures))))
+
+
+MOMENTS = ("mean", "variance", "skewness", "kurtosis", "kurtosis_row")
+RANKS = (0.05, 0.1, 0.25, 0.5, 0.75)      # Fig. 2's curve is printed at these fractions of the components
+
+
+def spectrum(matrix):
+    """paper: Fig. 2. Explained variance of the leading 5, 10, 25, 50, 75 % of a matrix's principal components.
+
+    Rows are the samples, centred; the eigenvalues are taken on the smaller side.
+    """
+    centred = matrix - matrix.mean(axis=0, keepdims=True)
+    gram = centred @ centred.T if centred.shape[0] < centred.shape[1] else centred.T @ centred
+    values = np.maximum(np.linalg.eigvalsh(gram)[::-1], 0)
+    total = np.concatenate([[0.0], np.cumsum(values)]) / (values.sum() or 1.0)
+    return [float(np.interp(rank * len(values), np.arange(len(values) + 1), total)) for rank in RANKS]
+
+
+def describe(checkpoint):
+    """One record per encoded tensor: layer, role, shape, moments, spectrum, and white noise of the same shape
+    (the line to hold the spectrum against: a random matrix also has large and small components)."""
+    noise, records = {}, []
+    for entry in checkpoint.entries.values():
+        if is_selected(entry):
+            matrix = checkpoint.read_tensor(entry.name).double().numpy().reshape(entry.shape[0], -1)
+            if not np.isfinite(matrix).all():
+                raise CheckpointError(entry.file, "holds NaN or Inf", "repair or re-export the checkpoint", entry.name)
+            if matrix.shape not in noise:
+                noise[matrix.shape] = spectrum(np.random.default_rng(0).standard_normal(matrix.shape))
+            where = place(entry.name)
+            records.append({"name": entry.name, "layer": where.layer, "role": where.role, "shape": list(entry.shape),
+                            **moments(matrix), "spectrum": spectrum(matrix), "spectrum_noise": noise[matrix.shape]})
+    return records
+
+
+def print_tables(records):
+    print(f"{'role':<10}{'layer':>6}{'mean':>11}{'variance':>11}{'skewness':>10}{'kurtosis':>10}{'per row':>9}")
+    groups = {role: [r for r in records if r["role"] == role] for role in dict.fromkeys(r["role"] for r in records)}
+    for role, group in groups.items():
+        for r in [*group, {"layer": "mean", **{key: np.mean([r[key] for r in group]) for key in MOMENTS}}]:
+            print(f"{role:<10}{r['layer']:>6}{r['mean']:>11.2e}{r['variance']:>11.2e}"
+                  f"{r['skewness']:>10.3f}{r['kurtosis']:>10.3f}{r['kurtosis_row']:>9.3f}")
+    print("\nexplained variance of the leading components (in brackets: white noise of the same shape)")
+    print(f"{'role':<10}" + "".join(f"{f'{rank:.0%} of them':>16}" for rank in RANKS))
+    for role, group in groups.items():
+        rows = np.mean([[r["spectrum"], r["spectrum_noise"]] for r in group], axis=0)
+        print(f"{role:<10}" + "".join(f"{f'{seen:.3f} ({noise:.3f})':>16}" for seen, noise in rows.T))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with this project's contract: one line on stderr, exit code 2."""
+
+    def error(self, message):
+        print(f"error: {self.prog}: {message}; fix: see --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def check_select(pattern, parser):
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        parser.error(f"--select {pattern!r} is not a regular expression ({error})")
+
+
+def command(run):
+    """Run a command. What a file, a disk or the data can cause is one line on stderr and exit code 1; 130 interrupted,
+    143 terminated. Both signals unwind the stack, so that `write_checkpoint` removes its temporary file."""
+    def terminated(signum, frame):
+        raise SystemExit(143)
+    signal.signal(signal.SIGTERM, terminated)
+    try:
+        return run() or 0
+    except (CheckpointError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {error.filename or 'I/O'}: {error.strerror or error}; fix: check the path, its permissions and "
+              "the free space", file=sys.stderr)
+    except MemoryError:
+        print("error: out of memory; fix: close other programs", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 1
+
+
+def main(argv=None):
+    parser = Parser(description="Table 1 (moments) and Fig. 2 (PCA spectrum) of the paper, for your file")
+    parser.add_argument("checkpoint")
+    parser.add_argument("--json", action="store_true", help="one JSON record per tensor instead of the tables")
+    arguments = parser.parse_args(argv)
+    records = describe(Checkpoint(arguments.checkpoint))
+    print(json.dumps(records, allow_nan=False)) if arguments.json else print_tables(records)
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))

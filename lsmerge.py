@@ -1,0 +1,255 @@
+"""lsmerge.py: LS-Merge on one screen.                                                 (read first)
+
+    checkpoint -> chunks -> latents -> projected, transported -> merged latents -> chunks -> checkpoint
+        W           X         z               z~                     z_lambda         X^         W^
+
+`ls_merge` at the end of this file is the method, for one tensor: encode, project, transport, interpolate, decode. It
+works piece by piece, so that memory depends neither on the model nor on its largest tensor. Which tensors meet is
+decided in merge.py (`plan_merge`), the arrows are made in chunking.py, vae.py and align.py.
+
+Dimension key (a suffix names a tensor's axes):
+    L  weights of a tensor          C  weights per chunk        N  chunks of a tensor
+    T  chunks per window            B  windows in a batch       D  width of the network
+    Z  latent numbers per chunk     I  source chunks            J  target chunks
+
+Paper                           here                                where
+    w in R^L, c, n = L_p / c    flat_L, C, N; padding in real_NC    chunking.chunk, unchunk
+    E, D (encoder, decoder)     Codec.encode, Codec.decode          below; the networks in vae.py
+    q(z | w)                    Posterior(mu_BTZ, logvar_BTZ)       vae.VAE.encode
+    Eq. 1, beta                 vae_loss, VAEConfig.beta            vae.py
+    lambda                      lam: the weight of a SOURCE; lam = 0 is the target's round trip
+    z_s, z_t, z~, z_lambda      z_source, z_target, z_aligned, z_merged
+    r = n_t N_t / (n_s N_s)     (a ratio of sizes; never formed: project takes both sizes)   align.project
+    r (compression)             VAEConfig.ratio = C / Z
+    T*, A of Eq. 2              align.gaussian_map; entropic: align.sinkhorn, barycentric_map
+    Algorithm 1, line 1         align.pair_layers, merge.plan_merge
+    Algorithm 1, lines 2 to 6   ls_merge
+"""
+import math
+from dataclasses import dataclass, field
+from typing import Callable, NamedTuple
+
+import torch
+
+import align as ot
+from chunking import PIECE, CheckpointError, TensorSlot, chunk, from_windows, scale, spans, to_windows, unscale
+
+BATCH_CHUNKS = 1024             # chunks per forward pass: large enough for the matrix units, small enough for a cache
+GATE_CHUNKS = 1024              # of every piece, this many chunks measure the round trip (all of a small tensor)
+
+
+class Codec:
+    """E and D on the chunks of one tensor: a VAE with its device and arithmetic."""
+
+    def __init__(self, vae, device="cpu", dtype=torch.float32):
+        self.vae, self.device, self.dtype = vae.to(device, dtype).eval().requires_grad_(False), device, dtype
+        self.C, self.T, self.Z = vae.config.chunk, vae.config.tokens, vae.config.latent
+
+    def _batches(self, rows_NX, real_N):
+        """Windows of T rows, BATCH_CHUNKS at a time; the mask only where a window is not full."""
+        x_BTX, real_BTX = to_windows(rows_NX, real_N[:, None].expand_as(rows_NX), self.T)
+        for x, real in zip(x_BTX.split(max(1, BATCH_CHUNKS // self.T)), real_BTX.split(max(1, BATCH_CHUNKS // self.T))):
+            real_BT = real[:, :, 0]
+            yield x.to(self.device, self.dtype), None if real_BT.all() else real_BT.to(self.device)
+
+    @torch.inference_mode()
+    def encode(self, flat_L, slot):
+        """z = E(w), posterior mean: (N, Z) float64.  flat_L: raw weights, a whole number of windows or a tensor's end."""
+        chunks_NC, real_NC = chunk(scale(flat_L, slot), self.C)
+        parts = [self.vae.encode(x, real).mu_BTZ.double().cpu() for x, real in self._batches(chunks_NC, real_NC[:, 0])]
+        return from_windows(torch.cat(parts), len(chunks_NC))
+
+    @torch.inference_mode()
+    def decode(self, z_NZ, slot, L):
+        """W^ = D(z): (L,) float64 in the slot's own unit.  The inverse way of encode."""
+        parts = [self.vae.decode(z, real).double().cpu() for z, real in self._batches(z_NZ, torch.ones(len(z_NZ), dtype=bool))]
+        return unscale(from_windows(torch.cat(parts), len(z_NZ)).reshape(-1)[:L], slot)
+
+
+class Parent(NamedTuple):
+    """One tensor of one model: how to read it, its statistics, its codec."""
+    read: Callable              # (start, stop) -> those elements of the flattened tensor
+    slot: TensorSlot
+    codec: Codec
+    index: int = 0              # 0 the target, i the i-th source: the tally's key
+
+    @property
+    def N(self): return self.slot.n_chunks(self.codec.C)
+
+    def latents(self, first, last):
+        """Latents of chunks [first, last): whole windows are encoded, since attention sees whole windows."""
+        C, T = self.codec.C, self.codec.T
+        begin = first // T * T
+        z_NZ = self.codec.encode(self.read(begin * C, -(-last // T) * T * C), self.slot)
+        return z_NZ[first - begin:last - begin]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Operators: latents (or raw weights, for the baseline) of target and sources in, one merged code out.
+# ---------------------------------------------------------------------------------------------------------
+def lerp(parents, weights):
+    """paper: Sec. 3.3, z_lambda = (1 - lambda) z_a + lambda z_b; for N models the barycentre sum_i lambda_i z_i.
+
+    weights: the target's first; they sum to 1 (`convex_weights`).
+    """
+    return sum(weight * parent for weight, parent in zip(weights, parents))
+
+
+def convex_weights(lam):
+    """[lambda_1, ...] of the sources -> [1 - sum, lambda_1, ...].  Raises ValueError beyond the simplex."""
+    if not all(math.isfinite(value) and 0 <= value <= 1 for value in lam) or sum(lam) > 1 + 1e-9:
+        raise ValueError(f"lambda {', '.join(map(str, lam))}: each must lie in [0, 1] and their sum must not exceed 1")
+    return [max(0.0, 1 - sum(lam)), *lam]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Transport: what happens to a source's latents before they meet the target's (paper: Sec. 3.3, Algorithm 1, lines 3, 4)
+# ---------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Alignment:
+    """How sources are brought to the target: `method` of --align; `control` of --control; `epsilon` of Sinkhorn."""
+    method: str = "none"
+    control: str | None = None
+    epsilon: float = ot.EPSILON
+
+
+def projected(source, target, j0, j1):
+    """Line 3: the source's latents on the target's slots [j0, j1), (J, Z). The identity where all sizes agree."""
+    i0, i1 = ot.source_range(j0, j1, source.N, target.N)
+    z_source_JZ = ot.project_rows(source.latents(i0, i1), i0, source.N, j0, j1, target.N)
+    return ot.project(z_source_JZ, j1 - j0, target.codec.Z)
+
+
+class Transport:
+    """z~ for one tensor and one source. Built by one pass over both clouds where a map has to be fitted; then called
+    piece by piece. Also gathers what the report says about it."""
+
+    def __init__(self, target, source, how, step, generator):
+        self.target, self.source, self.how, self.generator = target, source, how, generator
+        self.before, self.goal, self.after = ot.Moments(), ot.Moments(), ot.Moments()
+        self.iterations, self.error = 0, 0.0
+        if how.method != "none" or how.control or not self.plain:
+            for j0, j1 in spans(target.N, step):
+                self.goal.add(target.latents(j0, j1))
+                self.before.add(projected(source, target, j0, j1))
+        fit = {"mean": ot.mean_map, "gaussian": ot.gaussian_map}.get(how.method)
+        self.affine = fit(self.before, self.goal) if fit else None
+
+    @property
+    def plain(self):
+        """Nothing happens to the latents: same shape, no map, no control."""
+        return self.source.slot.shape == self.target.slot.shape and self.how.method == "none" and not self.how.control
+
+    def __call__(self, z_target_JZ, j0, j1):
+        """Lines 3 and 4 for the slots [j0, j1)."""
+        if self.plain:
+            return self.source.latents(j0, j1)
+        if self.how.control:
+            z_aligned_JZ = ot.control_latents(self.how.control, z_target_JZ, self.goal, self.generator)
+        elif self.how.method == "sinkhorn":
+            z_source_IZ = self.source.latents(*ot.source_range(j0, j1, self.source.N, self.target.N))
+            z_source_IZ = ot.project(z_source_IZ, len(z_source_IZ), self.target.codec.Z)
+            plan = ot.sinkhorn(ot.squared_cost(z_source_IZ, z_target_JZ), epsilon=self.how.epsilon)
+            z_aligned_JZ = ot.barycentric_map(plan.plan_IJ, z_source_IZ, plan.plan_IJ.sum(0))
+            self.iterations += plan.iterations
+            self.error = max(self.error, plan.source_error, plan.target_error)
+        else:
+            z_aligned_JZ = projected(self.source, self.target, j0, j1)
+            z_aligned_JZ = ot.apply_affine(self.affine, z_aligned_JZ) if self.affine else z_aligned_JZ
+        self.after.add(z_aligned_JZ)
+        return z_aligned_JZ
+
+    def record(self):
+        here, there = self.target.slot.place, self.source.slot.place
+        return {"layer": here.layer, "role": here.role, "source": self.source.index, "source_layer": there.layer,
+                "iterations": self.iterations, "marginal_error": self.error,
+                "cost_before": ot.wasserstein2(self.before, self.goal), "cost_after": ot.wasserstein2(self.after, self.goal),
+                "std_ratio": ot.std_ratio(self.after, self.goal), "n_over_d": self.target.N / self.target.codec.Z}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The method
+# ---------------------------------------------------------------------------------------------------------
+@dataclass
+class Tally:
+    """Sums over the encoded tensors, from which the report is made. Distances are sums of squares."""
+    target: float = 0.0
+    to_target: float = 0.0
+    to_source: dict = field(default_factory=dict)   # parent index -> sum; sources of the target's shape only
+    to_average: float = 0.0
+    errors: dict = field(default_factory=dict)      # (parent index, name) -> [sum of squared errors / scale^2, weights]
+    alignment: list = field(default_factory=list)   # Transport.record of each tensor and source
+
+    def add_error(self, parent, decoded_L, weights_L):
+        error = self.errors.setdefault((parent.index, parent.slot.name), [0.0, 0])
+        error[0] += ((decoded_L - weights_L) / parent.slot.scale).square().sum().item()
+        error[1] += len(weights_L)
+
+    def add_distances(self, merged_L, raw, weights, operator):
+        """raw: parent index -> weights, for the target and the sources of its shape."""
+        square = lambda other: (merged_L.double() - other).square().sum().item()
+        self.target, self.to_target = self.target + raw[0].square().sum().item(), self.to_target + square(raw[0])
+        for index in raw:
+            self.to_source[index] = self.to_source.get(index, 0.0) + square(raw[index])
+        if len(raw) == len(weights):
+            self.to_average += square(operator(list(raw.values()), weights).to(merged_L.dtype))    # as it would be stored
+
+
+def cast(flat_L, slot):
+    """The one rounding to the stored dtype; a value that does not fit is an error, never an Inf in a file."""
+    result = flat_L.to(slot.dtype)
+    if not torch.isfinite(result).all():
+        raise CheckpointError("result", f"{flat_L.abs().max():.3g} does not fit {slot.dtype}", "lower --lam, or store the "
+                              "target in float32 or bfloat16", slot.name)
+    return result
+
+
+def round_trip(parent, tally):
+    """Enter D(E(w)) of a parent's first chunks into the tally, for a parent whose codes are not decoded anyway."""
+    z_NZ, weights_L = parent.latents(0, min(parent.N, GATE_CHUNKS)), parent.read(0, GATE_CHUNKS * parent.codec.C)
+    tally.add_error(parent, parent.codec.decode(z_NZ, parent.slot, len(weights_L)), weights_L.double())
+
+
+def piece_chunks(target, sources, how):
+    """Target chunks per piece, whole windows: neither parent's share exceeds PIECE weights. With Sinkhorn a piece is
+    one transport problem (`align.blocks`: small enough for memory; no mass crosses its border)."""
+    T, most = target.codec.T, PIECE // target.codec.C
+    for source in sources:
+        most = min(most, PIECE // source.codec.C * target.N // source.N)
+        if how.method == "sinkhorn":
+            most = min(most, -(-target.N // len(ot.blocks(source.N, target.N))))
+    return max(T, -(-most // T) * T)
+
+
+def ls_merge(target, sources, weights, operator=lerp, how=Alignment(), residual=False, generator=None, tally=None):
+    """LS-Merge of one tensor (paper: Algorithm 1, lines 2 to 6), as a stream of (start, piece in the target's dtype).
+
+    Args:      target, sources   Parent; a source may have any shape (then its latents are projected)
+               weights           of all parents, the target's first (`convex_weights`)
+               residual          W^ = sum_k w_k W_k + (D(z_lambda) - sum_k w_k D(z_k)), over the target and every source
+                                 whose latents entered as they are: what the codec cannot express is added back
+               tally             a Tally that gathers the round trips and distances
+    Returns:   an iterator; the caller's last piece ends the tensor.  With no sources: the target's round trip.
+    """
+    C, L, slot = target.codec.C, target.slot.numel, target.slot
+    step, parents = piece_chunks(target, sources, how), [target, *sources]
+    transports = [Transport(target, source, how, step, generator) for source in sources]
+    direct = [True, *(transport.plain for transport in transports)]     # whose latents enter as they are
+    for j0, j1 in spans(target.N, step):
+        start, stop = j0 * C, min(j1 * C, L)
+        raw = {p.index: p.read(start, stop).double() for p in parents if p.slot.shape == slot.shape}
+        z_target_JZ = target.latents(j0, j1)                                                # line 2
+        z_parents = [z_target_JZ, *(t(z_target_JZ, j0, j1) for t in transports)]            # lines 3, 4
+        merged_L = target.codec.decode(operator(z_parents, weights), slot, stop - start)    # lines 5, 6
+        for parent, weight, z_JZ, enters in zip(parents, weights, z_parents, direct):
+            if enters:
+                w_L = raw[parent.index] if residual else raw[parent.index][:GATE_CHUNKS * C]
+                decoded_L = target.codec.decode(z_JZ if residual else z_JZ[:GATE_CHUNKS], slot, len(w_L))
+                tally.add_error(parent, decoded_L, w_L)
+                merged_L = merged_L + weight * (w_L - decoded_L) if residual else merged_L
+            elif start == 0:
+                round_trip(parent, tally)
+        merged_L = cast(merged_L, slot)
+        tally.add_distances(merged_L, raw, weights, operator)
+        yield start, merged_L
+    tally.alignment += [transport.record() for transport in transports if not transport.plain]

@@ -1,0 +1,470 @@
+"""merge.py: the command.                                                              (read last)
+
+    python merge.py TARGET [SOURCE ...] [options]
+
+Decides which tensors meet (`plan_merge`), gets a VAE (from a file, or trained on the inputs), streams the merged
+tensors into a new file (`ls_merge`, one tensor after another), checks itself on the user's own weights (`gates`), and
+reports. Nothing mathematical here. lambda = 0 is the target's round trip, lambda = 1 the source's.
+"""
+import functools
+import json
+import math
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from tqdm import tqdm
+
+import align as ot
+from chunking import (PIECE, Checkpoint, CheckpointError, Parser, check_output, check_select, command, is_selected, measure, place,
+                      plan_file, spans, write_checkpoint)
+from lsmerge import Alignment, Codec, Parent, Tally, cast, convex_weights, lerp, ls_merge, round_trip
+from train import add_machine_arguments, describe_stage, pick_device, save_vae, train_vae
+from vae import VAE, VAEConfig
+
+OPERATORS = {"lerp": lerp}
+MAX_NMSE = 1e-3                 # a relative error of 3 %: what a language model just tolerates
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The plan: what happens to each tensor of the target (paper: Algorithm 1, line 1)
+# ---------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Task:
+    """One tensor of the target. `partners`: (index of the source, the name there); `slots`: the target's, then one per
+    partner. `why` says what a reader of the report would ask about a tensor that was not encoded."""
+    name: str
+    action: str                 # "encoded", "averaged" (the same operator on the weights) or "copied"
+    partners: tuple = ()
+    slots: tuple = ()
+    why: str = ""
+
+
+def pair_names(target, source, names, pattern, by="depth"):
+    """Name in the source for each of the target's encoded names, or None: proportional depth, equal role."""
+    def by_place(checkpoint, chosen):
+        places = {}
+        for name in chosen:
+            places.setdefault(place(name), []).append(name)
+        return places
+    mine = by_place(target, names)
+    theirs = by_place(source, [e.name for e in source.entries.values() if is_selected(e, pattern)])
+    layers = [sorted({p.layer for p in places if p.layer is not None}) for places in (mine, theirs)]
+    partner = {None: None}
+    if all(layers):
+        chosen = ot.pair_layers(len(layers[1]), len(layers[0]), by)
+        partner |= {layer: None if j is None else layers[1][j] for layer, j in zip(layers[0], chosen)}
+    pairs = {}
+    for where, group in mine.items():
+        match = theirs.get(replace(where, layer=partner.get(where.layer)), [])
+        unique = len(group) == len(match) == 1 and (where.layer is None) == (partner.get(where.layer) is None)
+        for name in group:
+            pairs[name] = match[0] if unique else None
+    return pairs
+
+
+def plan_merge(target, sources, pattern=None, align="auto", by="depth"):
+    """(kind, alignment method, [Task, ...] in the target's natural order).  Raises CheckpointError.
+
+    A run is cross-shape if an encoded tensor of any source differs in shape or is missing. Everything that is not
+    encoded is averaged in weight space where shapes are equal and nothing is aligned, else it is the target's.
+    """
+    encoded = [e.name for e in target.entries.values() if is_selected(e, pattern)]
+    if not encoded:
+        raise CheckpointError(target.path, "no tensor is selected", "give --select a pattern that matches its names")
+    fits = lambda source, name: name in source.entries and (
+        source.entries[name].is_float and source.entries[name].shape == target.entries[name].shape)
+    same = all(fits(source, name) for source in sources for name in encoded)
+    kind = "self" if not sources else "same-shape" if same else "cross-shape"
+    method = align if align != "auto" else "gaussian" if kind == "cross-shape" else "none"
+    pairs = [{n: n for n in encoded} if same else pair_names(target, source, encoded, pattern, by) for source in sources]
+    for source, paired in zip(sources, pairs):
+        if not any(paired.values()):
+            raise CheckpointError(source.path, "no tensor has the role of an encoded tensor of the target",
+                                  "use models whose tensor names are known (chunking.ROLES), or add a line there")
+    tasks, chosen = [], set(encoded)
+    for name, entry in target.entries.items():
+        if name in chosen:
+            partners = tuple((i, paired[name]) for i, paired in enumerate(pairs) if paired[name])
+            lonely = sources and not partners
+            tasks.append(Task(name, "copied", why=f"no source has a partner for role {place(name).role!r}") if lonely
+                         else Task(name, "encoded", partners))
+        elif kind == "same-shape" and method == "none" and entry.is_float:
+            others = [source.path for source in sources if not fits(source, name)]
+            tasks.append(Task(name, "copied", why=f"missing or of another shape in {', '.join(others)}") if others
+                         else Task(name, "averaged", tuple((i, name) for i in range(len(sources)))))
+        else:
+            tasks.append(Task(name, "copied", why="not encoded" if entry.is_float else "not a float"))
+    return kind, method, tasks
+
+
+def measure_slots(tasks, target, sources):
+    """The tasks with their statistics. Every float that enters the result is read once here, so that NaN and Inf are
+    refused before any work. Equal shapes share the target's statistics; else each parent has its own."""
+    done = []
+    for task in tasks:
+        entry = target.entries[task.name]
+        slots = [measure(target, task.name)] if entry.is_float else []
+        for index, name in task.partners:
+            own = measure(sources[index], name)
+            slots.append(replace(own, mean=slots[0].mean, scale=slots[0].scale) if own.shape == entry.shape else own)
+        done.append(replace(task, slots=tuple(slots)))
+    return done
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The stream of merged tensors
+# ---------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Job:
+    """One run, as decided by the command line and the files."""
+    target: Checkpoint
+    sources: list
+    tasks: list
+    lam: list
+    operator: str = "lerp"
+    space: str = "latent"
+    how: Alignment = Alignment()
+    residual: bool = False
+    seed: int = 0
+
+    def weights(self, task):
+        """The parents' weights for this tensor; a source without a partner leaves its share to the target."""
+        return convex_weights([self.lam[index] for index, _ in task.partners])
+
+
+def merged_pieces(job, codecs, tally):
+    """(name, start, piece in the target's dtype) of every tensor; `codecs`: the target's, then one per source."""
+    for number, task in enumerate(job.tasks):
+        name, operator, weights = task.name, OPERATORS[job.operator], job.weights(task)
+        readers = [functools.partial(job.target.read, name), *(functools.partial(job.sources[i].read, n) for i, n in task.partners)]
+        kept = task.action == "copied" or not any(weights[1:])          # the target's bytes, unless they are encoded
+        if task.action == "encoded" and job.space == "latent":
+            indices = [0, *(i + 1 for i, _ in task.partners)]
+            parents = [Parent(read, slot, codecs[k], k) for read, slot, k in zip(readers, task.slots, indices)]
+            if not (kept and job.residual):
+                generator = torch.Generator().manual_seed(job.seed * 1_000_003 + number)
+                stream = ls_merge(parents[0], parents[1:], weights, operator, job.how, job.residual, generator, tally)
+                yield from ((name, start, piece) for start, piece in stream)
+                continue
+            round_trip(parents[0], tally)                  # for the report: no code enters the result
+        entry = job.target.entries[name]
+        for start, stop in spans(entry.numel):
+            raw = [read(start, stop) for read in readers[:1 if task.action == "copied" else None]]
+            piece = raw[0] if kept else cast(operator([part.double() for part in raw], weights), entry)
+            if task.action == "encoded":
+                tally.add_distances(piece, {k: part.double() for k, part in enumerate(raw)}, weights, operator)
+            yield name, start, piece
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The codec
+# ---------------------------------------------------------------------------------------------------------
+def load_vae(path):
+    """(VAE, training record) of a file that train.py wrote."""
+    file = Checkpoint(path)
+    try:
+        return VAE.from_file({name: file.read_tensor(name) for name in file.entries}, file.metadata)
+    except ValueError as error:
+        raise CheckpointError(path, str(error), "pass a file written by train.py or --save-vae") from None
+
+
+def training_parents(job):
+    """[(checkpoint, its encoded slots)] for the training of a VAE on the inputs of this very run."""
+    tasks = [task for task in job.tasks if task.action == "encoded"]
+    parents = [(job.target, [task.slots[0] for task in tasks])]
+    for i, source in enumerate(job.sources):
+        slots = {slot.name: slot for task in tasks for (k, _), slot in zip(task.partners, task.slots[1:]) if k == i}
+        parents.append((source, list(slots.values())))
+    return parents
+
+
+def get_codecs(arguments, job, say):
+    """[Codec of the target, of source 1, ...]: from files, or one VAE trained on all inputs."""
+    device, dtype = pick_device(arguments.device), getattr(torch, arguments.dtype)
+    if arguments.vae:
+        vae, _ = load_vae(arguments.vae)
+    else:
+        vae, stages = train_vae(training_parents(job), VAEConfig(), seed=job.seed, device=device, quiet=arguments.quiet)
+        for record in stages:
+            say("  " + describe_stage(record))
+        if arguments.save_vae:
+            save_vae(arguments.save_vae, vae, stages, seed=job.seed, select=arguments.select)
+    mine = Codec(vae, device, dtype)
+    theirs = Codec(load_vae(arguments.source_vae)[0], device, dtype) if arguments.source_vae else mine
+    return [mine] + [theirs] * len(job.sources)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The report
+# ---------------------------------------------------------------------------------------------------------
+def anonymous_mib():
+    """Anonymous memory of this process in MiB (file mappings such as the torch library do not count); None off Linux."""
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) / 1024 for line in status if line.startswith("RssAnon"))
+    except (OSError, StopIteration):
+        return None
+
+
+class PeakMemory(threading.Thread):
+    """Samples the anonymous memory 50 times a second: the peak is of a moment inside a library call."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.peak, self.stopped = anonymous_mib(), threading.Event()
+        self.start()
+
+    def run(self):
+        while self.peak is not None and not self.stopped.wait(0.02):
+            self.peak = max(self.peak, anonymous_mib())
+
+
+def round_trips(job, tally):
+    """[NMSE of the target, of each source], and the worst tensor of all. Averages are over encoded weights."""
+    totals, worst = {}, {"name": None, "nmse": None}
+    sizes = {(k, slot.name): slot.numel for task in job.tasks for k, slot in
+             zip([0, *(i + 1 for i, _ in task.partners)], task.slots)}
+    for (k, name), (squares, count) in tally.errors.items():
+        nmse, size = squares / count, sizes[k, name]
+        total = totals.setdefault(k, [0.0, 0])
+        totals[k] = [total[0] + nmse * size, total[1] + size]
+        if worst["nmse"] is None or not nmse <= worst["nmse"]:
+            worst = {"name": name, "nmse": nmse}
+    return {k: total / size for k, (total, size) in sorted(totals.items())}, worst
+
+
+def make_report(job, kind, tally, codecs, bound, seconds, memory):
+    nmse, worst = round_trips(job, tally)
+    counts = {action: [t.name for t in job.tasks if t.action == action] for action in ("encoded", "averaged", "copied")}
+    size = lambda names: sum(job.target.entries[name].numel for name in names)
+    relative = lambda squares: math.sqrt(squares / tally.target) if squares is not None and tally.target > 0 else None
+    defined = kind != "cross-shape"
+    labels = ["target", *(f"source {i + 1}" for i in range(len(job.sources)))]
+    gates = [{"name": f"round trip of {labels[k]}", "passed": value <= bound, "value": value, "bound": bound}
+             for k, value in nmse.items() if not (job.residual and not any(job.lam))]
+    covered = sum(map(len, counts.values()))
+    gates.append({"name": "encoded + averaged + copied = all", "passed": covered == len(job.target.entries),
+                  "value": covered, "bound": len(job.target.entries)})
+    return {
+        "kind": kind, "ratio": codecs[0].vae.config.true_ratio if codecs else None, "lambda": job.lam,
+        "operator": job.operator, "space": job.space, "align": job.how.method, "control": job.how.control,
+        "tensors": {**{action: len(names) for action, names in counts.items()}, "total": len(job.target.entries),
+                    "weights_encoded": size(counts["encoded"]), "weights_total": size(job.target.entries)},
+        "roundtrip": {"nmse": nmse.get(0), "worst": worst},
+        "distance": {"to_target": relative(tally.to_target),
+                     "to_source": [relative(tally.to_source.get(i + 1) if defined else None) for i in range(len(job.sources))],
+                     "to_average": relative(tally.to_average) if defined else None},
+        "alignment": tally.alignment, "gates": gates, "seconds": {k: round(v, 3) for k, v in seconds.items()},
+        "peak_anonymous_mib": memory}
+
+
+def print_report(report, job):
+    t, show = report["tensors"], lambda value: "undefined" if value is None else f"{value:.4f}"
+    print(f"{report['kind']}, {report['operator']} in {report['space']} space, align {report['align']}, "
+          f"lambda {', '.join(f'{v:g}' for v in report['lambda']) or '-'}"
+          + (f", control {report['control']}" if report["control"] else "") + (f", r = {report['ratio']:g}" if report["ratio"] else ""))
+    print(f"tensors: {t['encoded']} encoded + {t['averaged']} averaged + {t['copied']} copied = {t['total']}; weights encoded: "
+          f"{t['weights_encoded']:,} of {t['weights_total']:,} ({t['weights_encoded'] / max(1, t['weights_total']):.1%})")
+    for why in dict.fromkeys(task.why for task in job.tasks if task.why):
+        names = [task.name for task in job.tasks if task.why == why]
+        print(f"  copied, {why}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}")
+    worst = report["roundtrip"]["worst"]
+    if worst["name"]:
+        print(f"round trip, worst tensor: NMSE {worst['nmse']:.2e} ({worst['name']})")
+    d = report["distance"]
+    print(f"distance over the target's norm: to target {show(d['to_target'])}"
+          + "".join(f", to source {i + 1} {show(v)}" for i, v in enumerate(d["to_source"])) + f", to the plain average {show(d['to_average'])}")
+    if report["alignment"]:
+        print_alignment(report["alignment"])
+    for gate in report["gates"]:
+        value, bound = (f"{gate[k]:.2e}" if isinstance(gate[k], float) else gate[k] for k in ("value", "bound"))
+        print(f"gate {'passed' if gate['passed'] else 'FAILED'}: {gate['name']}: {value} (bound {bound})")
+    print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in report["seconds"].items())
+          + (f"; peak anonymous memory {report['peak_anonymous_mib']:.0f} MiB" if report["peak_anonymous_mib"] else ""))
+
+
+def metadata_of(job):
+    """Provenance in the result's header: strings; no time and no path, so that equal runs give equal bytes."""
+    facts = {"operator": job.operator, "space": job.space, "align": job.how.method, "control": job.how.control or "",
+             "lambda": ",".join(f"{value:g}" for value in job.lam), "seed": str(job.seed)}
+    return {f"lsmerge.{key}": value for key, value in facts.items() if value}
+
+
+def print_alignment(records):
+    print(f"{'role':<10}{'layer':>6}{'from':>6}{'n/d':>7}{'cost before':>13}{'after':>10}{'std ratio':>11}{'marginal':>10}{'iterations':>11}")
+    for r in records:
+        few = "  n < d: a remix of the target's own chunks" if r["n_over_d"] < 1 else ""
+        layer, other = ("-" if r[key] is None else r[key] for key in ("layer", "source_layer"))
+        print(f"{r['role']:<10}{layer:>6}{other:>6}{r['n_over_d']:>7.1f}{r['cost_before']:>13.4f}{r['cost_after']:>10.4f}"
+              f"{r['std_ratio']:>11.3f}{r['marginal_error']:>10.1e}{r['iterations']:>11}{few}")
+
+
+def matmul_rate(dtype):
+    """Measured multiply-add rate of this machine in FLOP/s: what the codec's time is estimated from."""
+    x = torch.ones(1024, 1024, dtype=dtype)
+    began = time.perf_counter()
+    for _ in range(8):
+        x @ x
+    return 8 * 2 * 1024 ** 3 / (time.perf_counter() - began)
+
+
+def print_plan(kind, job, a):
+    """--dry-run: who meets whom, how much, how long. Estimates are marked as such."""
+    actions = {action: [t for t in job.tasks if t.action == action] for action in ("encoded", "averaged", "copied")}
+    for task in actions["encoded"]:
+        partners = ", ".join(f"{job.sources[i].path}: {name}" for i, name in task.partners if len(job.sources) > 1 or name != task.name)
+        print(f"  {task.name} {list(task.slots[0].shape)}" + (f" <- {partners}" if partners else ""))
+    print(f"{kind}, align {job.how.method}, lambda {', '.join(f'{v:g}' for v in job.lam) or '-'}: "
+          + " + ".join(f"{len(tasks)} {action}" for action, tasks in actions.items()) + f" = {len(job.tasks)} tensors")
+    _, _, size = plan_file(job.target.entries.values(), metadata_of(job))
+    print(f"output: {a.output}, {size:,} bytes")
+    if job.space == "latent":
+        config = load_vae(a.vae)[0].config if a.vae else VAEConfig()
+        weights = sum(slot.numel for task in actions["encoded"] for slot in task.slots)
+        largest = min(PIECE, max(task.slots[0].numel for task in actions["encoded"]))
+        # A weight of the codec is one multiply-add per chunk; sources are encoded (twice if a map is fitted), the
+        # result and a sample of the parents decoded.
+        passes = weights * (2 if job.how.method != "none" else 1) + sum(task.slots[0].numel for task in actions["encoded"])
+        flops = 2 * sum(p.numel() for p in VAE(config).parameters()) / 2 * passes / config.chunk
+        print(f"estimated: {flops / matmul_rate(getattr(torch, a.dtype)):.0f} s for the codec"
+              + ("" if a.vae else ", and up to a minute to train a VAE first")
+              + f"; {200 + largest * 8 * (4 + 3 * len(job.sources)) / 2 ** 20:.0f} MiB of anonymous memory at most")
+
+
+def write_report(path, report):
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with open(temporary, "w") as stream:
+        json.dump(report, stream, indent=1, allow_nan=False)
+        stream.write("\n")
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------
+def parse(argv):
+    parser = Parser(prog="merge.py", description="Merge checkpoints in the latent space of a weight VAE (LS-Merge).")
+    add = parser.add_argument
+    add("models", nargs="+", metavar="MODEL", help="TARGET [SOURCE ...]: .safetensors files; the result has the target's names, "
+        "shapes and dtypes")
+    add("-o", "--output", default="merged.safetensors", help="(%(default)s)")
+    add("--lam", metavar="L[,L...]", help="weight of each source in [0, 1], the target has the rest; 0 = the target's round "
+        "trip (0.5 for one source of equal shapes, 1/(N+1) each for N, 0.1 in all across shapes)")
+    add("--operator", choices=list(OPERATORS), default="lerp", help="(%(default)s)")
+    add("--space", choices=("latent", "weight"), default="latent", help="weight: the same operator without the codec, the baseline")
+    add("--align", choices=("auto", "none", "mean", "gaussian", "sinkhorn"), help="auto (default): none if shapes agree, else gaussian")
+    add("--epsilon", type=float, help=f"Sinkhorn's regularisation over the largest cost ({ot.EPSILON})")
+    add("--control", choices=("zero", "noise", "shuffled"), help="replace the source's latents by a null control")
+    add("--select", metavar="REGEX", help="which tensors are encoded (default: floats of >= 2 dimensions in numbered layers)")
+    add("--residual", action="store_true", help="add back what the codec lost")
+    add("--vae", metavar="FILE", help="a trained VAE; without it one is trained on the inputs first")
+    add("--save-vae", metavar="FILE", help="keep the VAE trained here")
+    add("--source-vae", metavar="FILE", help="a second VAE for the sources' architecture")
+    add("--max-nmse", type=float, help=f"refuse to write if a round trip is worse ({MAX_NMSE})")
+    add("--roundtrip", action="store_true", help="encode and decode the target only")
+    add("--dry-run", action="store_true", help="print the plan; write nothing")
+    add("--report", metavar="FILE", help="JSON report")
+    add_machine_arguments(parser)
+    arguments = parser.parse_intermixed_args(argv)
+    check_usage(arguments, parser)
+    return arguments, parser
+
+
+def check_usage(a, parser):
+    """All that the command line alone decides: exit code 2."""
+    sources = len(a.models) - 1
+    if a.roundtrip and sources:
+        parser.error("--roundtrip takes the target alone")
+    if not a.roundtrip and not sources:
+        parser.error("nothing to merge: give a SOURCE, or --roundtrip")
+    if a.roundtrip and (a.lam or a.align or a.control):
+        parser.error("--roundtrip has no source: --lam, --align and --control do not apply")
+    codec = ["vae", "save_vae", "source_vae", "align", "epsilon", "control", "residual", "roundtrip", "max_nmse"]
+    given = [name for name in codec if getattr(a, name) not in (None, False)]
+    if a.space == "weight" and given:
+        parser.error(f"--space weight uses no codec: drop --{given[0].replace('_', '-')}")
+    if a.vae and a.save_vae:
+        parser.error("--save-vae keeps a VAE trained here, --vae brings one: drop one of them")
+    if a.source_vae and not a.vae:
+        parser.error("--source-vae needs --vae for the target")
+    if a.epsilon is not None and not (a.align == "sinkhorn" and math.isfinite(a.epsilon) and a.epsilon > 0):
+        parser.error("--epsilon must be above 0 and goes with --align sinkhorn")
+    if a.max_nmse is not None and not (math.isfinite(a.max_nmse) and a.max_nmse > 0):
+        parser.error("--max-nmse must be above 0")
+    check_select(a.select, parser)
+    if a.lam is not None:
+        try:
+            a.lam = [float(value) for value in a.lam.split(",")]
+            a.lam = a.lam * sources if len(a.lam) == 1 else a.lam
+            convex_weights(a.lam)
+        except ValueError as error:
+            parser.error(f"--lam: {error}")
+        if len(a.lam) != sources:
+            parser.error(f"--lam has {len(a.lam)} values for {sources} sources: give one, or one each")
+
+
+def default_lam(kind, count):
+    """paper: the best lambda across shapes lies in 0.05 .. 0.20; ours: a uniform share for equal shapes."""
+    return [0.1 / count if kind == "cross-shape" else 1 / (count + 1)] * count
+
+
+def open_job(a, say):
+    """Everything that can be refused before any work, in the order of its cost."""
+    target, *sources = [Checkpoint(path) for path in a.models]
+    inputs = [*a.models, *filter(None, (a.vae, a.source_vae))]
+    outputs = [path for path in (None if a.dry_run else a.output, a.save_vae) if path]
+    for path in outputs:
+        check_output(path, inputs, a.force)
+    kind, method, tasks = plan_merge(target, sources, a.select, a.align or "auto")
+    if a.space == "weight" and kind == "cross-shape":
+        raise CheckpointError(a.models[0], "its encoded tensors and the source's differ in shape or name",
+                              "--space weight needs equal shapes: drop it")
+    if a.source_vae and kind != "cross-shape":
+        raise CheckpointError(a.source_vae, "models of equal shapes share one VAE", "drop --source-vae")
+    how = Alignment(method, a.control, a.epsilon or ot.EPSILON)
+    lam = a.lam or default_lam(kind, len(sources))
+    return kind, Job(target, sources, measure_slots(tasks, target, sources), lam, a.operator, a.space, how, a.residual, a.seed)
+
+
+def main(argv=None):
+    a, parser = parse(argv)
+    memory, seconds, clock = PeakMemory(), {}, time.perf_counter()
+    def lap(stage):
+        nonlocal clock
+        seconds[stage], clock = time.perf_counter() - clock, time.perf_counter()
+    kind, job = open_job(a, print)
+    lap("read and check")
+    if a.dry_run:
+        return print_plan(kind, job, a)
+    codecs = get_codecs(a, job, print) if a.space == "latent" else None
+    lap("codec")
+    tally, report, bound = Tally(), {}, a.max_nmse or MAX_NMSE
+
+    def accept():
+        for checkpoint in (job.target, *job.sources):
+            checkpoint.check_unchanged()
+        lap("merge and write")
+        report.update(make_report(job, kind, tally, codecs, bound, seconds, memory.peak))
+        print_report(report, job)
+        if a.report:
+            write_report(a.report, report)
+        for gate in report["gates"]:
+            if not gate["passed"]:
+                raise CheckpointError(a.output, f"not written: gate failed: {gate['name']}: {gate['value']:.3g} > {gate['bound']:.3g}",
+                                      "train a better VAE (train.py, more steps or a lower --ratio), or raise --max-nmse")
+    entries = list(job.target.entries.values())
+    bar = tqdm(total=sum(e.numel for e in entries), unit="weights", unit_scale=True, disable=True if a.quiet else None, leave=False)
+    def counted():
+        for name, start, piece in merged_pieces(job, codecs, tally):
+            yield name, start, piece
+            bar.update(piece.numel())
+    write_checkpoint(a.output, entries, counted(), metadata_of(job), accept)
+    print(f"wrote {a.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))

@@ -1,0 +1,120 @@
+"""train.py: schedules at their corners, the stages keep to their parts of the network, seeds, refusals."""
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import chunking as ck
+import train
+from conftest import llama_tensors
+from vae import VAE, VAEConfig
+
+TINY = VAEConfig(chunk=16, tokens=8, width=32, blocks=1, heads=2)      # small for testing
+
+
+def parents(path):
+    file = ck.Checkpoint(path)
+    return [(file, [ck.measure(file, e.name) for e in file.entries.values() if ck.is_selected(e)])]
+
+
+def test_learning_rate_and_beta_at_their_corners():
+    rates = [train.learning_rate(step, 100, 2.0, 0.1) for step in range(101)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == pytest.approx(2.0)
+    assert rates[55] == pytest.approx(1.0) and rates[100] == pytest.approx(0.0)          # half-way down the cosine
+    assert max(rates) == pytest.approx(2.0) and all(a >= b for a, b in zip(rates[10:], rates[11:]))
+    betas = [train.beta_at(step, 100, 0.5, 0.1) for step in range(100)]
+    assert betas[0] == pytest.approx(0.025) and betas[19] == betas[99] == 0.5
+    assert train.learning_rate(0, 1, 1.0, 0.1) == 1.0 and train.beta_at(0, 1, 1.0, 0.1) == 1.0
+
+
+def test_windows_are_the_tensors_in_order(models):
+    """Every weight of every selected tensor, once, standardised; against a plain reading of the file."""
+    (file, slots), = parents(models["a"])
+    windows = train.Windows([(file, slots)], TINY, 0.25, torch.Generator().manual_seed(0))
+    assert sorted(windows.training + windows.validation) == list(range(len(windows.where)))
+    assert len(windows.validation) == round(0.25 * len(windows.where))
+    x, real = windows.read(range(len(windows.where)))
+    tensors = load_file(models["a"])
+    expected = [((tensors[s.name].double() - tensors[s.name].double().mean()) / tensors[s.name].double().std(correction=0)).reshape(-1) for s in slots]
+    torch.testing.assert_close(x[real], torch.cat(expected).float(), rtol=1e-5, atol=1e-6)
+    assert x.shape[1:] == (8, 16)
+
+
+def test_stage_1_leaves_the_neck_alone_and_stage_2_does_not(models):
+    windows = train.Windows(parents(models["a"]), TINY, 0.1, torch.Generator().manual_seed(0))
+    x, real = windows.read(windows.training[:4])
+    vae = VAE(VAEConfig(**{**TINY.__dict__, "init": "random"}), torch.Generator().manual_seed(0))
+    necks = [vae.neck_mu.weight, vae.neck_logvar.weight, vae.widen.weight]
+    train.stage_loss(vae, None, 1, x, real, 0.0, None)[0].backward()
+    assert all(neck.grad is None for neck in necks) and vae.embed.weight.grad.abs().sum() > 0
+    train.stage_loss(vae, None, 2, x, real, 0.1, torch.Generator().manual_seed(0))[0].backward()
+    assert all(neck.grad.abs().sum() > 0 for neck in necks)
+
+
+def test_distillation_is_half_the_squared_distance_to_the_teacher(models):
+    windows = train.Windows(parents(models["a"]), TINY, 0.1, torch.Generator().manual_seed(0))
+    x, real = windows.read(windows.training[:4])
+    vae, teacher = (VAE(VAEConfig(**{**TINY.__dict__, "init": "random"}), torch.Generator().manual_seed(s)) for s in (0, 1))
+    alone, taught = (train.stage_loss(vae, t, 2, x, real, 0.1, torch.Generator().manual_seed(0)).total for t in (None, teacher))
+    posterior = vae.encode(x, real.any(-1))
+    eps = torch.randn(posterior.mu_BTZ.shape, generator=torch.Generator().manual_seed(0))
+    student = vae.decode(posterior.mu_BTZ + (posterior.logvar_BTZ / 2).exp() * eps, real.any(-1))
+    output = teacher.decode_stream(teacher.encode_stream(x, real.any(-1)), real.any(-1))
+    torch.testing.assert_close(taught - alone, ((student - output) ** 2 * real).sum() / real.sum() / 2, rtol=1e-4, atol=0)
+
+
+def test_curriculum_from_a_random_start_learns(models):
+    """Stage 1 must beat predict-the-mean (NMSE 1) by far; r = 1 stage 2 must keep most of it with the KL on."""
+    config = VAEConfig(chunk=16, tokens=8, width=32, blocks=1, heads=2, init="random")
+    run = lambda seed: train.train_vae(parents(models["a"]), config, train.Schedule(steps1=150, steps2=50, lr=3e-3, batch=16), seed)
+    vae, (first, second) = run(0)
+    assert first["nmse"] < 0.3 and second["nmse"] < 0.3 and second["kl"] > 0 and 0 <= second["active"] <= 1
+    again, _ = run(0)
+    assert all(torch.equal(p, q) for p, q in zip(vae.parameters(), again.parameters()))
+    other, _ = run(1)
+    assert not torch.equal(vae.embed.weight, other.embed.weight)
+
+
+def test_warm_start_is_never_left_worse(models):
+    for ratio, bound in [(1.0, 1e-10), (2.0, 0.51)]:       # white noise at r = 2 loses half (the models are random)
+        config = VAEConfig(chunk=16, tokens=8, width=32, blocks=1, heads=2, ratio=ratio)
+        start, end = (train.train_vae(parents(models["a"]), config, train.Schedule(steps2=n), 0)[1][1] for n in (0, 40))
+        assert start["nmse"] < bound and end["objective"] <= start["objective"]
+
+
+def test_a_non_finite_loss_stops_with_the_step(models):
+    config = VAEConfig(chunk=16, tokens=8, width=32, blocks=1, heads=2, init="random")
+    with pytest.raises(FloatingPointError, match=r"stage 1: .* at step \d+, the last good"):
+        train.train_vae(parents(models["a"]), config, train.Schedule(steps1=200, lr=1e30), 0)
+
+
+def test_command(models, tmp_path, capsys):
+    run = lambda *flags: train.main([str(models["a"]), "-o", str(tmp_path / "v.safetensors"), "--quiet", "--steps2", "2", *flags])
+    run("--log", str(tmp_path / "log.jsonl"), "--ratio", "2", "--chunk", "32")
+    assert "NMSE" in capsys.readouterr().out
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert {r["stage"] for r in records} == {1, 2} and all(math.isfinite(r["nmse"]) for r in records)
+    first = (tmp_path / "v.safetensors").read_bytes()
+    file = ck.Checkpoint(tmp_path / "v.safetensors")
+    vae, record = VAE.from_file({n: file.read_tensor(n) for n in file.entries}, file.metadata)
+    assert vae.config.true_ratio == 2 and vae.config.chunk == 32 and record["seed"] == 0
+    with pytest.raises(ck.CheckpointError, match="--force"):
+        run()
+    run("--force", "--ratio", "2", "--chunk", "32")
+    assert (tmp_path / "v.safetensors").read_bytes() == first
+
+
+@pytest.mark.parametrize("flags", [["--ratio", "0"], ["--ratio", "nan"], ["--chunk", "0"], ["--heads", "5"], ["--batch", "0"],
+                                   ["--steps1", "-1"], ["--holdout", "1"], ["--lr", "0"], ["--init", "zeros"], ["--select", "("]])
+def test_usage_errors(models, tmp_path, flags, capsys):
+    with pytest.raises(SystemExit) as caught:
+        train.main([str(models["a"]), "-o", str(tmp_path / "v.safetensors"), *flags])
+    assert caught.value.code == 2 and capsys.readouterr().err.startswith("error: ") and not list(tmp_path.iterdir())
+
+
+def test_a_chunk_larger_than_a_tensor_is_padding_mostly(models, tmp_path):
+    save_file({k: t for k, t in llama_tensors(5, hidden=8, layers=1, mlp=8).items()}, tmp_path / "s.safetensors")
+    _, stages = train.train_vae(parents(tmp_path / "s.safetensors"), VAEConfig(chunk=100, tokens=4, width=128, blocks=1), train.Schedule(steps2=1), 0)
+    assert stages[1]["nmse"] < 1e-10

@@ -1,0 +1,311 @@
+"""train.py: the two-stage curriculum.                                                 (read fifth, after align.py)
+
+    python train.py CHECKPOINT [CHECKPOINT ...] -o vae.safetensors [options]
+
+Paper: abstract, Sec. 3.2. Stage 1 trains a deterministic, high-capacity autoencoder (KL off); stage 2 inserts the
+compact neck, turns the KL on and distils. Why two: weights have heavy tails and a small variance, and a VAE trained
+from scratch with the KL collapses before it has learnt anything worth regularising.
+
+    stage 1   mse / 2                                          latent = the stream, D numbers per chunk
+    stage 2   mse / 2 + (beta_t / r) kl + mse to stage 1 / 2   latent = the neck, Z = C / r numbers per chunk
+
+What enters: windows of standardised weights, read from the files as they are needed (a batch is all that is held in
+float32). What leaves: a VAE file (safetensors; configuration and training record in its header).
+"""
+import argparse
+import contextlib
+import copy
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+
+import torch
+from tqdm import tqdm
+
+from align import Moments
+from chunking import (Checkpoint, CheckpointError, Parser, check_output, check_select, chunk, command, is_selected,
+                      measure, scale, to_windows, write_tensors)
+from vae import VAE, VAEConfig, masked_mse, sample, vae_loss
+
+
+@dataclass(frozen=True)
+class Schedule:
+    steps1: int = 1000          # stage 1, at most: it ends where it has converged
+    steps2: int = 200           # stage 2
+    lr: float = 1e-4            # peak. paper: 1e-4. A random start takes ten times as much, and wants it
+    batch: int = 64             # windows per step (64 x 16 chunks: the size at which a CPU multiplies fastest)
+    holdout: float = 0.1        # fraction of windows kept for validation
+    warmup: float = 0.1         # fraction of each stage: learning rate from 0, and in stage 2 twice that for beta
+    weight_decay: float = 1e-5  # paper: AdamW, 1e-5
+    clip: float = 1.0           # paper: gradient clipping, no value given
+    checks: int = 20            # validations per stage; the best state is kept
+    patience: int = 4           # a stage ends after this many checks without a better one
+
+    def __post_init__(self):
+        for name in ("steps1", "steps2"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be 0 or more")
+        if self.batch < 1:
+            raise ValueError(f"batch is {self.batch}, must be 1 or more")
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"holdout is {self.holdout}, must be at least 0 and below 1")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"lr is {self.lr}, must be above 0")
+
+
+CONVERGED = 1e-8                # NMSE at which stage 1 has nothing left to learn (float32 rounding lies at 1e-13)
+NECK_WINDOWS = 8192             # windows for the neck's covariance at most: 131,072 chunks for 64 x 64 numbers
+VALIDATION_WINDOWS = 256        # at most, per check
+
+
+def learning_rate(step, steps, peak, warmup):
+    """Linear warm-up, then paper: cosine to zero."""
+    ramp = max(1, round(warmup * steps))
+    if step < ramp:
+        return peak * (step + 1) / ramp
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp)))
+
+
+def beta_at(step, steps, beta, warmup):
+    """ours: beta rises linearly over the first 2 x warmup of stage 2, so that the new neck can settle first."""
+    return beta * min(1.0, (step + 1) / max(1, round(2 * warmup * steps)))
+
+
+class Windows:
+    """All windows of the selected tensors of some checkpoints, read on demand.
+
+    `parents`: list of (Checkpoint, [TensorSlot, ...]). Window i is a (parent, slot, position) triple; a window is
+    read with one call and scaled with its slot's statistics. Nothing but the indices is kept.
+    """
+
+    def __init__(self, parents, config, holdout, generator):
+        self.parents, self.C, self.T = parents, config.chunk, config.tokens
+        where = [(p, s, w) for p, (_, slots) in enumerate(parents) for s, slot in enumerate(slots)
+                 for w in range(-(-slot.n_chunks(self.C) // self.T))]
+        order = torch.randperm(len(where), generator=generator).tolist()
+        held = min(round(holdout * len(where)), len(where) - 1)
+        self.where, self.validation, self.training = where, order[:held], order[held:]
+
+    def read(self, indices):
+        """x_BTC standardised float32, real_BTC bool (1 = weight)."""
+        pairs = []
+        for index in indices:
+            p, s, w = self.where[index]
+            checkpoint, slot = self.parents[p][0], self.parents[p][1][s]
+            flat_L = checkpoint.read(slot.name, w * self.T * self.C, (w + 1) * self.T * self.C)
+            pairs.append(to_windows(*chunk(scale(flat_L, slot), self.C), self.T))
+        x, real = zip(*pairs)
+        return torch.cat(x), torch.cat(real)
+
+    def batches(self, indices, size, device):
+        for start in range(0, len(indices), size):
+            x_BTC, real_BTC = self.read(indices[start:start + size])
+            yield x_BTC.to(device), real_BTC.to(device)
+
+
+def stream_moments(vae, windows, batch, device):
+    """Mean and covariance of the stage-1 latents over the training windows, for the neck."""
+    total, indices = Moments(), windows.training[:NECK_WINDOWS]
+    with torch.no_grad():
+        for x_BTC, real_BTC in windows.batches(indices, batch, device):
+            real_BT = real_BTC.any(dim=-1)
+            total.add(vae.encode_stream(x_BTC, real_BT)[real_BT].cpu())
+    return total
+
+
+@torch.no_grad()
+def validate(vae, windows, stage, batch, device):
+    """Figures on held-out windows (on training windows where the holdout is empty): `nmse` of the mean code, `objective`
+    = Eq. 1 with one sample per code, `kl` per latent number in nats, `active` = share of latent numbers whose posterior
+    mean varies by more than 0.01 (Burda et al., active units), `sigma` = mean posterior standard deviation."""
+    generator = torch.Generator().manual_seed(0)           # the same noise at every check: objectives are comparable
+    squares, weights, kl, objective, sigma, means = 0.0, 0, 0.0, 0.0, 0.0, []
+    for x_BTC, real_BTC in windows.batches((windows.validation or windows.training)[:VALIDATION_WINDOWS], batch, device):
+        real_BT, count = real_BTC.any(dim=-1), int(real_BTC.sum())
+        if stage == 1:
+            decoded_BTC = vae.decode_stream(vae.encode_stream(x_BTC, real_BT), real_BT)
+            objective += masked_mse(decoded_BTC, x_BTC, real_BTC).item() / 2 * count
+        else:
+            posterior = vae.encode(x_BTC, real_BT)
+            decoded_BTC = vae.decode(posterior.mu_BTZ, real_BT)
+            noisy_BTC = vae.decode(sample(posterior, generator), real_BT)
+            loss = vae_loss(noisy_BTC, posterior, x_BTC, real_BTC, vae.config.beta, vae.config.true_ratio)
+            objective, kl = objective + loss.total.item() * count, kl + loss.kl.item() * count
+            sigma += (0.5 * posterior.logvar_BTZ[real_BT]).exp().mean().item() * count
+            means.append(posterior.mu_BTZ[real_BT])
+        squares, weights = squares + masked_mse(decoded_BTC, x_BTC, real_BTC).item() * count, weights + count
+    figures = {"nmse": squares / weights, "objective": objective / weights}
+    if stage == 2:
+        active = (torch.cat(means).var(dim=0) > 0.01).float().mean().item() if sum(map(len, means)) > 1 else 0.0
+        figures.update(kl=kl / weights, sigma=sigma / weights, active=active)
+    return figures
+
+
+def stage_loss(vae, teacher, stage, x_BTC, real_BTC, beta, generator):
+    """The loss of one batch: (total, mse, kl). Stage 1 never touches the neck, so the neck gets no gradient there."""
+    real_BT = real_BTC.any(dim=-1)
+    if stage == 1:
+        mse = masked_mse(vae.decode_stream(vae.encode_stream(x_BTC, real_BT), real_BT), x_BTC, real_BTC)
+        return mse / 2, mse, torch.zeros(())
+    posterior = vae.encode(x_BTC, real_BT)
+    decoded_BTC = vae.decode(sample(posterior, generator), real_BT)
+    loss = vae_loss(decoded_BTC, posterior, x_BTC, real_BTC, beta, vae.config.true_ratio)
+    if teacher is None:
+        return loss
+    with torch.no_grad():
+        taught_BTC = teacher.decode_stream(teacher.encode_stream(x_BTC, real_BT), real_BT)
+    return loss._replace(total=loss.total + masked_mse(decoded_BTC, taught_BTC, real_BTC) / 2)
+
+
+def run_stage(vae, teacher, windows, stage, schedule, generator, device, autocast, quiet, log):
+    """One stage: AdamW, cosine, clipping; the state with the best held-out objective is kept, the start included, so
+    that training can never leave a codec worse than it found it. Returns the stage's record."""
+    steps, began = (schedule.steps1, schedule.steps2)[stage - 1], time.perf_counter()
+    optimiser = torch.optim.AdamW(vae.parameters(), lr=schedule.lr, betas=(0.9, 0.95), weight_decay=schedule.weight_decay)
+    best, best_state, done, stale, every = None, None, 0, 0, max(1, steps // schedule.checks)
+    bar = tqdm(range(steps + 1), desc=f"stage {stage}", disable=True if quiet else None, leave=False)
+    for step in bar:
+        if step % every == 0 or step == steps:
+            figures = validate(vae, windows, stage, schedule.batch, device)
+            log({"stage": stage, "step": step, **figures})
+            bar.set_postfix(NMSE=f"{figures['nmse']:.2e}", KL=f"{figures.get('kl', 0):.3f}")
+            if best is None or figures["objective"] < best["objective"]:
+                best, best_state, stale = {**figures, "best_step": step}, copy.deepcopy(vae.state_dict()), 0
+            else:
+                stale += 1
+            if stale == schedule.patience or (stage == 1 and figures["nmse"] < CONVERGED):
+                break
+        if step == steps:
+            break
+        picks = torch.randint(len(windows.training), (schedule.batch,), generator=generator).tolist()
+        x_BTC, real_BTC = (t.to(device) for t in windows.read([windows.training[i] for i in picks]))
+        with autocast:
+            loss = stage_loss(vae, teacher, stage, x_BTC, real_BTC,
+                              beta_at(step, steps, vae.config.beta, schedule.warmup), generator)
+        if not math.isfinite(loss[0].item()):
+            raise FloatingPointError(f"stage {stage}: the loss is {loss[0].item()} at step {step}, the last good held-out "
+                                     f"NMSE was {best['nmse']:.3e}; fix: lower --lr")
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, steps, schedule.lr, schedule.warmup)
+        optimiser.zero_grad(set_to_none=True)
+        loss[0].backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), schedule.clip)
+        optimiser.step()
+        done = step + 1
+    vae.load_state_dict(best_state)
+    return {**best, "stage": stage, "steps": done, "seconds": round(time.perf_counter() - began, 2)}
+
+
+def train_vae(parents, config, schedule=Schedule(), seed=0, device="cpu", dtype=torch.float32, quiet=True, log=lambda record: None):
+    """The curriculum, whole. Returns (vae, list of the stages' records).
+
+    parents: list of (Checkpoint, [TensorSlot, ...]); several checkpoints share one VAE.
+    Raises:  FloatingPointError (non-finite loss), CheckpointError
+    """
+    generator = torch.Generator().manual_seed(seed)
+    vae = VAE(config, generator).to(device)
+    windows = Windows(parents, config, schedule.holdout, generator)
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16) if dtype == torch.bfloat16 else contextlib.nullcontext()
+    run = lambda stage, teacher: run_stage(vae, teacher, windows, stage, schedule, generator, device, autocast, quiet, log)
+
+    first = run(1, None)                                   # stage 1: KL off, deterministic, full capacity
+    latents = stream_moments(vae, windows, schedule.batch, device)
+    # The teacher of stage 2. Where stage 1 is exact (init="pca"), its output is the input, and matching it is what the
+    # reconstruction term already does.
+    teacher = None if first["nmse"] < CONVERGED else copy.deepcopy(vae).requires_grad_(False)
+    vae.set_neck(latents.mean_Z.float(), latents.cov_ZZ)
+    second = run(2, teacher)                               # stage 2: compact neck, KL on, distillation
+    return vae.eval(), [first, second]
+
+
+def add_codec_arguments(parser):
+    """The VAE's and the schedule's flags, defaults taken from their dataclasses."""
+    c, s = VAEConfig(), Schedule()
+    parser.add_argument("--ratio", type=float, default=c.ratio, help="compression r = weights / latent numbers (%(default)s)")
+    parser.add_argument("--chunk", type=int, default=c.chunk, help="weights per chunk (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=c.tokens, help="chunks per window (%(default)s)")
+    parser.add_argument("--width", type=int, help=f"width of the network ({c.width}, or the chunk if that is larger)")
+    parser.add_argument("--blocks", type=int, default=c.blocks, help="blocks in the encoder, and in the decoder (%(default)s)")
+    parser.add_argument("--heads", type=int, default=c.heads, help="attention heads (%(default)s)")
+    parser.add_argument("--init", choices=("pca", "random"), default=c.init, help="warm start, or the paper's (%(default)s)")
+    parser.add_argument("--beta", type=float, default=c.beta, help="weight of the KL term (%(default)s)")
+    parser.add_argument("--steps1", type=int, default=s.steps1, help="steps of stage 1 at most (%(default)s)")
+    parser.add_argument("--steps2", type=int, default=s.steps2, help="steps of stage 2 (%(default)s)")
+    parser.add_argument("--lr", type=float, default=s.lr, help="peak learning rate (%(default)s)")
+    parser.add_argument("--batch", type=int, default=s.batch, help="windows per step (%(default)s)")
+    parser.add_argument("--holdout", type=float, default=s.holdout, help="fraction of windows for validation (%(default)s)")
+
+
+def describe_stage(record):
+    """One printed line per stage."""
+    line = f"stage {record['stage']}: {record['steps']} steps, {record['seconds']:.1f} s, held-out NMSE {record['nmse']:.2e}"
+    if record["stage"] == 1:
+        return line + (" (nothing to learn: the warm start is exact)" if record["steps"] == 0 and record["nmse"] < CONVERGED else "")
+    return line + f", KL {record['kl']:.3f} nats, active {record['active']:.0%}, sigma {record['sigma']:.4f}, best at step {record['best_step']}"
+
+
+def codec_settings(arguments, parser):
+    """(VAEConfig, Schedule) from the flags; a value that is wrong on its face is a usage error (exit code 2)."""
+    given = vars(arguments) | {"width": arguments.width or max(VAEConfig().width, arguments.chunk)}
+    try:
+        return [kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given}) for kind in (VAEConfig, Schedule)]
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def add_machine_arguments(parser):
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (%(default)s)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute type (%(default)s)")
+    parser.add_argument("--force", action="store_true", help="overwrite an existing output (never an input)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def pick_device(name):
+    if name == "cuda" and not torch.cuda.is_available():
+        raise CheckpointError("--device cuda", "this torch finds no CUDA device", "use --device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def save_vae(path, vae, stages, **facts):
+    """The VAE file. Wall times stay out of it: same inputs and seed, same bytes."""
+    stages = [{key: value for key, value in stage.items() if key != "seconds"} for stage in stages]
+    write_tensors(path, *vae.to_file({"stages": stages, **facts}))
+
+
+def main(argv=None):
+    parser = Parser(description="Train the VAE of LS-Merge on the weights of one or more checkpoints.")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
+    parser.add_argument("-o", "--output", default="vae.safetensors", help="the VAE file (%(default)s)")
+    parser.add_argument("--select", metavar="REGEX", help="which tensors (default: floats of >= 2 dimensions in numbered layers)")
+    parser.add_argument("--log", metavar="FILE.jsonl", help="append one JSON line per validation")
+    add_codec_arguments(parser)
+    add_machine_arguments(parser)
+    arguments = parser.parse_intermixed_args(argv)
+    config, schedule = codec_settings(arguments, parser)
+    check_select(arguments.select, parser)
+    device = pick_device(arguments.device)
+    checkpoints = [Checkpoint(path) for path in arguments.checkpoints]
+    check_output(arguments.output, arguments.checkpoints, arguments.force)
+    parents = [(c, [measure(c, e.name) for e in c.entries.values() if is_selected(e, arguments.select)]) for c in checkpoints]
+    for checkpoint, slots in parents:
+        if not slots:
+            raise CheckpointError(checkpoint.path, "no tensor is selected", "give --select a pattern that matches its names")
+        print(f"{checkpoint.path}: {len(slots)} tensors, {sum(s.numel for s in slots):,} weights")
+    print(f"r = {config.true_ratio:g}: {config.chunk} weights -> {config.latent} latent numbers")
+    with open(arguments.log, "a") if arguments.log else contextlib.nullcontext() as stream:
+        def log(record):
+            if stream:
+                print(json.dumps(record, allow_nan=False), file=stream, flush=True)
+        vae, stages = train_vae(parents, config, schedule, arguments.seed, device, getattr(torch, arguments.dtype),
+                                arguments.quiet, log)
+    for record in stages:
+        print(describe_stage(record))
+    save_vae(arguments.output, vae, stages, seed=arguments.seed, select=arguments.select, schedule=asdict(schedule))
+    print(f"wrote {arguments.output} ({sum(p.numel() for p in vae.parameters()):,} parameters)")
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))

@@ -1,0 +1,256 @@
+"""vae.py: the transformer VAE on weight chunks.                                    (read third, after chunking.py)
+
+    x_BTC --embed--> h_BTD --blocks--> h_BTD --neck--> mu_BTZ, logvar_BTZ                     encode, q(z | w)
+    z_BTZ --widen--> h_BTD --blocks--> h_BTD --unembed--> x_BTC                               decode, p(w | z)
+
+Paper: Sec. 3.2, Eq. 1 and the two-stage curriculum. Stage 1 is the network without its neck: a deterministic
+autoencoder whose latent is the D numbers of the stream per chunk (high capacity). Stage 2 inserts the neck, D -> Z.
+Letters as in lsmerge.py: B windows, T chunks per window, C weights per chunk, D width, Z latent numbers per chunk.
+
+Why the whole thing can start out exact (ours: `init="pca"`): a pre-norm transformer is  x + f_1(x) + f_2(x) + ...;
+with the last matrix of every f at zero it is the identity, so the stream carries the embedded chunk untouched. If
+the embedding is an isometry (D >= C) and the neck holds the Z leading principal directions, then the untrained
+network IS the best linear autoencoder (Eckart-Young): exact at r = C / Z <= 1, PCA at r > 1. Three things would
+break this and are therefore absent: positions added to the stream (they enter by rotation, inside attention),
+a final norm on the stream, and a nonlinearity in the heads.
+
+Not tried or not kept: token down-sampling, learned positions, dropout, a log transform of the weights.
+"""
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    chunk: int = 64             # C, weights per chunk. paper: 640. ours: small, so that a tensor of 16,384 weights
+    #                             gives n = 256 >= 4 d samples for the d x d statistics of Sec. 3.3
+    tokens: int = 16            # T, chunks per window: attention sees T C = 1,024 weights of one tensor
+    ratio: float = 1.0          # r = C / Z, weights per latent number. paper: 1.6, 2, 4; its release: 1.0
+    width: int = 128            # D, numbers per chunk inside the network. paper's release: 768
+    blocks: int = 2             # in the encoder, and again in the decoder. paper: 6; its release: 4
+    heads: int = 2              # paper's release: 4
+    init: str = "pca"           # "pca" (ours, see above) or "random" (the paper's)
+    beta: float = 1e-4          # weight of the KL in Eq. 1: a posterior deviation near sqrt(beta) = 1 % of the weights'
+
+    def __post_init__(self):
+        for name in ("chunk", "tokens", "width", "blocks", "heads"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < (0 if name == "blocks" else 1):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, must be a positive whole number")
+        if self.init not in ("pca", "random"):
+            raise ValueError(f"init is {self.init!r}, must be 'pca' or 'random'")
+        if not (math.isfinite(self.ratio) and self.ratio > 0 and self.latent >= 1):
+            raise ValueError(f"ratio is {self.ratio!r}, must be above 0 and at most the chunk size {self.chunk}")
+        if not (math.isfinite(self.beta) and self.beta >= 0):
+            raise ValueError(f"beta is {self.beta!r}, must be 0 or more")
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width {self.width} must be a multiple of 2 x heads = {2 * self.heads} (rotation needs pairs)")
+        if self.init == "pca" and self.width < self.chunk:
+            raise ValueError(f"width {self.width} is below chunk {self.chunk}: init 'pca' needs room for a whole chunk")
+
+    @property
+    def latent(self):           # Z, rounded to a whole number
+        return round(self.chunk / self.ratio)
+
+    @property
+    def true_ratio(self):       # r after that rounding: what is reported
+        return self.chunk / self.latent
+
+
+class Posterior(NamedTuple):
+    """q(z | w) = N(mu, exp(logvar)), diagonal."""
+    mu_BTZ: torch.Tensor
+    logvar_BTZ: torch.Tensor
+
+
+class Loss(NamedTuple):
+    """Eq. 1 and its parts, each a mean: `total` per weight in nats, `kl` per latent number in nats."""
+    total: torch.Tensor
+    mse: torch.Tensor           # mean squared error per real weight, standardised: the NMSE
+    kl: torch.Tensor
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: h + Attention(norm h), then h + SwiGLU(norm h)."""
+
+    def __init__(self, D, heads):
+        super().__init__()
+        hidden = -(-8 * D // 3 // 8) * 8                   # 8/3 D: as many numbers as a plain MLP of 4 D
+        self.heads = heads
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.qkv = nn.Linear(D, 3 * D, bias=False)
+        self.out = nn.Linear(D, D, bias=False)
+        self.gate_up = nn.Linear(D, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, D, bias=False)
+
+    def forward(self, h_BTD, cos_TK, sin_TK, keys_B11T):
+        B, T, D = h_BTD.shape
+        qkv = self.qkv(self.norm_attention(h_BTD)).reshape(B, T, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)               # (B, T, 3, H, K) -> 3 x (B, H, T, K), K = D / H
+        q, k = rotate(q, cos_TK, sin_TK), rotate(k, cos_TK, sin_TK)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=keys_B11T)
+        h_BTD = h_BTD + self.out(mixed.transpose(1, 2).reshape(B, T, D))
+        gate, up = self.gate_up(self.norm_mlp(h_BTD)).chunk(2, dim=-1)
+        return h_BTD + self.down(F.silu(gate) * up)
+
+
+def rotation(T, K, device, dtype, base=10_000.0):
+    """cos and sin of RoPE, (T, K): pair p of position t turns by t / base^(2 p / K).  paper's release: RoPE."""
+    angle_TP = torch.outer(torch.arange(T), base ** (-torch.arange(0, K, 2) / K))
+    angle_TK = torch.cat([angle_TP, angle_TP], dim=-1)
+    return angle_TK.cos().to(device, dtype), angle_TK.sin().to(device, dtype)
+
+
+def rotate(q_BHTK, cos_TK, sin_TK):
+    left, right = q_BHTK.chunk(2, dim=-1)
+    return q_BHTK * cos_TK + torch.cat([-right, left], dim=-1) * sin_TK
+
+
+class VAE(nn.Module):
+    """Encoder, neck and decoder. Every method takes `real_BT` (bool, 1 = chunk with weights, 0 = padding) or None
+    for windows without padding, which spares the attention its mask."""
+
+    def __init__(self, config, generator=None):
+        super().__init__()
+        self.config = config
+        C, D, Z = config.chunk, config.width, config.latent
+        self.embed, self.unembed = nn.Linear(C, D, bias=False), nn.Linear(D, C, bias=False)
+        self.encoder = nn.ModuleList(Block(D, config.heads) for _ in range(config.blocks))
+        self.decoder = nn.ModuleList(Block(D, config.heads) for _ in range(config.blocks))
+        self.neck_mu, self.neck_logvar, self.widen = nn.Linear(D, Z), nn.Linear(D, Z), nn.Linear(Z, D)
+        self.reset(generator)
+
+    @torch.no_grad()
+    def reset(self, generator=None):
+        """Draw all weights from `generator` (never from the global state): N(0, 1 / inputs) for each matrix.
+
+        init="pca": then the embedding becomes an isometry, orthonormal columns, its transpose the unembedding, and
+        the last matrix of each branch zero. That already makes stage 1 exact; `set_neck` does the rest.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.normal_(0, module.in_features ** -0.5, generator=generator)
+                if module.bias is not None:
+                    module.bias.zero_()
+        if self.config.init == "pca":
+            isometry_DC = torch.linalg.qr(self.embed.weight.double()).Q.float()
+            self.embed.weight.copy_(isometry_DC)
+            self.unembed.weight.copy_(isometry_DC.T)
+            for block in [*self.encoder, *self.decoder]:
+                block.out.weight.zero_()
+                block.down.weight.zero_()
+
+    def _run(self, blocks, h_BTD, real_BT):
+        T, K = h_BTD.shape[1], self.config.width // self.config.heads
+        cos_TK, sin_TK = rotation(T, K, h_BTD.device, h_BTD.dtype)
+        keys_B11T = None if real_BT is None else real_BT[:, None, None, :]      # nobody looks at a padding chunk
+        for block in blocks:
+            h_BTD = block(h_BTD, cos_TK, sin_TK, keys_B11T)
+        return h_BTD
+
+    def encode_stream(self, x_BTC, real_BT=None):
+        """Stage 1's latent, (B, T, D)."""
+        return self._run(self.encoder, self.embed(x_BTC), real_BT)
+
+    def decode_stream(self, h_BTD, real_BT=None):
+        return self.unembed(self._run(self.decoder, h_BTD, real_BT))
+
+    def encode(self, x_BTC, real_BT=None):
+        """paper: z = E(X_emb), token-wise.  Deterministic: the posterior's parameters, never a sample of it."""
+        h_BTD = self.encode_stream(x_BTC, real_BT)
+        return Posterior(self.neck_mu(h_BTD), self.neck_logvar(h_BTD))
+
+    def decode(self, z_BTZ, real_BT=None):
+        """paper: W^ = D(z).  (B, T, Z) -> (B, T, C)."""
+        return self.decode_stream(self.widen(z_BTZ), real_BT)
+
+    @torch.no_grad()
+    def set_neck(self, mean_D, cov_DD):
+        """Start stage 2: the neck takes the Z leading principal directions U of the stage-1 latents,
+
+            mu = U^T (h - mean),   h^ = U mu + mean,   sigma^2 = beta / (1 + beta)
+
+        the best linear code of Z numbers for this encoder (Eckart-Young), and with it the posterior variance that
+        is optimal for Eq. 1 where the code keeps unit variance and the decoder is linear:
+        d/ds [s / 2 + beta (s - 1 - log s) / 2] = 0.  Latent numbers beyond D (r < 1) start unused.
+        """
+        D, Z = self.config.width, self.config.latent
+        embed_DC, trace = self.embed.weight.double(), cov_DD.diagonal().sum()
+        # A trace of white noise, as seen through the embedding, ranks the directions that these data leave empty
+        # (few or constant chunks): r = 1 then stays exact for any weights, not only for those seen here.
+        cov_DD = cov_DD.double() + (1e-9 * trace + 1e-12) / D * embed_DC @ embed_DC.T
+        directions_DZ = torch.linalg.eigh(cov_DD).eigenvectors.flip(1)[:, :Z]
+        directions_DZ = F.pad(directions_DZ, (0, Z - directions_DZ.shape[1]))
+        sigma2 = max(self.config.beta, 1e-12) / (1 + self.config.beta)
+        self.neck_mu.weight.copy_(directions_DZ.T)
+        self.neck_mu.bias.copy_(-(mean_D.double() @ directions_DZ))
+        self.widen.weight.copy_(directions_DZ)
+        self.widen.bias.copy_(mean_D)
+        self.neck_logvar.weight.zero_()
+        self.neck_logvar.bias.fill_(math.log(sigma2))
+
+    def to_file(self, record):
+        """(tensors, header metadata) for a safetensors file. `record`: JSON-able facts of the training."""
+        return dict(self.state_dict()), {"lsmerge.vae": json.dumps(asdict(self.config)), "lsmerge.training": json.dumps(record)}
+
+    @classmethod
+    def from_file(cls, tensors, metadata):
+        """Inverse of to_file: (vae, record).  Raises ValueError where the file is not a VAE or does not fit itself."""
+        try:
+            config = json.loads(metadata["lsmerge.vae"])
+            record = json.loads(metadata.get("lsmerge.training", "{}"))
+        except (KeyError, ValueError):
+            raise ValueError("not a VAE of this project (no configuration in the header)") from None
+        known = {field.name for field in fields(VAEConfig)}
+        if not isinstance(config, dict) or set(config) != known:
+            raise ValueError(f"its configuration is not {sorted(known)}")
+        try:
+            vae = cls(VAEConfig(**config))
+        except TypeError:
+            raise ValueError("its configuration holds values of the wrong type") from None
+        expected = {name: tuple(t.shape) for name, t in vae.state_dict().items()}
+        for name in sorted(set(expected) ^ set(tensors)):
+            raise ValueError(f"tensor {name!r} is " + ("missing" if name in expected else "not part of the configured network"))
+        for name, shape in expected.items():
+            if tuple(tensors[name].shape) != shape:
+                raise ValueError(f"tensor {name!r} has shape {tuple(tensors[name].shape)}, its configuration needs {shape}")
+            if not torch.isfinite(tensors[name]).all():
+                raise ValueError(f"tensor {name!r} holds NaN or Inf")
+        vae.load_state_dict(tensors)
+        return vae, record
+
+
+def sample(posterior, generator):
+    """z = mu + sigma eps, eps ~ N(0, I): the only place where the codec is random, and only through a generator."""
+    eps_BTZ = torch.randn(posterior.mu_BTZ.shape, generator=generator, device=generator.device)
+    return posterior.mu_BTZ + (0.5 * posterior.logvar_BTZ).exp() * eps_BTZ.to(posterior.mu_BTZ)
+
+
+def masked_mse(x_BTC, target_BTC, real_BTC):
+    """Mean squared error per real weight: padding counts neither above nor below the fraction line."""
+    return (x_BTC[real_BTC] - target_BTC[real_BTC]).square().mean()
+
+
+def kl_divergence(posterior, real_BT):
+    """KL(q(z | w) || N(0, I)) in nats, mean per latent number of real chunks.
+
+        KL = (mu^2 + sigma^2 - 1 - log sigma^2) / 2
+    """
+    mu, logvar = (part[real_BT] for part in posterior)     # selected, not multiplied by 0: 0 x Inf would be NaN
+    return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean()
+
+
+def vae_loss(decoded_BTC, posterior, x_BTC, real_BTC, beta, ratio):
+    """paper: Eq. 1,  -E_q[log p(w | z)] + beta KL(q(z | w) || N(0, I)).
+
+    ours: p(w | z) is a Gaussian of unit variance on standardised weights; divided by the number of weights, and up to
+    a constant, Eq. 1 is  mse / 2 + (beta / r) kl,  as there are 1 / r latent numbers per weight.
+    """
+    mse = masked_mse(decoded_BTC, x_BTC, real_BTC)
+    kl = kl_divergence(posterior, real_BTC.any(dim=-1))
+    return Loss(mse / 2 + beta / ratio * kl, mse, kl)
