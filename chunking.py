@@ -13,13 +13,13 @@ Owned here: the bytes on disk (no other module opens a checkpoint), what a tenso
 depth, and the statistics of a tensor. Absent on purpose: pickle, mmap (a file truncated under a live mapping
 kills the process; a short `pread` is an error with a name), and any table of architectures: names are enough.
 """
-import argparse, hashlib, json, math, os, re, signal, stat, sys, tempfile, warnings
+import argparse, itertools, json, math, os, re, signal, stat, sys, tempfile, warnings
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from scipy import stats
 
 
 class CheckpointError(ValueError):
@@ -30,12 +30,17 @@ class CheckpointError(ValueError):
         super().__init__(f"{where}{what}; fix: {fix}")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Names: role and depth. Architecture knowledge is this table; a fork adds a line, not a branch.
-# ---------------------------------------------------------------------------------------------------------
-# (role, pattern over the dotted name behind the layer number, or over the whole name outside the layers). The first
-# match wins, so the long spellings of BERT and GPT-2 come before the short ones. Spellings, in order:
-# Llama/Gemma/Qwen/Mistral, BERT, GPT-2 (c_*), GPT-NeoX/Falcon, ViT and torch.nn.
+AGAIN = "the file is damaged or incomplete: fetch or write it again"
+
+
+def need(condition, file, what, fix=AGAIN, tensor=None):
+    if not condition:
+        raise CheckpointError(file, what, fix, tensor)
+
+
+# --- Names: role and depth. Architecture knowledge is this table; a fork adds a line, not a branch ------------------
+# (role, pattern over the dotted name behind the layer number, or the whole name outside the layers); the first match
+# wins. Spellings: Llama/Gemma/Qwen/Mistral, BERT, GPT-2 (c_*), GPT-NeoX/Falcon, ViT, torch.nn.
 ROLES = [
     ("norm",    r"norm|(^|\.)ln_?\d|(^|\.)ln_f"),
     ("router",  r"router|\bmlp\.gate$|block_sparse_moe\.gate$"),
@@ -81,9 +86,7 @@ def place(name):
     return Place(layer, ".".join([role, *extra]))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Reading. The header is checked here, before any work: the library's own messages name neither file nor tensor.
-# ---------------------------------------------------------------------------------------------------------
+# --- Reading. The header is checked here, before any work: the library's own messages name neither file nor tensor. ---
 # In the order of the library's writer: wide dtypes first, so that every tensor of a file is aligned.
 DTYPES = {"U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "U32": torch.uint32,
           "I32": torch.int32, "BF16": torch.bfloat16, "F16": torch.float16, "U16": torch.uint16, "I16": torch.int16,
@@ -121,9 +124,9 @@ class Entry:
 
 def _unique(pairs):
     """object_pairs_hook that refuses a key given twice (the library silently takes the last)."""
-    if len({key for key, _ in pairs}) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(k for k in keys if keys.count(k) > 1)!r} stands twice in the header")
+    for name, count in Counter(name for name, _ in pairs).items():
+        if count > 1:
+            raise ValueError(f"{name!r} stands there {count} times")
     return dict(pairs)
 
 
@@ -133,60 +136,44 @@ def _refuse_constant(text):
 
 def read_header(path):
     """(entries, metadata) of a safetensors file, every byte accounted for.  Raises CheckpointError, OSError."""
-    again = "the file is damaged or incomplete: fetch or write it again"
-    if os.path.isdir(path):
-        raise CheckpointError(path, "is a folder", "pass the .safetensors file in it")
+    need(not os.path.isdir(path), path, "is a folder", "pass the .safetensors file in it")
     with open(path, "rb") as file:
         size, head = os.fstat(file.fileno()).st_size, file.read(32)
         length = int.from_bytes(head[:8], "little")
         if size < 8 or length > min(size - 8, HEADER_LIMIT):
             for magic, what, fix in MAGIC:
-                if head.startswith(magic):
-                    raise CheckpointError(path, f"not a safetensors file but {what}", fix)
-            raise CheckpointError(path, f"not a safetensors file, or cut short ({size} bytes, header of {length})", again)
+                need(not head.startswith(magic), path, f"not a safetensors file but {what}", fix)
+            raise CheckpointError(path, f"not a safetensors file, or cut short ({size} bytes, header of {length})", AGAIN)
         file.seek(8)
         try:
-            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+            header = json.loads(file.read(length).decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(path, f"the header is not valid JSON ({error})"[:300], again) from None
-    if not isinstance(header, dict):
-        raise CheckpointError(path, "the header is not a JSON object", again)
-    metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(path, "__metadata__ is not a table of strings", again)
-    entries = [_entry(path, name, record, 8 + length) for name, record in header.items()]
-    if not entries:
-        raise CheckpointError(path, "holds no tensors", "nothing to merge: pass a checkpoint with weights")
-    position = 8 + length                                  # the format: no holes, no overlaps, nothing behind
-    for entry in sorted(entries, key=lambda entry: (entry.start, entry.nbytes)):
-        if entry.start != position:
-            raise CheckpointError(path, f"data begins at byte {entry.start}, expected {position}", again, entry.name)
+            raise CheckpointError(path, f"the header is not valid JSON: {error}"[:300], AGAIN) from None
+    need(isinstance(header, dict), path, "the header is not a JSON object")
+    metadata, position = header.pop("__metadata__", None) or {}, 8 + length
+    need(isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()), path,
+         "__metadata__ is not a table of strings")
+    need(header, path, "holds no tensors", "pass a checkpoint with weights")
+    entries = [_entry(path, name, record, position) for name, record in header.items()]
+    for entry in sorted(entries, key=lambda entry: (entry.start, entry.nbytes)):    # no holes, no overlaps, no rest
+        need(entry.start == position, path, f"data begins at byte {entry.start}, expected {position}", tensor=entry.name)
         position += entry.nbytes
-    if position != size:
-        raise CheckpointError(path, f"{size} bytes, but the header describes {position}", again)
+    need(position == size, path, f"{size} bytes, but the header describes {position}")
     return entries, metadata
 
 
 def _entry(path, name, record, base):
     """One header record, checked."""
-    def bad(what, fix="the file is damaged: fetch or write it again"):
-        return CheckpointError(path, what, fix, name)
-    def naturals(value):
-        return isinstance(value, list) and all(type(v) is int and 0 <= v < 2 ** 62 for v in value)
-    if not name:
-        raise bad("a tensor without a name")
-    if QUANTISED.search(name):
-        raise bad("belongs to a quantised checkpoint", "use the original 16- or 32-bit checkpoint")
-    if not isinstance(record, dict) or not {"dtype", "shape", "data_offsets"} <= set(record):
-        raise bad("the header record lacks dtype, shape or data_offsets")
+    check = lambda condition, what, fix=AGAIN: need(condition, path, what, fix, name)
+    naturals = lambda value: isinstance(value, list) and all(type(v) is int and 0 <= v < 2 ** 62 for v in value)
+    check(name, "a tensor without a name")
+    check(not QUANTISED.search(name), "belongs to a quantised checkpoint", "use the original 16- or 32-bit checkpoint")
+    check(isinstance(record, dict) and {"dtype", "shape", "data_offsets"} <= set(record), "lacks dtype, shape or offsets")
     code, shape, offsets = record["dtype"], record["shape"], record["data_offsets"]
-    if not isinstance(code, str) or code not in DTYPES:
-        raise bad(f"dtype {code!r} is not supported", "use one of " + ", ".join(DTYPES))
-    if not naturals(shape) or not naturals(offsets) or len(offsets) != 2:
-        raise bad("shape or offsets are not natural numbers")
-    entry = Entry(name, DTYPES[code], tuple(shape), path, base + offsets[0])
-    if offsets[1] - offsets[0] != entry.nbytes:
-        raise bad(f"{offsets[1] - offsets[0]} bytes of data for shape {shape} of {code} ({entry.nbytes} bytes)")
+    check(isinstance(code, str) and code in DTYPES, f"dtype {code!r} is not supported", "use one of " + ", ".join(DTYPES))
+    check(naturals(shape) and naturals(offsets) and len(offsets) == 2, "shape or offsets are not natural numbers")
+    entry, given = Entry(name, DTYPES[code], tuple(shape), path, base + offsets[0]), offsets[1] - offsets[0]
+    check(given == entry.nbytes, f"{given} bytes of data for shape {shape} of {code}, which takes {entry.nbytes}")
     return entry
 
 
@@ -213,8 +200,7 @@ class Checkpoint:
         buffer = memoryview(bytearray((stop - start) * width))
         while got < len(buffer):                           # a read may return less than asked for (2 GiB at most)
             step = os.preadv(self._files[entry.file].fileno(), [buffer[got:]], entry.start + start * width + got)
-            if not step:
-                raise CheckpointError(entry.file, "the file shrank while it was read", "keep inputs unchanged", name)
+            need(step, entry.file, "the file shrank while it was read", "keep inputs unchanged, run again", name)
             got += step
         return torch.frombuffer(buffer, dtype=entry.dtype)
 
@@ -223,20 +209,10 @@ class Checkpoint:
 
     def check_unchanged(self):
         """Raises if a file was replaced or rewritten since it was opened."""
-        if self._state() != self._seen:
-            raise CheckpointError(self.path, "the file changed while it was read", "keep inputs unchanged, run again")
-
-    def sha256(self):
-        digest = hashlib.sha256()
-        for file in self._files.values():
-            for position in range(0, os.fstat(file.fileno()).st_size, 1 << 22):
-                digest.update(os.pread(file.fileno(), 1 << 22, position))
-        return digest.hexdigest()
+        need(self._state() == self._seen, self.path, "the file changed while it was read", "keep inputs unchanged, run again")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Writing. The library's save_file wants all tensors at once, orders the metadata at random and ignores the umask.
-# ---------------------------------------------------------------------------------------------------------
+# --- Writing. The library's save_file wants all tensors at once, orders the metadata at random and ignores the umask. ---
 def plan_file(entries, metadata):
     """(header bytes, name -> Entry with its final offset, size) of the file to be written.
 
@@ -244,17 +220,15 @@ def plan_file(entries, metadata):
     so the header goes first and tensors may arrive in any order.
     """
     ordered = sorted(entries, key=lambda entry: (list(DTYPES).index(CODES[entry.dtype]), entry.name))
-    header, offset = {"__metadata__": {"format": "pt", **metadata}}, 0
-    for entry in ordered:
-        header[entry.name] = {"dtype": CODES[entry.dtype], "shape": list(entry.shape),
-                              "data_offsets": [offset, offset + entry.nbytes]}
-        offset += entry.nbytes
+    ends = list(itertools.accumulate((entry.nbytes for entry in ordered), initial=0))
+    header = {"__metadata__": {"format": "pt", **metadata}}
+    header |= {entry.name: {"dtype": CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, stop]}
+               for entry, start, stop in zip(ordered, ends, ends[1:])}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    base, placed = 8 + len(text), {}
-    for entry in ordered:
-        placed[entry.name] = replace(entry, start=base + header[entry.name]["data_offsets"][0])
-    return len(text).to_bytes(8, "little") + text, placed, base + offset
+    base = 8 + len(text)
+    placed = {entry.name: replace(entry, start=base + start) for entry, start in zip(ordered, ends)}
+    return len(text).to_bytes(8, "little") + text, placed, base + ends[-1]
 
 
 def write_checkpoint(path, entries, pieces, metadata, accept=lambda: None):
@@ -288,8 +262,10 @@ def write_checkpoint(path, entries, pieces, metadata, accept=lambda: None):
         umask = os.umask(0); os.umask(umask)
         os.fchmod(handle, stat.S_IMODE(os.stat(path).st_mode) if os.path.exists(path) else 0o666 & ~umask)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, OSError):
+            error.filename = error.filename or path        # a full disk has no name of its own
         raise
     finally:
         os.close(handle)
@@ -299,17 +275,15 @@ def write_checkpoint(path, entries, pieces, metadata, accept=lambda: None):
 
 
 def _reopen(path, entries):
-    """Read the written file with the library's own reader: names, shapes, dtypes, finiteness."""
+    """Read the written file's header with the library's own reader: what others will see."""
     try:
         with safe_open(path, framework="pt") as file:
-            if set(file.keys()) != {entry.name for entry in entries}:
-                raise CheckpointError(path, "self-check: names differ from the plan", "report this")
-            for entry in entries:
-                part = file.get_slice(entry.name)
-                if tuple(part.get_shape()) != entry.shape or part.get_dtype() != CODES[entry.dtype]:
-                    raise CheckpointError(path, "self-check: shape or dtype differs", "report this", entry.name)
+            parts = {name: file.get_slice(name) for name in file.keys()}
+            seen = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
     except SafetensorError as error:
         raise CheckpointError(path, f"self-check: {error}", "report this") from None
+    need(seen == {entry.name: (entry.shape, CODES[entry.dtype]) for entry in entries}, path,
+         "self-check: names, shapes or dtypes differ from the plan", "report this")
 
 
 def write_tensors(path, tensors, metadata):
@@ -321,22 +295,15 @@ def write_tensors(path, tensors, metadata):
 def check_output(path, inputs, force):
     """Refuse, before any work, an output that is an input under any spelling, exists, or cannot be made."""
     real = os.path.realpath(path)
-    for file in inputs:
-        if os.path.exists(real) and os.path.samefile(real, file):
-            raise CheckpointError(path, f"the output is the input {file}", "choose another -o")
-    if os.path.isdir(real):
-        raise CheckpointError(path, "the output is a folder", "give a file name ending in .safetensors")
-    if os.path.exists(real) and not force:
-        raise CheckpointError(path, "the output exists", "choose another -o, or pass --force to overwrite it")
-    if not os.path.isdir(os.path.dirname(real)):
-        raise CheckpointError(path, "its folder does not exist", "create the folder first")
-    if not os.access(os.path.dirname(real), os.W_OK):
-        raise CheckpointError(path, "its folder is not writable", "choose another -o")
+    folder, twins = os.path.dirname(real), [f for f in inputs if os.path.exists(real) and os.path.samefile(real, f)]
+    need(not twins, path, f"the output is the input {', '.join(map(str, twins))}", "choose another -o")
+    need(not os.path.isdir(real), path, "the output is a folder", "give a file name ending in .safetensors")
+    need(force or not os.path.exists(real), path, "the output exists", "choose another -o, or pass --force")
+    need(os.path.isdir(folder), path, "its folder does not exist", "create the folder first")
+    need(os.access(folder, os.W_OK), path, "its folder is not writable", "choose another -o")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Layout: which tensors are encoded, and the record that makes each one invertible.
-# ---------------------------------------------------------------------------------------------------------
+# --- Layout: which tensors are encoded, and the record that makes each one invertible. -------------------------------
 @dataclass(frozen=True)
 class TensorSlot:
     """Per-tensor record: everything needed to turn chunks back into this tensor."""
@@ -377,21 +344,19 @@ def measure(checkpoint, name):
     entry, count, mean, m2 = checkpoint.entries[name], 0, 0.0, 0.0
     for start, stop in spans(entry.numel):
         piece = checkpoint.read(name, start, stop).double().numpy()
-        if not np.isfinite(piece).all():
-            first = int(np.flatnonzero(~np.isfinite(piece))[0])
-            raise CheckpointError(entry.file, f"{np.count_nonzero(~np.isfinite(piece))} NaN or Inf from element {start + first} on",
-                                  "repair or re-export the checkpoint", name)
+        wrong = np.flatnonzero(~np.isfinite(piece))
+        need(not len(wrong), entry.file, f"{len(wrong)} NaN or Inf, the first at element {start + (wrong[0] if len(wrong) else 0)}",
+             "repair or re-export the checkpoint", name)
         if piece.size:
             delta, total = piece.mean() - mean, count + piece.size
             m2 += piece.var() * piece.size + delta * delta * count * piece.size / total
             mean, count = mean + delta * piece.size / total, total
     std = math.sqrt(m2 / count) if count else 0.0
-    return TensorSlot(name, entry.shape, entry.dtype, float(mean), std if std > 0 else 1.0, place(name))
+    spread = std > 1e-12 * abs(mean)                       # below that it is the rounding of a constant tensor
+    return TensorSlot(name, entry.shape, entry.dtype, float(mean), std if spread else 1.0, place(name))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The way to chunks and back (paper: Sec. 3.2)
-# ---------------------------------------------------------------------------------------------------------
+# --- The way to chunks and back (paper: Sec. 3.2) --------------------------------------------------------------------
 def scale(flat_L, slot):
     """(w - mean) / scale in float32: mean 0, variance 1 under the slot's statistics."""
     return ((flat_L.double() - slot.mean) / slot.scale).float()
@@ -438,19 +403,19 @@ def from_windows(x_BTC, N):
     return x_BTC.reshape(-1, x_BTC.shape[-1])[:N]                   # (B, T, C) -> (N, C)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# python chunking.py CHECKPOINT: Table 1 and Fig. 2 for any file
-# ---------------------------------------------------------------------------------------------------------
+# --- python chunking.py CHECKPOINT: Table 1 and Fig. 2 for any file --------------------------------------------------
 def moments(matrix):
     """paper: Table 1. mean, variance, skewness, excess kurtosis (0 for a Gaussian) of raw weights; float64.
 
     kurtosis_row: the mean over output rows of each row's own. Pooling rows of different scale inflates `kurtosis`
     (a scale mixture of Gaussians is heavy-tailed); the per-row figure is free of that. Constant rows count as 0.
     """
+    from scipy import stats                                # here: importing it takes as long as a small merge
     flat = matrix.reshape(-1)
     with warnings.catch_warnings():                        # scipy warns of constant rows and returns NaN for them
         warnings.simplefilter("ignore", RuntimeWarning)
-        figures = flat.mean(), flat.var(), stats.skew(flat), stats.kurtosis(flat), np.nan_to_num(stats.kurtosis(matrix, axis=1)).mean()
+        rows = np.nan_to_num(stats.kurtosis(matrix, axis=1))
+        figures = flat.mean(), flat.var(), stats.skew(flat), stats.kurtosis(flat), rows.mean()
     return dict(zip(MOMENTS, map(float, np.nan_to_num(figures))))
 
 
@@ -477,8 +442,7 @@ def describe(checkpoint):
     for entry in checkpoint.entries.values():
         if is_selected(entry):
             matrix = checkpoint.read_tensor(entry.name).double().numpy().reshape(entry.shape[0], -1)
-            if not np.isfinite(matrix).all():
-                raise CheckpointError(entry.file, "holds NaN or Inf", "repair or re-export the checkpoint", entry.name)
+            need(np.isfinite(matrix).all(), entry.file, "holds NaN or Inf", "repair or re-export the checkpoint", entry.name)
             if matrix.shape not in noise:
                 noise[matrix.shape] = spectrum(np.random.default_rng(0).standard_normal(matrix.shape))
             where = place(entry.name)
@@ -508,31 +472,27 @@ class Parser(argparse.ArgumentParser):
         print(f"error: {self.prog}: {message}; fix: see --help", file=sys.stderr)
         raise SystemExit(2)
 
-
-def check_select(pattern, parser):
-    try:
-        re.compile(pattern or "")
-    except re.error as error:
-        parser.error(f"--select {pattern!r} is not a regular expression ({error})")
+    def check_select(self, pattern):
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            self.error(f"--select {pattern!r} is not a regular expression ({error})")
 
 
 def command(run):
     """Run a command. What a file, a disk or the data can cause is one line on stderr and exit code 1; 130 interrupted,
     143 terminated. Both signals unwind the stack, so that `write_checkpoint` removes its temporary file."""
-    def terminated(signum, frame):
-        raise SystemExit(143)
-    signal.signal(signal.SIGTERM, terminated)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return run() or 0
     except (CheckpointError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"error: {error.filename or 'I/O'}: {error.strerror or error}; fix: check the path, its permissions and "
-              "the free space", file=sys.stderr)
+        print(f"error: {error.filename or 'I/O'}: {error.strerror or error}; fix: check path, permissions and free space", file=sys.stderr)
     except MemoryError:
         print("error: out of memory; fix: close other programs", file=sys.stderr)
     except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
+        print("error: interrupted, nothing was written; fix: run it again", file=sys.stderr)
         return 130
     return 1
 

@@ -32,7 +32,7 @@ from typing import Callable, NamedTuple
 import torch
 
 import align as ot
-from chunking import PIECE, CheckpointError, TensorSlot, chunk, from_windows, scale, spans, to_windows, unscale
+from chunking import PIECE, CheckpointError, TensorSlot, chunk, from_windows, need, scale, spans, to_windows, unscale
 
 BATCH_CHUNKS = 1024             # chunks per forward pass: large enough for the matrix units, small enough for a cache
 GATE_CHUNKS = 1024              # of every piece, this many chunks measure the round trip (all of a small tensor)
@@ -84,9 +84,7 @@ class Parent(NamedTuple):
         return z_NZ[first - begin:last - begin]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Operators: latents (or raw weights, for the baseline) of target and sources in, one merged code out.
-# ---------------------------------------------------------------------------------------------------------
+# --- Operators: latents (or raw weights, for the baseline) of target and sources in, one merged code out. ------------
 def lerp(parents, weights):
     """paper: Sec. 3.3, z_lambda = (1 - lambda) z_a + lambda z_b; for N models the barycentre sum_i lambda_i z_i.
 
@@ -102,9 +100,7 @@ def convex_weights(lam):
     return [max(0.0, 1 - sum(lam)), *lam]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Transport: what happens to a source's latents before they meet the target's (paper: Sec. 3.3, Algorithm 1, lines 3, 4)
-# ---------------------------------------------------------------------------------------------------------
+# --- Transport: what happens to a source's latents before they meet the target's (paper: Sec. 3.3, Algorithm 1, lines 3, 4) ---
 @dataclass(frozen=True)
 class Alignment:
     """How sources are brought to the target: `method` of --align; `control` of --control; `epsilon` of Sinkhorn."""
@@ -149,7 +145,10 @@ class Transport:
         elif self.how.method == "sinkhorn":
             z_source_IZ = self.source.latents(*ot.source_range(j0, j1, self.source.N, self.target.N))
             z_source_IZ = ot.project(z_source_IZ, len(z_source_IZ), self.target.codec.Z)
-            plan = ot.sinkhorn(ot.squared_cost(z_source_IZ, z_target_JZ), epsilon=self.how.epsilon)
+            try:
+                plan = ot.sinkhorn(ot.squared_cost(z_source_IZ, z_target_JZ), epsilon=self.how.epsilon)
+            except ValueError as error:
+                raise CheckpointError("alignment", str(error), "raise --epsilon", self.target.slot.name) from None
             z_aligned_JZ = ot.barycentric_map(plan.plan_IJ, z_source_IZ, plan.plan_IJ.sum(0))
             self.iterations += plan.iterations
             self.error = max(self.error, plan.source_error, plan.target_error)
@@ -164,12 +163,10 @@ class Transport:
         return {"layer": here.layer, "role": here.role, "source": self.source.index, "source_layer": there.layer,
                 "iterations": self.iterations, "marginal_error": self.error,
                 "cost_before": ot.wasserstein2(self.before, self.goal), "cost_after": ot.wasserstein2(self.after, self.goal),
-                "std_ratio": ot.std_ratio(self.after, self.goal), "n_over_d": self.target.N / self.target.codec.Z}
+                "std_ratio": self.after.spread / (self.goal.spread or 1.0), "n_over_d": self.target.N / self.target.codec.Z}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The method
-# ---------------------------------------------------------------------------------------------------------
+# --- The method ------------------------------------------------------------------------------------------------------
 @dataclass
 class Tally:
     """Sums over the encoded tensors, from which the report is made. Distances are sums of squares."""
@@ -183,6 +180,7 @@ class Tally:
     def add_error(self, parent, decoded_L, weights_L):
         error = self.errors.setdefault((parent.index, parent.slot.name), [0.0, 0])
         error[0] += ((decoded_L - weights_L) / parent.slot.scale).square().sum().item()
+        need(math.isfinite(error[0]), "codec", "the round trip is not finite", "use another VAE", parent.slot.name)
         error[1] += len(weights_L)
 
     def add_distances(self, merged_L, raw, weights, operator):
@@ -198,9 +196,8 @@ class Tally:
 def cast(flat_L, slot):
     """The one rounding to the stored dtype; a value that does not fit is an error, never an Inf in a file."""
     result = flat_L.to(slot.dtype)
-    if not torch.isfinite(result).all():
-        raise CheckpointError("result", f"{flat_L.abs().max():.3g} does not fit {slot.dtype}", "lower --lam, or store the "
-                              "target in float32 or bfloat16", slot.name)
+    need(torch.isfinite(result).all(), "result", f"{flat_L.abs().max():.3g} does not fit {slot.dtype}",
+         "lower --lam, or store the target in float32 or bfloat16", slot.name)
     return result
 
 

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import align as ot
-from chunking import (PIECE, Checkpoint, CheckpointError, Parser, check_output, check_select, command, is_selected, measure, place,
+from chunking import (PIECE, Checkpoint, CheckpointError, Parser, check_output, command, is_selected, measure, place,
                       plan_file, spans, write_checkpoint)
 from lsmerge import Alignment, Codec, Parent, Tally, cast, convex_weights, lerp, ls_merge, round_trip
 from train import add_machine_arguments, describe_stage, pick_device, save_vae, train_vae
@@ -29,9 +29,7 @@ OPERATORS = {"lerp": lerp}
 MAX_NMSE = 1e-3                 # a relative error of 3 %: what a language model just tolerates
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The plan: what happens to each tensor of the target (paper: Algorithm 1, line 1)
-# ---------------------------------------------------------------------------------------------------------
+# --- The plan: what happens to each tensor of the target (paper: Algorithm 1, line 1) --------------------------------
 @dataclass(frozen=True)
 class Task:
     """One tensor of the target. `partners`: (index of the source, the name there); `slots`: the target's, then one per
@@ -115,9 +113,7 @@ def measure_slots(tasks, target, sources):
     return done
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The stream of merged tensors
-# ---------------------------------------------------------------------------------------------------------
+# --- The stream of merged tensors ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Job:
     """One run, as decided by the command line and the files."""
@@ -160,9 +156,7 @@ def merged_pieces(job, codecs, tally):
             yield name, start, piece
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The codec
-# ---------------------------------------------------------------------------------------------------------
+# --- The codec -------------------------------------------------------------------------------------------------------
 def load_vae(path):
     """(VAE, training record) of a file that train.py wrote."""
     file = Checkpoint(path)
@@ -182,7 +176,7 @@ def training_parents(job):
     return parents
 
 
-def get_codecs(arguments, job, say):
+def get_codecs(arguments, job):
     """[Codec of the target, of source 1, ...]: from files, or one VAE trained on all inputs."""
     device, dtype = pick_device(arguments.device), getattr(torch, arguments.dtype)
     if arguments.vae:
@@ -190,7 +184,7 @@ def get_codecs(arguments, job, say):
     else:
         vae, stages = train_vae(training_parents(job), VAEConfig(), seed=job.seed, device=device, quiet=arguments.quiet)
         for record in stages:
-            say("  " + describe_stage(record))
+            print(describe_stage(record))
         if arguments.save_vae:
             save_vae(arguments.save_vae, vae, stages, seed=job.seed, select=arguments.select)
     mine = Codec(vae, device, dtype)
@@ -198,62 +192,52 @@ def get_codecs(arguments, job, say):
     return [mine] + [theirs] * len(job.sources)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The report
-# ---------------------------------------------------------------------------------------------------------
-def anonymous_mib():
-    """Anonymous memory of this process in MiB (file mappings such as the torch library do not count); None off Linux."""
-    try:
-        with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) / 1024 for line in status if line.startswith("RssAnon"))
-    except (OSError, StopIteration):
-        return None
-
-
+# --- The report ------------------------------------------------------------------------------------------------------
 class PeakMemory(threading.Thread):
-    """Samples the anonymous memory 50 times a second: the peak is of a moment inside a library call."""
+    """Samples the anonymous memory (RssAnon: file mappings such as torch's library do not count) 50 times a second, as
+    its peak is inside a library call; `peak` in MiB, None where the system does not tell."""
 
     def __init__(self):
         super().__init__(daemon=True)
-        self.peak, self.stopped = anonymous_mib(), threading.Event()
+        self.peak = 0.0 if os.path.exists("/proc/self/status") else None
         self.start()
 
     def run(self):
-        while self.peak is not None and not self.stopped.wait(0.02):
-            self.peak = max(self.peak, anonymous_mib())
+        while self.peak is not None:
+            with open("/proc/self/status") as status:
+                self.peak = max(self.peak, *(int(line.split()[1]) / 1024 for line in status if line.startswith("RssAnon")), 0)
+            time.sleep(0.02)
+
+
+def by_action(job):
+    return {action: [task for task in job.tasks if task.action == action] for action in ("encoded", "averaged", "copied")}
 
 
 def round_trips(job, tally):
-    """[NMSE of the target, of each source], and the worst tensor of all. Averages are over encoded weights."""
-    totals, worst = {}, {"name": None, "nmse": None}
-    sizes = {(k, slot.name): slot.numel for task in job.tasks for k, slot in
-             zip([0, *(i + 1 for i, _ in task.partners)], task.slots)}
-    for (k, name), (squares, count) in tally.errors.items():
-        nmse, size = squares / count, sizes[k, name]
-        total = totals.setdefault(k, [0.0, 0])
-        totals[k] = [total[0] + nmse * size, total[1] + size]
-        if worst["nmse"] is None or not nmse <= worst["nmse"]:
-            worst = {"name": name, "nmse": nmse}
-    return {k: total / size for k, (total, size) in sorted(totals.items())}, worst
+    """({parent index: NMSE averaged over encoded weights}, the worst tensor of all parents)."""
+    sums, worst = {}, {"name": None, "nmse": None}
+    for task in by_action(job)["encoded"]:
+        for k, slot in zip([0, *(i + 1 for i, _ in task.partners)], task.slots):
+            squares, count = tally.errors.get((k, slot.name), (0.0, 0))
+            if count:
+                sums.setdefault(k, []).append((squares / count, slot.numel))
+                worst = max(worst, {"name": slot.name, "nmse": squares / count}, key=lambda w: -1 if w["nmse"] is None else w["nmse"])
+    return {k: sum(nmse * n for nmse, n in pairs) / sum(n for _, n in pairs) for k, pairs in sums.items()}, worst
 
 
 def make_report(job, kind, tally, codecs, bound, seconds, memory):
-    nmse, worst = round_trips(job, tally)
-    counts = {action: [t.name for t in job.tasks if t.action == action] for action in ("encoded", "averaged", "copied")}
+    (nmse, worst), actions, total = round_trips(job, tally), by_action(job), len(job.target.entries)
     size = lambda names: sum(job.target.entries[name].numel for name in names)
     relative = lambda squares: math.sqrt(squares / tally.target) if squares is not None and tally.target > 0 else None
-    defined = kind != "cross-shape"
-    labels = ["target", *(f"source {i + 1}" for i in range(len(job.sources)))]
-    gates = [{"name": f"round trip of {labels[k]}", "passed": value <= bound, "value": value, "bound": bound}
+    defined, covered = kind != "cross-shape", sum(map(len, actions.values()))
+    gates = [{"name": f"round trip of {f'source {k}' if k else 'target'}", "passed": value <= bound, "value": value, "bound": bound}
              for k, value in nmse.items() if not (job.residual and not any(job.lam))]
-    covered = sum(map(len, counts.values()))
-    gates.append({"name": "encoded + averaged + copied = all", "passed": covered == len(job.target.entries),
-                  "value": covered, "bound": len(job.target.entries)})
+    gates.append({"name": "encoded + averaged + copied = all", "passed": covered == total, "value": covered, "bound": total})
     return {
         "kind": kind, "ratio": codecs[0].vae.config.true_ratio if codecs else None, "lambda": job.lam,
         "operator": job.operator, "space": job.space, "align": job.how.method, "control": job.how.control,
-        "tensors": {**{action: len(names) for action, names in counts.items()}, "total": len(job.target.entries),
-                    "weights_encoded": size(counts["encoded"]), "weights_total": size(job.target.entries)},
+        "tensors": {**{action: len(tasks) for action, tasks in actions.items()}, "total": total,
+                    "weights_encoded": size(t.name for t in actions["encoded"]), "weights_total": size(job.target.entries)},
         "roundtrip": {"nmse": nmse.get(0), "worst": worst},
         "distance": {"to_target": relative(tally.to_target),
                      "to_source": [relative(tally.to_source.get(i + 1) if defined else None) for i in range(len(job.sources))],
@@ -263,27 +247,25 @@ def make_report(job, kind, tally, codecs, bound, seconds, memory):
 
 
 def print_report(report, job):
-    t, show = report["tensors"], lambda value: "undefined" if value is None else f"{value:.4f}"
+    t, d, worst = report["tensors"], report["distance"], report["roundtrip"]["worst"]
+    show = lambda value: "undefined" if value is None else f"{value:.4f}"
     print(f"{report['kind']}, {report['operator']} in {report['space']} space, align {report['align']}, "
-          f"lambda {', '.join(f'{v:g}' for v in report['lambda']) or '-'}"
-          + (f", control {report['control']}" if report["control"] else "") + (f", r = {report['ratio']:g}" if report["ratio"] else ""))
+          f"control {report['control'] or 'none'}, lambda {', '.join(f'{v:g}' for v in job.lam) or '-'}, r = {report['ratio'] or '-'}")
     print(f"tensors: {t['encoded']} encoded + {t['averaged']} averaged + {t['copied']} copied = {t['total']}; weights encoded: "
           f"{t['weights_encoded']:,} of {t['weights_total']:,} ({t['weights_encoded'] / max(1, t['weights_total']):.1%})")
     for why in dict.fromkeys(task.why for task in job.tasks if task.why):
         names = [task.name for task in job.tasks if task.why == why]
         print(f"  copied, {why}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}")
-    worst = report["roundtrip"]["worst"]
-    if worst["name"]:
-        print(f"round trip, worst tensor: NMSE {worst['nmse']:.2e} ({worst['name']})")
-    d = report["distance"]
-    print(f"distance over the target's norm: to target {show(d['to_target'])}"
-          + "".join(f", to source {i + 1} {show(v)}" for i, v in enumerate(d["to_source"])) + f", to the plain average {show(d['to_average'])}")
+    print(f"distance over the target's norm: to the target {show(d['to_target'])}, "
+          + "".join(f"to source {i + 1} {show(v)}, " for i, v in enumerate(d["to_source"])) + f"to the plain average {show(d['to_average'])}")
     if report["alignment"]:
         print_alignment(report["alignment"])
+    if worst["name"]:
+        print(f"round trip, worst tensor: NMSE {worst['nmse']:.2e} ({worst['name']})")
     for gate in report["gates"]:
         value, bound = (f"{gate[k]:.2e}" if isinstance(gate[k], float) else gate[k] for k in ("value", "bound"))
         print(f"gate {'passed' if gate['passed'] else 'FAILED'}: {gate['name']}: {value} (bound {bound})")
-    print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in report["seconds"].items())
+    print("seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in report["seconds"].items())
           + (f"; peak anonymous memory {report['peak_anonymous_mib']:.0f} MiB" if report["peak_anonymous_mib"] else ""))
 
 
@@ -304,35 +286,31 @@ def print_alignment(records):
 
 
 def matmul_rate(dtype):
-    """Measured multiply-add rate of this machine in FLOP/s: what the codec's time is estimated from."""
-    x = torch.ones(1024, 1024, dtype=dtype)
-    began = time.perf_counter()
+    """Multiplications and additions per second of this machine, measured: the codec's time is estimated from it."""
+    x, began = torch.ones(1024, 1024, dtype=dtype), time.perf_counter()
     for _ in range(8):
         x @ x
     return 8 * 2 * 1024 ** 3 / (time.perf_counter() - began)
 
 
 def print_plan(kind, job, a):
-    """--dry-run: who meets whom, how much, how long. Estimates are marked as such."""
-    actions = {action: [t for t in job.tasks if t.action == action] for action in ("encoded", "averaged", "copied")}
-    for task in actions["encoded"]:
-        partners = ", ".join(f"{job.sources[i].path}: {name}" for i, name in task.partners if len(job.sources) > 1 or name != task.name)
-        print(f"  {task.name} {list(task.slots[0].shape)}" + (f" <- {partners}" if partners else ""))
+    """--dry-run: who meets whom, how much, how long."""
+    actions = by_action(job)
+    encoded = actions["encoded"]
+    for task in encoded:
+        print(f"  {task.name} {list(task.slots[0].shape)}" + "".join(f" <- {job.sources[i].path}: {name}" for i, name in task.partners))
     print(f"{kind}, align {job.how.method}, lambda {', '.join(f'{v:g}' for v in job.lam) or '-'}: "
           + " + ".join(f"{len(tasks)} {action}" for action, tasks in actions.items()) + f" = {len(job.tasks)} tensors")
-    _, _, size = plan_file(job.target.entries.values(), metadata_of(job))
-    print(f"output: {a.output}, {size:,} bytes")
+    print(f"output: {a.output}, {plan_file(job.target.entries.values(), metadata_of(job))[2]:,} bytes")
     if job.space == "latent":
-        config = load_vae(a.vae)[0].config if a.vae else VAEConfig()
-        weights = sum(slot.numel for task in actions["encoded"] for slot in task.slots)
-        largest = min(PIECE, max(task.slots[0].numel for task in actions["encoded"]))
-        # A weight of the codec is one multiply-add per chunk; sources are encoded (twice if a map is fitted), the
-        # result and a sample of the parents decoded.
-        passes = weights * (2 if job.how.method != "none" else 1) + sum(task.slots[0].numel for task in actions["encoded"])
-        flops = 2 * sum(p.numel() for p in VAE(config).parameters()) / 2 * passes / config.chunk
-        print(f"estimated: {flops / matmul_rate(getattr(torch, a.dtype)):.0f} s for the codec"
-              + ("" if a.vae else ", and up to a minute to train a VAE first")
-              + f"; {200 + largest * 8 * (4 + 3 * len(job.sources)) / 2 ** 20:.0f} MiB of anonymous memory at most")
+        vae = load_vae(a.vae)[0] if a.vae else VAE(VAEConfig())
+        # Per chunk, each parameter of encoder or decoder is one multiplication and addition. All parents are encoded
+        # (twice if a map is fitted), the result and a sample of the parents decoded.
+        target = sum(task.slots[0].numel for task in encoded)
+        passes = sum(slot.numel for task in encoded for slot in task.slots) * (1 if job.how.method == "none" else 2) + target
+        seconds = sum(p.numel() for p in vae.parameters()) * passes / vae.config.chunk / matmul_rate(getattr(torch, a.dtype))
+        piece = min(PIECE, max(task.slots[0].numel for task in encoded)) * 8 * (4 + 3 * len(job.sources)) / 2 ** 20
+        print(f"estimated: {seconds:.0f} s for the codec{'' if a.vae else ', after training a VAE'}; {200 + piece:.0f} MiB of memory")
 
 
 def write_report(path, report):
@@ -343,9 +321,7 @@ def write_report(path, report):
     os.replace(temporary, path)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The command line
-# ---------------------------------------------------------------------------------------------------------
+# --- The command line ------------------------------------------------------------------------------------------------
 def parse(argv):
     parser = Parser(prog="merge.py", description="Merge checkpoints in the latent space of a weight VAE (LS-Merge).")
     add = parser.add_argument
@@ -371,7 +347,7 @@ def parse(argv):
     add_machine_arguments(parser)
     arguments = parser.parse_intermixed_args(argv)
     check_usage(arguments, parser)
-    return arguments, parser
+    return arguments
 
 
 def check_usage(a, parser):
@@ -395,7 +371,7 @@ def check_usage(a, parser):
         parser.error("--epsilon must be above 0 and goes with --align sinkhorn")
     if a.max_nmse is not None and not (math.isfinite(a.max_nmse) and a.max_nmse > 0):
         parser.error("--max-nmse must be above 0")
-    check_select(a.select, parser)
+    parser.check_select(a.select)
     if a.lam is not None:
         try:
             a.lam = [float(value) for value in a.lam.split(",")]
@@ -412,7 +388,7 @@ def default_lam(kind, count):
     return [0.1 / count if kind == "cross-shape" else 1 / (count + 1)] * count
 
 
-def open_job(a, say):
+def open_job(a):
     """Everything that can be refused before any work, in the order of its cost."""
     target, *sources = [Checkpoint(path) for path in a.models]
     inputs = [*a.models, *filter(None, (a.vae, a.source_vae))]
@@ -431,16 +407,16 @@ def open_job(a, say):
 
 
 def main(argv=None):
-    a, parser = parse(argv)
+    a = parse(argv)
     memory, seconds, clock = PeakMemory(), {}, time.perf_counter()
     def lap(stage):
         nonlocal clock
         seconds[stage], clock = time.perf_counter() - clock, time.perf_counter()
-    kind, job = open_job(a, print)
+    kind, job = open_job(a)
     lap("read and check")
     if a.dry_run:
         return print_plan(kind, job, a)
-    codecs = get_codecs(a, job, print) if a.space == "latent" else None
+    codecs = get_codecs(a, job) if a.space == "latent" else None
     lap("codec")
     tally, report, bound = Tally(), {}, a.max_nmse or MAX_NMSE
 

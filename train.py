@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from align import Moments
-from chunking import (Checkpoint, CheckpointError, Parser, check_output, check_select, chunk, command, is_selected,
+from chunking import (Checkpoint, CheckpointError, Parser, check_output, chunk, command, is_selected,
                       measure, scale, to_windows, write_tensors)
 from vae import VAE, VAEConfig, masked_mse, sample, vae_loss
 
@@ -285,7 +285,7 @@ def main(argv=None):
     add_machine_arguments(parser)
     arguments = parser.parse_intermixed_args(argv)
     config, schedule = codec_settings(arguments, parser)
-    check_select(arguments.select, parser)
+    parser.check_select(arguments.select)
     device = pick_device(arguments.device)
     checkpoints = [Checkpoint(path) for path in arguments.checkpoints]
     check_output(arguments.output, arguments.checkpoints, arguments.force)

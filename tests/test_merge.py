@@ -284,3 +284,153 @@ def test_every_module_flag_is_documented_and_order_does_not_matter(models, tmp_p
     one, _ = merged(models, tmp_path, "--lam", 0.2, models["a"], "--seed", 1, models["b"], name="1.safetensors")
     two, _ = merged(models, tmp_path, models["a"], models["b"], "--seed", 1, "--lam", 0.2, name="2.safetensors")
     assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "2.safetensors").read_bytes()
+
+
+# --- different shapes ------------------------------------------------------------------------------------
+
+def cross(models, tmp_path, *flags):
+    return merged(models, tmp_path, models["a"], models["big"], *flags)
+
+
+def standardised(path, name):
+    """(chunks of 64 of the standardised tensor, its scale, its mean), by hand."""
+    w = load_file(path)[name].double()
+    return ((w - w.mean()) / w.std(correction=0)).reshape(-1, 64), w.std(correction=0), w.mean()
+
+
+def projection_matrix(n_source, n_target):
+    """P[j, i] = n_t |[j/n_t, (j+1)/n_t) n [i/n_s, (i+1)/n_s)|, entry by entry."""
+    return torch.tensor([[n_target * max(0.0, min((j + 1) / n_target, (i + 1) / n_source) - max(j / n_target, i / n_source))
+                          for i in range(n_source)] for j in range(n_target)], dtype=torch.float64)
+
+
+NAME, PARTNER = "model.layers.1.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight"     # last layer to last layer
+
+
+def test_cross_shape_report_pairs_and_bookkeeping(models, tmp_path):
+    got, report = cross(models, tmp_path)
+    target = load_file(models["a"])
+    assert {k: (t.shape, t.dtype) for k, t in got.items()} == {k: (t.shape, t.dtype) for k, t in target.items()}
+    assert report["kind"] == "cross-shape" and report["align"] == "gaussian" and report["lambda"] == [0.1]
+    assert report["tensors"]["encoded"] == 14 and report["tensors"]["copied"] == 6 and report["tensors"]["averaged"] == 0
+    assert {(r["layer"], r["source_layer"]) for r in report["alignment"]} == {(0, 0), (1, 2)} and len(report["alignment"]) == 14
+    for record in report["alignment"]:
+        assert set(record) >= {"layer", "role", "source_layer", "iterations", "marginal_error", "cost_before", "cost_after", "std_ratio", "n_over_d"}
+        assert record["cost_after"] < 1e-6 < record["cost_before"] and record["std_ratio"] == pytest.approx(1, abs=1e-3)
+    assert report["distance"]["to_source"] == [None] and report["distance"]["to_average"] is None
+    assert [g["name"] for g in report["gates"]][:2] == ["round trip of target", "round trip of source 1"]
+    for name, tensor in target.items():
+        assert torch.equal(got[name], tensor) == (name not in {n for n in target if "layers" in n and tensor.ndim == 2})
+
+
+@pytest.mark.parametrize("method", ["none", "mean", "gaussian"])
+def test_cross_shape_against_the_formula_by_hand(models, tmp_path, method):
+    """Chunks as latents (the codec is an orthogonal change of axes, which commutes with all three maps)."""
+    z_t, scale, mean = standardised(models["a"], NAME)
+    z_s, _, _ = standardised(models["big"], PARTNER)
+    z = projection_matrix(len(z_s), len(z_t)) @ z_s
+    if method != "none":
+        z = z - z.mean(0) + z_t.mean(0)
+    if method == "gaussian":
+        import scipy.linalg
+        S, T = (torch.cov(x.T, correction=0).numpy() for x in (z, z_t))
+        root = scipy.linalg.sqrtm(S).real
+        A = torch.tensor(__import__("numpy").linalg.inv(root) @ scipy.linalg.sqrtm(root @ T @ root).real @ __import__("numpy").linalg.inv(root))
+        z = z_t.mean(0) + (z - z_t.mean(0)) @ A
+    expected = (0.7 * z_t + 0.3 * z) * scale + mean
+    got, report = cross(models, tmp_path, "--align", method, "--lam", 0.3)
+    # float32 codec: 1e-6 of the largest weight; inverting the covariance of 96 points in 64 dimensions costs three digits
+    torch.testing.assert_close(got[NAME].double().reshape(-1, 64), expected, rtol=0, atol=(1e-3 if method == "gaussian" else 1e-6) * expected.abs().max().item())
+
+
+def test_sinkhorn_across_shapes_at_small_epsilon_is_an_assignment(models, tmp_path):
+    """Equal shapes, source = the target with its chunks permuted: each slot must get its own chunk back."""
+    source = load_file(models["a"])
+    for name, t in source.items():
+        if "layers" in name and t.ndim == 2:
+            chunks = t.reshape(-1, 64)
+            source[name] = chunks[torch.randperm(len(chunks), generator=torch.Generator().manual_seed(0))].reshape(t.shape).contiguous()
+    save_file(source, tmp_path / "permuted.safetensors")
+    got, report = merged(models, tmp_path, models["a"], tmp_path / "permuted.safetensors", "--align", "sinkhorn", "--epsilon", "0.01", "--lam", 1)
+    assert_models_close({NAME: got[NAME]}, {NAME: load_file(models["a"])[NAME]}, rtol=1e-3)
+    record = report["alignment"][0]
+    assert record["iterations"] > 0 and 0 <= record["marginal_error"] < 1e-5 and report["kind"] == "same-shape"
+
+
+def test_controls_hold_nothing_of_the_source(models, tmp_path):
+    save_file(llama_tensors(11, hidden=96, layers=3, mlp=160, kv=48), tmp_path / "other.safetensors")
+    z_t, scale, mean = standardised(models["a"], NAME)
+    for kind in ("zero", "noise", "shuffled"):
+        got, report = cross(models, tmp_path, "--control", kind, "--lam", 0.4)
+        other, _ = merged(models, tmp_path, models["a"], tmp_path / "other.safetensors", "--control", kind, "--lam", 0.4)
+        assert all(torch.equal(got[k], other[k]) for k in got) and report["control"] == kind
+        z = (((got[NAME].double() - mean) / scale).reshape(-1, 64) - 0.6 * z_t) / 0.4
+        if kind == "zero":
+            torch.testing.assert_close(z, z_t.mean(0).expand_as(z), rtol=0, atol=1e-4)
+        elif kind == "shuffled":                           # the target's own chunks, each once
+            nearest = torch.cdist(z, z_t).argmin(1)
+            assert sorted(nearest.tolist()) == list(range(len(z_t))) and torch.cdist(z, z_t).min(1).values.max() < 1e-3
+        else:                                              # 96 x 64 numbers: five standard errors of a deviation of 1
+            assert z.std().item() == pytest.approx(z_t.std().item(), abs=5 / (2 * z.numel()) ** 0.5)
+        again, _ = cross(models, tmp_path, "--control", kind, "--lam", 0.4, "--seed", 1)
+        assert torch.equal(again[NAME], got[NAME]) == (kind == "zero")
+
+
+def test_residual_across_shapes_keeps_the_targets_share(models, tmp_path):
+    """Only the target enters unaligned: W^ = (1 - lam) W_t + D(z) - (1 - lam) D(z_t)."""
+    vae, lam = ["--vae", lossy_vae(models, tmp_path), "--max-nmse", 2, "--align", "gaussian"], 0.2
+    with_, _ = merged(models, tmp_path, models["a"], models["big"], *vae, "--lam", lam, "--residual", vae=False)
+    without, _ = merged(models, tmp_path, models["a"], models["big"], *vae, "--lam", lam, vae=False)
+    trip, _ = merged(models, tmp_path, models["a"], "--roundtrip", *vae[:4], vae=False)
+    w = load_file(models["a"])[NAME]
+    torch.testing.assert_close(with_[NAME], without[NAME] + (1 - lam) * (w - trip[NAME]), rtol=0, atol=1e-6 * w.abs().max().item())
+
+
+def test_two_vaes_of_different_latent_sizes(models, tmp_path):
+    vaes = {}
+    for name, flags in {"a": ["--chunk", "32", "--width", "64"], "big": ["--chunk", "64"]}.items():
+        vaes[name] = tmp_path / f"{name}.safetensors"
+        train.main([str(models[name]), "-o", str(vaes[name]), "--steps1", "0", "--steps2", "0", "--quiet", *flags])
+    for method in ("gaussian", "sinkhorn"):
+        got, report = cross(models, tmp_path, "--vae", vaes["a"], "--source-vae", vaes["big"], "--align", method)
+        assert report["tensors"]["encoded"] == 14 and not torch.equal(got[NAME], load_file(models["a"])[NAME])
+
+
+def test_roles_without_a_partner_are_copied_and_said(models, tmp_path, capsys):
+    """Fused qkv against split projections, a mixture of experts, an unknown role."""
+    target = load_file(models["a"])
+    for i in range(2):
+        p = f"model.layers.{i}."
+        target[p + "mlp.experts.0.up_proj.weight"] = torch.randn(32, 64)
+        target[p + "zebra.weight"] = torch.randn(64, 64)
+        target[p + "self_attn.qkv_proj.weight"] = torch.cat([target.pop(p + f"self_attn.{k}_proj.weight") for k in "qkv"])
+    save_file(target, tmp_path / "t.safetensors")
+    got, report = merged(models, tmp_path, tmp_path / "t.safetensors", models["b"])
+    out = capsys.readouterr().out
+    assert report["kind"] == "cross-shape" and report["tensors"]["encoded"] == 8 and report["tensors"]["copied"] == len(target) - 8
+    for word in ("'qkv'", "'zebra'", "'up.0'"):
+        assert f"no source has a partner for role {word}" in out
+    assert torch.equal(got["model.layers.1.zebra.weight"], target["model.layers.1.zebra.weight"])
+
+
+def test_nothing_in_common_is_an_error(models, tmp_path, capsys):
+    save_file({"layers.0.zebra.weight": torch.randn(8, 8)}, tmp_path / "z.safetensors")
+    assert run(models["a"], tmp_path / "z.safetensors", "--vae", models["vae"], "-o", tmp_path / "m.safetensors") == 1
+    assert "z.safetensors" in capsys.readouterr().err
+    assert run(models["a"], models["big"], "--space", "weight", "-o", tmp_path / "m.safetensors") == 1
+    assert "--space weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--epsilon", "0.1"], ["--align", "sinkhorn", "--epsilon", "0"], ["--align", "sinkhorn", "--epsilon", "nan"],
+                                   ["--source-vae", "v"], ["--align", "ot"], ["--control", "mean"], ["--space", "weight", "--align", "none"],
+                                   ["--space", "weight", "--control", "zero"]])
+def test_alignment_usage_errors(models, tmp_path, flags):
+    with pytest.raises(SystemExit) as caught:
+        run(models["a"], models["big"], "-o", tmp_path / "m.safetensors", *flags)
+    assert caught.value.code == 2 and not list(tmp_path.iterdir())
+
+
+def test_hopeless_epsilon_is_one_line(models, tmp_path, capsys):
+    assert run(models["a"], models["big"], "--vae", models["vae"], "--align", "sinkhorn", "--epsilon", "1e-6", "-o", tmp_path / "m.safetensors") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "epsilon" in error and not list(tmp_path.iterdir())
