@@ -264,15 +264,16 @@ def gaussian_map(source: Moments, target: Moments) -> Affine:
     """Optimal transport between two Gaussians: the mapped cloud has the target's mean and covariance.
     Equation:  z~ = mu_t + A (z - mu_s),   A = S_s^{-1/2} (S_s^{1/2} S_t S_s^{1/2})^{1/2} S_s^{-1/2}
     Source:    paper: Sec. 3.3, Eq. 2 under a Gaussian model (silent about samples and regularisation)
-    Floor:     ours: S_s's eigenvalues are raised to FLOOR times the larger cloud's mean eigenvalue, so |A| <=
-               sqrt(Z / FLOOR) even for n < Z, Z = 1, constant clouds. The price: where the source hardly
-               varies the result stays below the target's variance; mapped covariance <= S_t, not equal"""
+    Floor:     ours: where an eigenvalue of S_s lies below FLOOR times the larger cloud's mean eigenvalue, that
+               floor is added to all of them; so |A| <= sqrt(Z / FLOOR) for n < Z, Z = 1, constant clouds. The
+               price: where the source hardly varies, the result stays below the target's variance, not equal"""
     floor = FLOOR * max(source.spread, target.spread) ** 2 or 1.0  # both constant: any floor gives A = 0
-    w_Z, V_ZZ = torch.linalg.eigh(source.cov_ZZ)
-    root_Z = w_Z.clamp(min=floor).sqrt()
-    # in the basis V:  w^{1/2} V^T S_t V w^{1/2} = U m U^T,  so  A = (V w^{-1/2} U) m^{1/2} (V w^{-1/2} U)^T
-    m_Z, U_ZZ = torch.linalg.eigh((V_ZZ * root_Z).T @ target.cov_ZZ @ (V_ZZ * root_Z))
-    half_ZZ = (V_ZZ / root_Z) @ U_ZZ
+    floor_ZZ = floor * torch.eye(len(source.cov_ZZ)).to(source.cov_ZZ)
+    too_low = torch.linalg.cholesky_ex(source.cov_ZZ - floor_ZZ).info.item() != 0
+    R_ZZ = torch.linalg.cholesky(source.cov_ZZ + too_low * floor_ZZ)
+    # any R with S_s = R R^T gives A = R^{-T} (R^T S_t R)^{1/2} R^{-1}; a triangular one is cheaper than S_s^{1/2}
+    m_Z, U_ZZ = torch.linalg.eigh(R_ZZ.T @ target.cov_ZZ @ R_ZZ)
+    half_ZZ = torch.linalg.solve_triangular(R_ZZ.T, U_ZZ, upper=True)
     return Affine(source.mean_Z, target.mean_Z, (half_ZZ * m_Z.clamp(min=0).sqrt()) @ half_ZZ.T)
 
 

@@ -112,14 +112,9 @@ class Entry:
     file: str
     start: int
 
-    @property
-    def numel(self): return math.prod(self.shape)
-
-    @property
-    def nbytes(self): return self.numel * self.dtype.itemsize
-
-    @property
-    def is_float(self): return self.dtype.is_floating_point
+    numel = property(lambda self: math.prod(self.shape))
+    nbytes = property(lambda self: self.numel * self.dtype.itemsize)
+    is_float = property(lambda self: self.dtype.is_floating_point)
 
 
 def _unique(pairs):
@@ -204,8 +199,7 @@ class Checkpoint:
             got += step
         return torch.frombuffer(buffer, dtype=entry.dtype)
 
-    def read_tensor(self, name):
-        return self.read(name).reshape(self.entries[name].shape)
+    def read_tensor(self, name): return self.read(name).reshape(self.entries[name].shape)
 
     def check_unchanged(self):
         """Raises if a file was replaced or rewritten since it was opened."""
@@ -314,8 +308,7 @@ class TensorSlot:
     scale: float                # their standard deviation (1/n); 1 where that is 0
     place: Place
 
-    @property
-    def numel(self): return math.prod(self.shape)
+    numel = property(lambda self: math.prod(self.shape))
 
     def n_chunks(self, C): return -(-self.numel // C)
 

@@ -6,13 +6,7 @@ Decides which tensors meet (`plan_merge`), gets a VAE (from a file, or trained o
 tensors into a new file (`ls_merge`, one tensor after another), checks itself on the user's own weights (`gates`), and
 reports. Nothing mathematical here. lambda = 0 is the target's round trip, lambda = 1 the source's.
 """
-import functools
-import json
-import math
-import os
-import sys
-import threading
-import time
+import functools, json, math, os, sys, threading, time
 from dataclasses import dataclass, replace
 
 import torch

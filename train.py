@@ -12,13 +12,7 @@ from scratch with the KL collapses before it has learnt anything worth regularis
 What enters: windows of standardised weights, read from the files as they are needed (a batch is all that is held in
 float32). What leaves: a VAE file (safetensors; configuration and training record in its header).
 """
-import argparse
-import contextlib
-import copy
-import json
-import math
-import sys
-import time
+import contextlib, copy, json, math, sys, time
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -226,7 +220,7 @@ def add_codec_arguments(parser):
     parser.add_argument("--ratio", type=float, default=c.ratio, help="compression r = weights / latent numbers (%(default)s)")
     parser.add_argument("--chunk", type=int, default=c.chunk, help="weights per chunk (%(default)s)")
     parser.add_argument("--tokens", type=int, default=c.tokens, help="chunks per window (%(default)s)")
-    parser.add_argument("--width", type=int, help=f"width of the network ({c.width}, or the chunk if that is larger)")
+    parser.add_argument("--width", type=int, help=f"width of the network ({c.width}, or enough for the chunk)")
     parser.add_argument("--blocks", type=int, default=c.blocks, help="blocks in the encoder, and in the decoder (%(default)s)")
     parser.add_argument("--heads", type=int, default=c.heads, help="attention heads (%(default)s)")
     parser.add_argument("--init", choices=("pca", "random"), default=c.init, help="warm start, or the paper's (%(default)s)")
@@ -248,7 +242,8 @@ def describe_stage(record):
 
 def codec_settings(arguments, parser):
     """(VAEConfig, Schedule) from the flags; a value that is wrong on its face is a usage error (exit code 2)."""
-    given = vars(arguments) | {"width": arguments.width or max(VAEConfig().width, arguments.chunk)}
+    pairs = 2 * max(1, arguments.heads)                    # a width that no flag gives is rounded up to fit the heads
+    given = vars(arguments) | {"width": arguments.width or -(-max(VAEConfig().width, arguments.chunk) // pairs) * pairs}
     try:
         return [kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given}) for kind in (VAEConfig, Schedule)]
     except ValueError as error:

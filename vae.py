@@ -16,8 +16,7 @@ a final norm on the stream, and a nonlinearity in the heads.
 
 Not tried or not kept: token down-sampling, learned positions, dropout, a log transform of the weights.
 """
-import json
-import math
+import json, math
 from dataclasses import asdict, dataclass, fields
 from typing import NamedTuple
 

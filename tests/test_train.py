@@ -106,7 +106,7 @@ def test_command(models, tmp_path, capsys):
     assert (tmp_path / "v.safetensors").read_bytes() == first
 
 
-@pytest.mark.parametrize("flags", [["--ratio", "0"], ["--ratio", "nan"], ["--chunk", "0"], ["--heads", "5"], ["--batch", "0"],
+@pytest.mark.parametrize("flags", [["--ratio", "0"], ["--ratio", "nan"], ["--chunk", "0"], ["--heads", "3", "--width", "128"], ["--heads", "0"], ["--width", "32"], ["--batch", "0"],
                                    ["--steps1", "-1"], ["--holdout", "1"], ["--lr", "0"], ["--init", "zeros"], ["--select", "("]])
 def test_usage_errors(models, tmp_path, flags, capsys):
     with pytest.raises(SystemExit) as caught:

@@ -1,0 +1,185 @@
+"""Train the small models that every experiment merges: a base, its experts, and two relatives.
+
+In:    text that every Python installation has (evaluate.py says which); the table SPECS below.
+Out:   models/NAME.safetensors (bfloat16, Hugging Face Llama names) and a line each in results/make_models.jsonl.
+Paper: Sec. 4 merges published models. ours: models trained here, so that their kinship is known: experts are fine-tuned
+       from the base, base-seed2 shares only the data, large only the data and the family.
+Left out on purpose: resuming, a data loader, distributed training: a model takes minutes. Previous: evaluate.py.
+"""
+import argparse
+import json
+import math
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save as to_bytes
+from tqdm import tqdm
+
+from evaluate import DOCUMENTS, DOMAINS, EXCERPT_BYTES, evaluate, mean_and_error
+from tiny_lm import TinyLM, load
+
+HERE = Path(__file__).parent
+BATCH = 16            # windows per step; with WINDOW: 4096 bytes a step
+WINDOW = EXCERPT_BYTES
+TRAIN_SUMS = 40_000   # documents of eight sums: more than any run reads, so that sums are learned, not remembered
+WARMUP = 100          # steps
+SMALL = dict(hidden=128, layers=4, heads=4, mlp=384)  # 0.9 million weights
+LARGE = dict(hidden=192, layers=6, heads=6, mlp=576)  # 2.9 million weights, wider and deeper
+# Few sums, and of three digits: the base must leave the arithmetic expert something to learn.
+MIXTURE = (0.60, 0.25, 0.15)  # share of windows in the order of DOMAINS: code, prose, arithmetic
+
+
+@dataclass(frozen=True)
+class Spec:
+    seed: int            # of the new weights (if there is no parent) and of the order of the data
+    steps: int
+    lr: float            # peak learning rate
+    mixture: tuple = MIXTURE
+    parent: str = ""     # name of the model to start from; empty: new weights of this shape
+    shape: dict | None = None
+    share: float = 1.0   # how far to go from the parent (0) to the trained weights (1)
+
+
+SPECS = {
+    "base": Spec(seed=1, steps=2400, lr=3e-3, shape=SMALL),
+    "code": Spec(seed=11, steps=700, lr=1e-3, mixture=(1, 0, 0), parent="base"),
+    # Only 0.3 MB of prose is left to train on, and the base has read it eight times: the trained weights know it by
+    # heart and predict new topics no better than the base (validation: +0.002 bits); a point on the way does (-0.028).
+    "prose": Spec(seed=12, steps=300, lr=1e-3, mixture=(0, 1, 0), parent="base", share=0.4),
+    # Some text of the other domains stays in: on sums alone 700 steps forget all else (6 bits per byte of code).
+    "arithmetic": Spec(seed=13, steps=400, lr=1e-3, mixture=(0.1, 0.1, 0.8), parent="base"),
+    "base-seed2": Spec(seed=2, steps=2400, lr=3e-3, shape=SMALL),
+    "large": Spec(seed=3, steps=1600, lr=2e-3, shape=LARGE),
+}
+
+
+def training_text(domain):
+    """All training documents of a domain in one array of bytes."""
+    more = {"documents": TRAIN_SUMS} if domain == "arithmetic" else {}
+    texts = DOCUMENTS[domain]("train", **more).values()
+    # Sums follow each other directly, as they do within a document; elsewhere a newline parts the documents.
+    return np.frombuffer((b"" if domain == "arithmetic" else b"\n").join(texts), dtype=np.uint8)
+
+
+def batch(texts, mixture, generator):
+    """Windows (BATCH, WINDOW + 1) int64: a domain drawn by its share, then any place in its text."""
+    rows = []
+    for domain in generator.choice(len(DOMAINS), size=BATCH, p=mixture):
+        start = generator.integers(len(texts[domain]) - WINDOW)
+        rows.append(texts[domain][start:start + WINDOW + 1])
+    return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+def learning_rate(step, spec):
+    """Linear warm-up, then a cosine to zero: a function of the step alone, so that a run can be repeated."""
+    warm = min(1.0, (step + 1) / WARMUP)
+    return spec.lr * warm * 0.5 * (1 + math.cos(math.pi * step / spec.steps))
+
+
+def new_model(spec):
+    """Weights N(0, 0.02^2), output projections less by sqrt(2 layers) (GPT-2's rule: the residual sum starts small)."""
+    torch.manual_seed(spec.seed)
+    model = TinyLM(**spec.shape)
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2:
+            output = name.endswith(("o_proj.weight", "down_proj.weight"))
+            torch.nn.init.normal_(weight, std=0.02 / (math.sqrt(2 * spec.shape["layers"]) if output else 1))
+    return model
+
+
+def save(model, path):
+    """Write bfloat16; a temporary name first, so that a reader never meets half a file."""
+    tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
+    scratch = path.with_suffix(".partial")
+    # Bytes written by Python rather than save_file, which leaves a file that only its owner may read (safetensors 0.8).
+    scratch.write_bytes(to_bytes(tensors, metadata={"format": "pt"}))
+    scratch.replace(path)
+
+
+def train(model, spec, texts, bar, partial=None):
+    """Train in place; returns the mean loss of the last 100 steps in bits per byte."""
+    generator = np.random.default_rng(spec.seed)
+    matrices = [weight for weight in model.parameters() if weight.dim() == 2]
+    gains = [weight for weight in model.parameters() if weight.dim() == 1]  # norms: decay would pull them to zero
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}],
+                                  betas=(0.9, 0.95), fused=True)
+    losses = []
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, spec)
+        bytes_BT = batch(texts, spec.mixture, generator)
+        # bfloat16 products are 1.4 times as fast here; weights, norms, loss and optimiser stay in float32.
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(bytes_BT[:, :-1])
+        loss = F.cross_entropy(logits.float().flatten(0, 1), bytes_BT[:, 1:].flatten())
+        if not math.isfinite(loss.item()):
+            raise RuntimeError(f"loss is {loss.item()} at step {step}, last good {losses[-1:]}: lower lr in SPECS")
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses = (losses + [loss.item() / math.log(2)])[-100:]
+        bar.set_postfix(bits_per_byte=f"{np.mean(losses):.3f}", refresh=False)
+        if partial and step % 200 == 199:
+            save(model, partial)
+    return float(np.mean(losses))
+
+
+def make(name, out, texts, quiet, partial_folder=None):
+    """Train, write and judge one model; returns its record."""
+    spec = SPECS[name]
+    model = load(out / f"{spec.parent}.safetensors") if spec.parent else new_model(spec)
+    start = time.time()
+    bar = tqdm(range(spec.steps), desc=name, disable=quiet, mininterval=5, unit="step")
+    partial = Path(partial_folder, f"{name}-partial.safetensors") if partial_folder else None
+    loss = train(model.train(), spec, texts, bar, partial)
+    path = out / f"{name}.safetensors"
+    if spec.parent:
+        # ours: a point on the line from parent to child often predicts new text better than either end (WiSE-FT,
+        # Wortsman et al. 2022); at share 1 this returns the child's own numbers.
+        parent = load(out / f"{spec.parent}.safetensors")
+        with torch.no_grad():
+            for weight, start_weight in zip(model.parameters(), parent.parameters()):
+                weight.copy_(start_weight.lerp(weight, spec.share))
+    save(model, path)
+    judged = load(path)  # the file, after its rounding to bfloat16, is what everybody will use
+    held_out = {split: {domain: dict(zip(("mean", "error"), mean_and_error(values)))
+                        for domain, values in evaluate(judged, split).items()} for split in ("validation", "test")}
+    return {"name": name, **asdict(spec), "tokens": spec.steps * BATCH * WINDOW, "train_bits_per_byte": loss,
+            "seconds": round(time.time() - start), "threads": torch.get_num_threads(),
+            "python": platform.python_version(), "torch": torch.__version__, **held_out}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=["all"], metavar="NAME",
+                        help=f"what to train, in this order, from {', '.join(SPECS)}; all (the default) takes each")
+    parser.add_argument("--out", type=Path, default=HERE / "models", help="folder for the checkpoints, and for parents")
+    parser.add_argument("--log", type=Path, default=HERE / "results/make_models.jsonl", help="gets a line per model")
+    parser.add_argument("--partial", type=Path, help="folder that gets each unfinished model every 200 steps")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="part of the result: sums are "
+                        "added in another order with another number")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    args = parser.parse_args()
+    names = list(SPECS) if args.names == ["all"] else args.names
+    if unknown := set(names) - set(SPECS):
+        parser.error(f"no such model: {', '.join(sorted(unknown))}; there are {', '.join(SPECS)}")
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    texts = [training_text(domain) for domain in DOMAINS]
+    for name in names:
+        record = make(name, args.out, texts, args.quiet, args.partial)
+        args.log.parent.mkdir(parents=True, exist_ok=True)
+        with args.log.open("a") as log:
+            log.write(json.dumps(record) + "\n")
+        print(name, *(f"{domain} {record['test'][domain]['mean']:.3f}" for domain in record["test"]), file=sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""The small models of experiments/ and their scores, against forms written differently.
+
+Sizes are small for testing; oracles: complex numbers and explicit loops for the forward pass, 8 bits a byte for a model
+that knows nothing, counting by hand for the sums.
+"""
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+import evaluate  # noqa: E402  (the folder is made of commands, not of a package)
+import make_models  # noqa: E402
+import tiny_lm  # noqa: E402
+
+DOCUMENTS = [b"a" * 5 + b"bc", b"x = 1\n" * 9, b"12+34=46\n"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A second thread costs these sizes more in waiting than it does in work, the more so on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def model():
+    """Two layers, four query heads on two key heads; gains away from 1 so that forgetting one is seen."""
+    torch.manual_seed(0)
+    lm = tiny_lm.TinyLM(hidden=48, layers=2, heads=4, mlp=40, kv_heads=2).eval()
+    for weight in lm.parameters():
+        torch.nn.init.normal_(weight, mean=float(weight.dim() == 1), std=0.2)
+    return lm
+
+
+def oracle_logits(tensors, text):
+    """The same network in float64 numpy: one query at a time, rotation as a product of complex numbers."""
+    w = {name: tensor.double().numpy() for name, tensor in tensors.items()}
+    norm = lambda x, gain: x / np.sqrt((x * x).mean() + 1e-5) * gain
+
+    def turn(vector, position):  # 32 numbers are 16 complex ones: first half real, second half imaginary
+        z = (vector[:16] + 1j * vector[16:]) * np.exp(1j * position * 10_000.0 ** (-np.arange(16) / 16))
+        return np.concatenate([z.real, z.imag])
+
+    xs = [w["model.embed_tokens.weight"][byte] for byte in text]
+    for layer in range(2):
+        m = lambda name: w[f"model.layers.{layer}.{name}.weight"]
+        normed = [norm(x, m("input_layernorm")) for x in xs]
+        split = lambda name: [(m(f"self_attn.{name}_proj") @ x).reshape(-1, 32) for x in normed]
+        q, k, v = split("q"), split("k"), split("v")
+        for t in range(len(xs)):
+            heads = []
+            for h in range(4):
+                scores = np.array([turn(q[t][h], t) @ turn(k[s][h // 2], s) for s in range(t + 1)]) / np.sqrt(32)
+                share = np.exp(scores - scores.max())
+                heads.append(sum(p * v[s][h // 2] for s, p in enumerate(share / share.sum())))
+            xs[t] = xs[t] + m("self_attn.o_proj") @ np.concatenate(heads)
+            y = norm(xs[t], m("post_attention_layernorm"))
+            gate = m("mlp.gate_proj") @ y
+            xs[t] = xs[t] + m("mlp.down_proj") @ (gate / (1 + np.exp(-gate)) * (m("mlp.up_proj") @ y))
+    return np.array([w["model.embed_tokens.weight"] @ norm(x, w["model.norm.weight"]) for x in xs])
+
+
+def test_logits_match_the_oracle(model):
+    text = b"def f(x):"
+    logits = model(torch.tensor([list(text)]))[0].detach().double()
+    # float32 against float64 through two layers; logits are near 10
+    torch.testing.assert_close(logits, torch.from_numpy(oracle_logits(model.state_dict(), text)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_later_byte_leaves_earlier_logits(model):
+    bytes_BT = torch.randint(0, 256, (1, 12))
+    changed = bytes_BT.clone()
+    changed[0, 8] = (changed[0, 8] + 1) % 256
+    before, after = model(bytes_BT), model(changed)
+    torch.testing.assert_close(before[:, :8], after[:, :8], rtol=1e-5, atol=1e-5)  # same sums, perhaps other blocks
+    assert (before[:, 8:] - after[:, 8:]).abs().max() > 1e-2
+
+
+def test_from_state_dict_reads_every_size_back(model):
+    tensors = model.state_dict()
+    again = tiny_lm.TinyLM.from_state_dict({name: tensor.clone() for name, tensor in tensors.items()})
+    assert list(again.state_dict()) == list(tensors)
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in tensors.items())
+    lacking = {name: tensor for name, tensor in tensors.items() if "layers.1.mlp.up" not in name}
+    with pytest.raises(ValueError, match="layers.1.mlp.up_proj"):
+        tiny_lm.TinyLM.from_state_dict(lacking)
+    with pytest.raises(ValueError, match="q_proj"):
+        tiny_lm.TinyLM.from_state_dict({"weight": torch.zeros(2, 2)})
+
+
+def test_a_uniform_model_costs_eight_bits_a_byte(model):
+    torch.nn.init.zeros_(model.model.norm.weight)  # all logits 0: each of 256 bytes equally likely
+    # float32 log-softmax: log(256) to 1 part in 1e7
+    np.testing.assert_allclose(evaluate.bits_per_byte(model, DOCUMENTS), 8.0, rtol=1e-6)
+
+
+def test_padding_does_not_change_a_documents_score(model):
+    together = evaluate.bits_per_byte(model, DOCUMENTS)
+    alone = np.concatenate([evaluate.bits_per_byte(model, [text]) for text in DOCUMENTS])
+    np.testing.assert_allclose(together, alone, rtol=1e-5)  # float32, other batch shapes
+    logits = oracle_logits(model.state_dict(), DOCUMENTS[0])
+    nats = [np.log(np.exp(logits[i]).sum()) - logits[i, byte] for i, byte in enumerate(DOCUMENTS[0][1:])]
+    np.testing.assert_allclose(alone[0], np.mean(nats) / np.log(2), rtol=1e-4)  # float32 against float64
+
+
+def test_exact_match_counts_whole_answers():
+    """"122" as the start of "1223" is wrong, so the newline is part of the answer; operands do not count."""
+    text = b"100+22=122\n900+99=999\n"
+    right = np.array([byte in b"=0123456789\n" for byte in text[1:]])  # all but "+", which no answer holds
+    score = lambda hit: evaluate.exact_match([text], [(None, hit)])[0]
+    assert score(right) == 1.0
+    for position, expected in [(0, 1.0), (6, 1.0), (7, 0.5), (9, 0.5), (10, 0.5), (11, 1.0), (17, 1.0), (21, 0.5)]:
+        wrong = right.copy()
+        wrong[max(position - 1, 0)] = False  # hit[i] is about byte i + 1
+        assert score(wrong) == expected, f"byte {position}, {text[position:position + 1]}"
+
+
+def test_no_text_stands_on_two_sides():
+    sums = {}
+    for split in evaluate.SPLITS:
+        lines = b"".join(evaluate.arithmetic_documents(split).values()).split()
+        for line in lines:
+            question, answer = line.split(b"=")
+            a, b = map(int, question.split(b"+"))
+            assert a + b == int(answer)
+            assert sums.setdefault((min(a, b), max(a, b)), split) == split
+    names = {split: set(evaluate.code_documents(split)) for split in evaluate.SPLITS}
+    assert not names["train"] & (names["test"] | names["validation"]) and not names["test"] & names["validation"]
+    paragraphs = {split: {paragraph.strip() for text in evaluate.prose_documents(split).values()
+                          for paragraph in text.split(b"\n\n")} for split in evaluate.SPLITS}
+    assert not paragraphs["train"] & (paragraphs["test"] | paragraphs["validation"]) - {b""}
+    assert not paragraphs["test"] & paragraphs["validation"] - {b""}
+    scored = [{paragraph.strip() for paragraph in text.split(b"\n\n")} - {b""}
+              for text in evaluate.prose_documents("test").values()]
+    assert sum(map(len, scored)) == len(set.union(*scored)), "a paragraph of two topics is scored twice"
+
+
+def test_the_split_is_the_same_everywhere():
+    """hash() of a string differs from process to process; these three were worked out once from SHA-256."""
+    assert [evaluate.side(name) for name in ("prose/comparisons", "prose/dict", "arithmetic/123+456")] == [
+        "test", "validation", "train"]
+
+
+def test_held_out_documents_are_small_and_enough():
+    for domain in evaluate.DOMAINS:
+        documents = evaluate.held_out(domain, "test")
+        assert 50 <= len(documents) <= evaluate.EXCERPTS
+        assert all(64 <= len(text) <= evaluate.EXCERPT_BYTES for text in documents)
+
+
+def test_schedule_at_its_corners():
+    spec = make_models.Spec(seed=0, steps=1000, lr=2.0)
+    assert make_models.learning_rate(0, spec) == pytest.approx(2.0 / make_models.WARMUP)
+    assert make_models.learning_rate(500, spec) == pytest.approx(1.0)
+    assert make_models.learning_rate(999, spec) < 1e-4
+
+
+def test_same_seed_same_file(tmp_path, monkeypatch):
+    """Two short runs of one row of the table write the same bytes; another seed does not."""
+    monkeypatch.setattr(make_models, "BATCH", 2)
+    monkeypatch.setattr(make_models, "WINDOW", 16)
+    texts = [np.frombuffer(b"print('abc')\n" * 50, dtype=np.uint8)] * 3
+    files = []
+    for number, seed in enumerate((5, 5, 6)):
+        spec = make_models.Spec(seed=seed, steps=3, lr=1e-3, shape=dict(hidden=32, layers=1, heads=1, mlp=16))
+        lm = make_models.new_model(spec)
+        make_models.train(lm, spec, texts, make_models.tqdm(range(spec.steps), disable=True))
+        make_models.save(lm, tmp_path / f"{number}.safetensors")
+        files.append((tmp_path / f"{number}.safetensors").read_bytes())
+    assert files[0] == files[1] != files[2]
+    first, second = (make_models.new_model(make_models.Spec(seed, 1, 0.0, shape=spec.shape)) for seed in (5, 6))
+    assert not torch.equal(first.model.embed_tokens.weight, second.model.embed_tokens.weight)
+    tensors = load_file(tmp_path / "0.safetensors")
+    assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"] * 3
+
+
+def test_an_expert_stands_on_the_line_from_its_parent(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_models, "BATCH", 2)
+    monkeypatch.setattr(make_models, "WINDOW", 16)
+    monkeypatch.setattr(make_models, "evaluate", lambda model, split: {"code": np.array([1.0, 3.0])})
+    row = lambda **more: make_models.Spec(seed=5, steps=8, lr=1e-1, mixture=(0, 0, 1), **more)
+    monkeypatch.setattr(make_models, "SPECS", {
+        "parent": row(shape=dict(hidden=32, layers=1, heads=1, mlp=16)), "whole": row(parent="parent"),
+        "part": row(parent="parent", share=0.25)})
+    texts = [np.frombuffer(b"print('abc')\n" * 50, dtype=np.uint8)] * 3
+    records = [make_models.make(name, tmp_path, texts, quiet=True) for name in make_models.SPECS]
+    assert records[0]["test"]["code"] == {"mean": 2.0, "error": 1.0} and records[0]["tokens"] == 8 * 2 * 16
+    parent, whole, part = (tiny_lm.load(tmp_path / f"{name}.safetensors").state_dict() for name in make_models.SPECS)
+    for name in parent:
+        assert not torch.equal(parent[name], whole[name])
+        expected = parent[name] + 0.25 * (whole[name] - parent[name])
+        # bfloat16 keeps 8 bits: half a unit in the last place of each of the two files compared
+        torch.testing.assert_close(part[name], expected, rtol=2**-7, atol=2**-9 * float(whole[name].abs().max()))
+
+
+def test_evaluate_command(model, tmp_path, monkeypatch, capsys):
+    make_models.save(model, tmp_path / "a.safetensors")
+    make_models.save(model, tmp_path / "b.safetensors")
+    monkeypatch.setattr(evaluate, "held_out", lambda domain, split: tuple(DOCUMENTS[2:] * 3))
+    run = lambda *args: (monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, args)]), evaluate.main())[1]
+    log = tmp_path / "log.jsonl"
+    assert run(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--quiet", "--record", log) == 0
+    assert "difference to a.safetensors" in capsys.readouterr().out
+    assert len(log.read_text().splitlines()) == 2 and str(tmp_path) not in log.read_text()
+    assert run(tmp_path / "a.safetensors", "--score", "code") == 0
+    bits = evaluate.bits_per_byte(tiny_lm.load(tmp_path / "a.safetensors"), DOCUMENTS[2:])
+    assert float(capsys.readouterr().out) == pytest.approx(-bits[0])
+    (tmp_path / "c.safetensors").write_text("<html>")
+    assert run(tmp_path / "c.safetensors") == 1
+    error = capsys.readouterr().err
+    assert "c.safetensors" in error and error.count("\n") == 1
