@@ -26,6 +26,7 @@ class CheckpointError(ValueError):
     """A file is not what it should be. One line: file, tensor, what is wrong, what to do."""
 
     def __init__(self, file, what, fix, tensor=None):
+        file = str(file) if str(file).isprintable() else repr(str(file))       # one line, whatever the name
         where = f"{file}: " + (f"tensor {tensor!r}: " if tensor is not None else "")
         super().__init__(f"{where}{what}; fix: {fix}")
 
@@ -161,7 +162,7 @@ def _entry(path, name, record, base):
     """One header record, checked."""
     check = lambda condition, what, fix=AGAIN: need(condition, path, what, fix, name)
     naturals = lambda value: isinstance(value, list) and all(type(v) is int and 0 <= v < 2 ** 62 for v in value)
-    check(name, "a tensor without a name")
+    check(name and not re.search("[\ud800-\udfff]", name), "a tensor without a name, or with half a character in it")
     check(not QUANTISED.search(name), "belongs to a quantised checkpoint", "use the original 16- or 32-bit checkpoint")
     check(isinstance(record, dict) and {"dtype", "shape", "data_offsets"} <= set(record), "lacks dtype, shape or offsets")
     code, shape, offsets = record["dtype"], record["shape"], record["data_offsets"]
@@ -291,7 +292,7 @@ def check_output(path, inputs, force):
     real = os.path.realpath(path)
     folder, twins = os.path.dirname(real), [f for f in inputs if os.path.exists(real) and os.path.samefile(real, f)]
     need(not twins, path, f"the output is the input {', '.join(map(str, twins))}", "choose another -o")
-    need(not os.path.isdir(real), path, "the output is a folder", "give a file name ending in .safetensors")
+    need(os.path.isfile(real) or not os.path.exists(real), path, "the output is no regular file", "give the name of a file")
     need(force or not os.path.exists(real), path, "the output exists", "choose another -o, or pass --force")
     need(os.path.isdir(folder), path, "its folder does not exist", "create the folder first")
     need(os.access(folder, os.W_OK), path, "its folder is not writable", "choose another -o")
@@ -345,6 +346,7 @@ def measure(checkpoint, name):
             m2 += piece.var() * piece.size + delta * delta * count * piece.size / total
             mean, count = mean + delta * piece.size / total, total
     std = math.sqrt(m2 / count) if count else 0.0
+    need(math.isfinite(std) and std < 1e30, entry.file, "values too large for float32 arithmetic", "rescale the tensor", name)
     spread = std > 1e-12 * abs(mean)                       # below that it is the rounding of a constant tensor
     return TensorSlot(name, entry.shape, entry.dtype, float(mean), std if spread else 1.0, place(name))
 
@@ -480,12 +482,17 @@ def command(run):
         return run() or 0
     except (CheckpointError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
+    except BrokenPipeError:                                # whoever read our output has gone: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        print(f"error: {error.filename or 'I/O'}: {error.strerror or error}; fix: check path, permissions and free space", file=sys.stderr)
-    except MemoryError:
-        print("error: out of memory; fix: close other programs", file=sys.stderr)
+        print(CheckpointError(error.filename or "I/O", error.strerror or error, "check path, permissions and free space")
+              .args[0].join(("error: ", "")), file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:           # torch's allocators raise RuntimeErrors
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(error):
+            raise
+        print("error: out of memory; fix: smaller --chunk, --tokens, --width or --batch, or another machine", file=sys.stderr)
     except KeyboardInterrupt:
-        print("error: interrupted, nothing was written; fix: run it again", file=sys.stderr)
+        print("error: interrupted, no output was written; fix: run it again", file=sys.stderr)
         return 130
     return 1
 

@@ -35,7 +35,6 @@ import align as ot
 from chunking import PIECE, CheckpointError, TensorSlot, chunk, from_windows, need, scale, spans, to_windows, unscale
 
 BATCH_CHUNKS = 1024             # chunks per forward pass: large enough for the matrix units, small enough for a cache
-GATE_CHUNKS = 1024              # of every piece, this many chunks measure the round trip (all of a small tensor)
 
 
 class Codec:
@@ -123,7 +122,7 @@ class Transport:
     def __init__(self, target, source, how, step, generator):
         self.target, self.source, self.how, self.generator = target, source, how, generator
         self.before, self.goal, self.after = ot.Moments(), ot.Moments(), ot.Moments()
-        self.iterations, self.error = 0, 0.0
+        self.iterations, self.error, self.blocks = 0, 0.0, 0
         if how.method != "none" or how.control or not self.plain:
             for j0, j1 in spans(target.N, step):
                 self.goal.add(target.latents(j0, j1))
@@ -150,7 +149,7 @@ class Transport:
             except ValueError as error:
                 raise CheckpointError("alignment", str(error), "raise --epsilon", self.target.slot.name) from None
             z_aligned_JZ = ot.barycentric_map(plan.plan_IJ, z_source_IZ, plan.plan_IJ.sum(0))
-            self.iterations += plan.iterations
+            self.iterations, self.blocks = self.iterations + plan.iterations, self.blocks + 1
             self.error = max(self.error, plan.source_error, plan.target_error)
         else:
             z_aligned_JZ = projected(self.source, self.target, j0, j1)
@@ -161,7 +160,7 @@ class Transport:
     def record(self):
         here, there = self.target.slot.place, self.source.slot.place
         return {"layer": here.layer, "role": here.role, "source": self.source.index, "source_layer": there.layer,
-                "iterations": self.iterations, "marginal_error": self.error,
+                "iterations": self.iterations, "marginal_error": self.error, "blocks": self.blocks,
                 "cost_before": ot.wasserstein2(self.before, self.goal), "cost_after": ot.wasserstein2(self.after, self.goal),
                 "std_ratio": self.after.spread / (self.goal.spread or 1.0), "n_over_d": self.target.N / self.target.codec.Z}
 
@@ -185,7 +184,7 @@ class Tally:
 
     def add_distances(self, merged_L, raw, weights, operator):
         """raw: parent index -> weights, for the target and the sources of its shape."""
-        square = lambda other: (merged_L.double() - other).square().sum().item()
+        square = lambda other: (merged_L.double() - other.double()).square().sum().item()
         self.target, self.to_target = self.target + raw[0].square().sum().item(), self.to_target + square(raw[0])
         for index in raw:
             self.to_source[index] = self.to_source.get(index, 0.0) + square(raw[index])
@@ -196,20 +195,23 @@ class Tally:
 def cast(flat_L, slot):
     """The one rounding to the stored dtype; a value that does not fit is an error, never an Inf in a file."""
     result = flat_L.to(slot.dtype)
-    need(torch.isfinite(result).all(), "result", f"{flat_L.abs().max():.3g} does not fit {slot.dtype}",
+    need(torch.isfinite(result.float()).all(), "result", f"{flat_L.abs().max():.3g} does not fit {slot.dtype}",
          "lower --lam, or store the target in float32 or bfloat16", slot.name)
     return result
 
 
 def round_trip(parent, tally):
-    """Enter D(E(w)) of a parent's first chunks into the tally, for a parent whose codes are not decoded anyway."""
-    z_NZ, weights_L = parent.latents(0, min(parent.N, GATE_CHUNKS)), parent.read(0, GATE_CHUNKS * parent.codec.C)
-    tally.add_error(parent, parent.codec.decode(z_NZ, parent.slot, len(weights_L)), weights_L.double())
+    """Enter D(E(w)) of a parent into the tally, for a parent whose own codes are not decoded anyway."""
+    C, T = parent.codec.C, parent.codec.T
+    for first, last in spans(parent.N, max(T, PIECE // (C * T) * T)):
+        weights_L = parent.read(first * C, last * C)
+        tally.add_error(parent, parent.codec.decode(parent.latents(first, last), parent.slot, len(weights_L)), weights_L.double())
 
 
 def piece_chunks(target, sources, how):
-    """Target chunks per piece, whole windows: neither parent's share exceeds PIECE weights. With Sinkhorn a piece is
-    one transport problem (`align.blocks`: small enough for memory; no mass crosses its border)."""
+    """Target chunks per piece, whole windows: at most PIECE weights of the target, and of a source unless it is so much
+    larger that one window meets more. With Sinkhorn a piece is one transport problem (`align.blocks`: small enough for
+    memory; no mass crosses its border)."""
     T, most = target.codec.T, PIECE // target.codec.C
     for source in sources:
         most = min(most, PIECE // source.codec.C * target.N // source.N)
@@ -240,8 +242,8 @@ def ls_merge(target, sources, weights, operator=lerp, how=Alignment(), residual=
         merged_L = target.codec.decode(operator(z_parents, weights), slot, stop - start)    # lines 5, 6
         for parent, weight, z_JZ, enters in zip(parents, weights, z_parents, direct):
             if enters:
-                w_L = raw[parent.index] if residual else raw[parent.index][:GATE_CHUNKS * C]
-                decoded_L = target.codec.decode(z_JZ if residual else z_JZ[:GATE_CHUNKS], slot, len(w_L))
+                w_L, alone = raw[parent.index], weight == 1 and not residual
+                decoded_L = merged_L if alone else target.codec.decode(z_JZ, slot, len(w_L))
                 tally.add_error(parent, decoded_L, w_L)
                 merged_L = merged_L + weight * (w_L - decoded_L) if residual else merged_L
             elif start == 0:

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 import align as ot
-from chunking import (PIECE, Checkpoint, CheckpointError, Parser, check_output, command, is_selected, measure, place,
+from chunking import (PIECE, Checkpoint, CheckpointError, Parser, check_output, command, is_selected, measure, need, place,
                       plan_file, spans, write_checkpoint)
 from lsmerge import Alignment, Codec, Parent, Tally, cast, convex_weights, lerp, ls_merge, round_trip
 from train import add_machine_arguments, describe_stage, pick_device, save_vae, train_vae
@@ -58,33 +58,35 @@ def pair_names(target, source, names, pattern, by="depth"):
     return pairs
 
 
-def plan_merge(target, sources, pattern=None, align="auto", by="depth"):
+def plan_merge(target, sources, pattern=None, align="auto", by="depth", control=None):
     """(kind, alignment method, [Task, ...] in the target's natural order).  Raises CheckpointError.
 
-    A run is cross-shape if an encoded tensor of any source differs in shape or is missing. Everything that is not
-    encoded is averaged in weight space where shapes are equal and nothing is aligned, else it is the target's.
+    A run is cross-shape if an encoded tensor of any parent differs in shape or is missing in another. Everything that is not
+    encoded is averaged in weight space where shapes are equal and nothing is aligned, else it is the target's. Under a
+    null control too: a norm averaged with the source's would bring in what the control is there to keep out.
     """
     encoded = [e.name for e in target.entries.values() if is_selected(e, pattern)]
     if not encoded:
         raise CheckpointError(target.path, "no tensor is selected", "give --select a pattern that matches its names")
     fits = lambda source, name: name in source.entries and (
         source.entries[name].is_float and source.entries[name].shape == target.entries[name].shape)
-    same = all(fits(source, name) for source in sources for name in encoded)
+    same = all(set(encoded) == {e.name for e in source.entries.values() if is_selected(e, pattern)}
+               and all(fits(source, name) for name in encoded) for source in sources)
     kind = "self" if not sources else "same-shape" if same else "cross-shape"
     method = align if align != "auto" else "gaussian" if kind == "cross-shape" else "none"
     pairs = [{n: n for n in encoded} if same else pair_names(target, source, encoded, pattern, by) for source in sources]
     for source, paired in zip(sources, pairs):
         if not any(paired.values()):
-            raise CheckpointError(source.path, "no tensor has the role of an encoded tensor of the target",
-                                  "use models whose tensor names are known (chunking.ROLES), or add a line there")
+            raise CheckpointError(source.path, "no tensor pairs with one of the target by layer and role",
+                                  "names are unknown or ambiguous: see chunking.ROLES, or narrow --select")
     tasks, chosen = [], set(encoded)
     for name, entry in target.entries.items():
         if name in chosen:
             partners = tuple((i, paired[name]) for i, paired in enumerate(pairs) if paired[name])
             lonely = sources and not partners
-            tasks.append(Task(name, "copied", why=f"no source has a partner for role {place(name).role!r}") if lonely
+            tasks.append(Task(name, "copied", why=f"no source has a single partner for role {place(name).role!r}") if lonely
                          else Task(name, "encoded", partners))
-        elif kind == "same-shape" and method == "none" and entry.is_float:
+        elif kind == "same-shape" and method == "none" and not control and entry.is_float:
             others = [source.path for source in sources if not fits(source, name)]
             tasks.append(Task(name, "copied", why=f"missing or of another shape in {', '.join(others)}") if others
                          else Task(name, "averaged", tuple((i, name) for i in range(len(sources)))))
@@ -146,7 +148,8 @@ def merged_pieces(job, codecs, tally):
             raw = [read(start, stop) for read in readers[:1 if task.action == "copied" else None]]
             piece = raw[0] if kept else cast(operator([part.double() for part in raw], weights), entry)
             if task.action == "encoded":
-                tally.add_distances(piece, {k: part.double() for k, part in enumerate(raw)}, weights, operator)
+                known = zip([0, *(i + 1 for i, _ in task.partners)], task.slots, raw)
+                tally.add_distances(piece, {k: part.double() for k, slot, part in known if slot.shape == entry.shape}, weights, operator)
             yield name, start, piece
 
 
@@ -235,7 +238,7 @@ def make_report(job, kind, tally, codecs, bound, seconds, memory):
         "roundtrip": {"nmse": nmse.get(0), "worst": worst},
         "distance": {"to_target": relative(tally.to_target),
                      "to_source": [relative(tally.to_source.get(i + 1) if defined else None) for i in range(len(job.sources))],
-                     "to_average": relative(tally.to_average) if defined else None},
+                     "to_average": relative(tally.to_average) if kind == "same-shape" else None},
         "alignment": tally.alignment, "gates": gates, "seconds": {k: round(v, 3) for k, v in seconds.items()},
         "peak_anonymous_mib": memory}
 
@@ -273,7 +276,8 @@ def metadata_of(job):
 def print_alignment(records):
     print(f"{'role':<10}{'layer':>6}{'from':>6}{'n/d':>7}{'cost before':>13}{'after':>10}{'std ratio':>11}{'marginal':>10}{'iterations':>11}")
     for r in records:
-        few = "  n < d: a remix of the target's own chunks" if r["n_over_d"] < 1 else ""
+        few = "  n < d" if r["n_over_d"] < 1 else ""
+        few += f"  {r['blocks']} blocks" if r["blocks"] > 1 else ""
         layer, other = ("-" if r[key] is None else r[key] for key in ("layer", "source_layer"))
         print(f"{r['role']:<10}{layer:>6}{other:>6}{r['n_over_d']:>7.1f}{r['cost_before']:>13.4f}{r['cost_after']:>10.4f}"
               f"{r['std_ratio']:>11.3f}{r['marginal_error']:>10.1e}{r['iterations']:>11}{few}")
@@ -308,11 +312,15 @@ def print_plan(kind, job, a):
 
 
 def write_report(path, report):
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "w") as stream:
-        json.dump(report, stream, indent=1, allow_nan=False)
-        stream.write("\n")
-    os.replace(temporary, path)
+    path, temporary = os.path.realpath(path), f"{os.path.realpath(path)}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "w") as stream:
+            json.dump(report, stream, indent=1, allow_nan=False)
+            stream.write("\n")
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
 
 
 # --- The command line ------------------------------------------------------------------------------------------------
@@ -351,10 +359,13 @@ def check_usage(a, parser):
         parser.error("--roundtrip takes the target alone")
     if not a.roundtrip and not sources:
         parser.error("nothing to merge: give a SOURCE, or --roundtrip")
-    if a.roundtrip and (a.lam or a.align or a.control):
-        parser.error("--roundtrip has no source: --lam, --align and --control do not apply")
+    if a.roundtrip and (a.lam or a.align or a.control or a.source_vae):
+        parser.error("--roundtrip has no source: --lam, --align, --control and --source-vae do not apply")
+    if a.dry_run and a.report:
+        parser.error("--dry-run makes no report: drop --report")
     codec = ["vae", "save_vae", "source_vae", "align", "epsilon", "control", "residual", "roundtrip", "max_nmse"]
     given = [name for name in codec if getattr(a, name) not in (None, False)]
+    given += [name for name, default in (("device", "auto"), ("dtype", "float32")) if getattr(a, name) != default]
     if a.space == "weight" and given:
         parser.error(f"--space weight uses no codec: drop --{given[0].replace('_', '-')}")
     if a.vae and a.save_vae:
@@ -386,10 +397,11 @@ def open_job(a):
     """Everything that can be refused before any work, in the order of its cost."""
     target, *sources = [Checkpoint(path) for path in a.models]
     inputs = [*a.models, *filter(None, (a.vae, a.source_vae))]
-    outputs = [path for path in (None if a.dry_run else a.output, a.save_vae) if path]
-    for path in outputs:
-        check_output(path, inputs, a.force)
-    kind, method, tasks = plan_merge(target, sources, a.select, a.align or "auto")
+    outputs = [] if a.dry_run else [path for path in (a.output, a.save_vae, a.report) if path]
+    for i, path in enumerate(outputs):
+        check_output(path, inputs, a.force or path == a.report)
+        need(os.path.realpath(path) not in map(os.path.realpath, outputs[:i]), path, "two outputs in one file", "give each its own")
+    kind, method, tasks = plan_merge(target, sources, a.select, a.align or "auto", control=a.control)
     if a.space == "weight" and kind == "cross-shape":
         raise CheckpointError(a.models[0], "its encoded tensors and the source's differ in shape or name",
                               "--space weight needs equal shapes: drop it")
@@ -419,11 +431,11 @@ def main(argv=None):
             checkpoint.check_unchanged()
         lap("merge and write")
         report.update(make_report(job, kind, tally, codecs, bound, seconds, memory.peak))
-        print_report(report, job)
         if a.report:
             write_report(a.report, report)
         for gate in report["gates"]:
             if not gate["passed"]:
+                print_report(report, job)
                 raise CheckpointError(a.output, f"not written: gate failed: {gate['name']}: {gate['value']:.3g} > {gate['bound']:.3g}",
                                       "train a better VAE (train.py, more steps or a lower --ratio), or raise --max-nmse")
     entries = list(job.target.entries.values())
@@ -433,6 +445,7 @@ def main(argv=None):
             yield name, start, piece
             bar.update(piece.numel())
     write_checkpoint(a.output, entries, counted(), metadata_of(job), accept)
+    print_report(report, job)
     print(f"wrote {a.output}")
 
 

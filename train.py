@@ -12,7 +12,7 @@ from scratch with the KL collapses before it has learnt anything worth regularis
 What enters: windows of standardised weights, read from the files as they are needed (a batch is all that is held in
 float32). What leaves: a VAE file (safetensors; configuration and training record in its header).
 """
-import contextlib, copy, json, math, sys, time
+import contextlib, copy, json, math, os, sys, time
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -35,7 +35,8 @@ class Schedule:
     weight_decay: float = 1e-5  # paper: AdamW, 1e-5
     clip: float = 1.0           # paper: gradient clipping, no value given
     checks: int = 20            # validations per stage; the best state is kept
-    patience: int = 4           # a stage ends after this many checks without a better one
+    patience: int = 8           # a stage ends after this many checks without a better one: a new neck is at first worse than
+    #                             its start, and from a random network needed a third of the stage to pass it
 
     def __post_init__(self):
         for name in ("steps1", "steps2"):
@@ -78,9 +79,15 @@ class Windows:
         self.parents, self.C, self.T = parents, config.chunk, config.tokens
         where = [(p, s, w) for p, (_, slots) in enumerate(parents) for s, slot in enumerate(slots)
                  for w in range(-(-slot.n_chunks(self.C) // self.T))]
-        order = torch.randperm(len(where), generator=generator).tolist()
-        held = min(round(holdout * len(where)), len(where) - 1)
-        self.where, self.validation, self.training = where, order[:held], order[held:]
+        # Held out by place, in all parents at once: two experts of one base agree to a few per cent at the same place,
+        # so a window of one would give its twin in the other away.
+        places = list(dict.fromkeys((parents[p][1][s].name, w) for p, s, w in where))
+        order = torch.randperm(len(places), generator=generator).tolist()
+        held = {places[i] for i in order[:min(round(holdout * len(places)), len(places) - 1)]}
+        sides = [(parents[p][1][s].name, w) in held for p, s, w in where]
+        self.where = where
+        self.validation, self.training = ([i for i in torch.randperm(len(where), generator=generator).tolist() if sides[i] == side]
+                                          for side in (True, False))
 
     def read(self, indices):
         """x_BTC standardised float32, real_BTC bool (1 = weight)."""
@@ -100,8 +107,9 @@ class Windows:
 
 
 def stream_moments(vae, windows, batch, device):
-    """Mean and covariance of the stage-1 latents over the training windows, for the neck."""
-    total, indices = Moments(), windows.training[:NECK_WINDOWS]
+    """Mean and covariance of the stage-1 latents, for the neck. Validation windows count as well: a few thousand numbers
+    from 10^5 chunks memorise nothing, and the start is then exactly the PCA of the checkpoints it is held against."""
+    total, indices = Moments(), [*windows.training, *windows.validation][:NECK_WINDOWS]
     with torch.no_grad():
         for x_BTC, real_BTC in windows.batches(indices, batch, device):
             real_BT = real_BTC.any(dim=-1)
@@ -163,6 +171,9 @@ def run_stage(vae, teacher, windows, stage, schedule, generator, device, autocas
     for step in bar:
         if step % every == 0 or step == steps:
             figures = validate(vae, windows, stage, schedule.batch, device)
+            if not math.isfinite(figures["objective"]):
+                raise FloatingPointError(f"stage {stage}: the held-out loss is {figures['objective']} at step {step}, the last good "
+                                         f"NMSE was {best['nmse'] if best else math.nan:.3e}; fix: lower --lr")
             log({"stage": stage, "step": step, **figures})
             bar.set_postfix(NMSE=f"{figures['nmse']:.2e}", KL=f"{figures.get('kl', 0):.3f}")
             if best is None or figures["objective"] < best["objective"]:
@@ -243,15 +254,21 @@ def describe_stage(record):
 def codec_settings(arguments, parser):
     """(VAEConfig, Schedule) from the flags; a value that is wrong on its face is a usage error (exit code 2)."""
     pairs = 2 * max(1, arguments.heads)                    # a width that no flag gives is rounded up to fit the heads
-    given = vars(arguments) | {"width": arguments.width or -(-max(VAEConfig().width, arguments.chunk) // pairs) * pairs}
+    given = vars(arguments) | {"width": -(-max(VAEConfig().width, arguments.chunk) // pairs) * pairs if arguments.width is None else arguments.width}
     try:
         return [kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given}) for kind in (VAEConfig, Schedule)]
     except ValueError as error:
         parser.error(str(error))
 
 
+def seed(text):
+    if not 0 <= int(text) < 2 ** 32:
+        raise ValueError
+    return int(text)
+
+
 def add_machine_arguments(parser):
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (%(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of everything random, below 2^32 (%(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute type (%(default)s)")
     parser.add_argument("--force", action="store_true", help="overwrite an existing output (never an input)")
@@ -284,6 +301,8 @@ def main(argv=None):
     device = pick_device(arguments.device)
     checkpoints = [Checkpoint(path) for path in arguments.checkpoints]
     check_output(arguments.output, arguments.checkpoints, arguments.force)
+    if arguments.log:
+        check_output(arguments.log, [*arguments.checkpoints, *filter(os.path.exists, [arguments.output])], force=True)
     parents = [(c, [measure(c, e.name) for e in c.entries.values() if is_selected(e, arguments.select)]) for c in checkpoints]
     for checkpoint, slots in parents:
         if not slots:

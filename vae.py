@@ -43,8 +43,10 @@ class VAEConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, must be a positive whole number")
         if self.init not in ("pca", "random"):
             raise ValueError(f"init is {self.init!r}, must be 'pca' or 'random'")
-        if not (math.isfinite(self.ratio) and self.ratio > 0 and self.latent >= 1):
-            raise ValueError(f"ratio is {self.ratio!r}, must be above 0 and at most the chunk size {self.chunk}")
+        if not (math.isfinite(self.ratio) and self.ratio >= 0.01 and self.latent >= 1):
+            raise ValueError(f"ratio is {self.ratio!r}, must be at least 0.01 and at most the chunk size {self.chunk}")
+        if max(self.chunk, self.tokens, self.width) > 2 ** 16:
+            raise ValueError("chunk, tokens and width must not exceed 65,536")
         if not (math.isfinite(self.beta) and self.beta >= 0):
             raise ValueError(f"beta is {self.beta!r}, must be 0 or more")
         if self.width % (2 * self.heads):

@@ -2,12 +2,12 @@
 
     python experiments/bench.py --align [--quick] [--record experiments/results/bench-align.jsonl]
 
---align: align.py's Sinkhorn beside three solvers of POT (Python Optimal Transport), and its Gaussian map beside
-POT's. Every solver gets the iterations that it needs for the same *measured* marginal error, the larger L1 error
-of both sides of the plan that it returns: 1e-9 at epsilon 0.05, 1e-6 below. POT's own threshold is a 2-norm of
-one side, so it is not used: all its solvers are the plain iteration, whose steps are counted beforehand. Times
-include the plan. Ratios are ours / POT's: below 1 is faster. On a busy machine set OMP_NUM_THREADS=1, or threads
-wait for each other; the number of threads is printed and recorded.
+--align: align.py's Sinkhorn beside three solvers of POT (Python Optimal Transport), its Gaussian map beside
+POT's. Every solver gets the iterations it needs for the same *measured* marginal error, the larger L1 error
+of both sides of the plan it returns: 1e-9 at epsilon 0.05, 1e-6 below. POT's own threshold is a 2-norm of one
+side, so it is not used: its solvers are all the plain iteration, whose steps are counted beforehand. Times
+include the plan. Ratios are ours / POT's: below 1 is faster. On a busy machine set OMP_NUM_THREADS=1, or
+threads wait for each other; the number of threads is printed and recorded.
 """
 
 import argparse
@@ -29,8 +29,10 @@ LATENT = 32                # numbers per point
 MOST_PLAIN = 3000          # POT stops here at the latest: a ratio is then an upper bound, marked <
 SLOW = 10.0                # seconds; what takes longer is timed once, not ROUNDS times
 ROUNDS = 5
-# POT solver -> what our time over its time should reach where plain iteration needs < 300 steps, and >= 300
-TARGETS = {"sinkhorn_log": (0.2, 0.2), "sinkhorn_stabilized": (1.0, 1.0), "sinkhorn": (1.7, 0.5)}
+# POT solver -> what our time over its time should reach where plain iteration needs < 300 steps, and >= 300;
+# whether the worst cell must reach it or the median
+TARGETS = {"sinkhorn_log": (0.2, 0.2, "worst"), "sinkhorn_stabilized": (1.0, 1.0, "median"),
+           "sinkhorn": (1.7, 0.5, "worst")}
 
 
 def cloud(n, kind, generator):
@@ -109,7 +111,8 @@ def gaussian_cell(ot, n, d, rounds):
         runs["pot"] = lambda: torch.as_tensor(
             ot.gaussian.empirical_bures_wasserstein_mapping(x.numpy(), y.numpy(), reg=1e-9)[0])
     timed = interleaved(runs, rounds)
-    row = dict(what="gaussian_map", n=n, latent=d, seconds={name: round(timed[name][0], 5) for name in timed})
+    row = dict(what="gaussian_map", n=n, latent=d, rounds=rounds,
+               seconds={name: round(timed[name][0], 5) for name in timed})
     if ot is not None:
         row["ratios"] = {"pot": round(timed["ours"][0] / timed["pot"][0], 3)}
         row["difference"] = float(f"{(timed['ours'][1] - timed['pot'][1]).abs().max().item():.2g}")
@@ -125,20 +128,22 @@ def print_cell(row):
 
 
 def print_verdict(rows, gaussian):
-    print("ours / POT, medians over the cells, with the target beside it:")
+    print("ours / POT over the cells, with the target beside it:")
     easy = [row for row in rows if row["plain_iterations"] < 300]
     hard = [row for row in rows if row["plain_iterations"] >= 300]
-    for name, targets in TARGETS.items():
+    for name, (*targets, judged) in TARGETS.items():
         for label, group, target in zip(("plain needs < 300", "plain needs >= 300"), (easy, hard), targets):
-            print_ratio(f"{name}, {label}", [row["ratios"][name] for row in group], target)
-    print_ratio(f"gaussian map {gaussian['n']} x {gaussian['latent']}", [gaussian["ratios"]["pot"]], 0.6)
+            print_ratio(f"{name}, {label}", [row["ratios"][name] for row in group], target, judged)
+    name = f"gaussian map {gaussian['n']} x {gaussian['latent']}"
+    print_ratio(name, [gaussian["ratios"]["pot"]], 0.6, "median")
 
 
-def print_ratio(name, ratios, target):
+def print_ratio(name, ratios, target, judged):
     if ratios:
-        median = statistics.median(ratios)
-        print(f"  {name:40} {median:5.2f}  worst {max(ratios):5.2f} of {len(ratios):2}  target {target}  "
-              f"{'pass' if median <= target else 'MISS'}")
+        median, worst = statistics.median(ratios), max(ratios)
+        passed = (worst if judged == "worst" else median) <= target
+        print(f"  {name:40} median {median:5.2f}  worst {worst:5.2f}  of {len(ratios):2}  target {target} "
+              f"({judged})  {'pass' if passed else 'MISS'}")
 
 
 def bench_align(quick):
@@ -160,7 +165,7 @@ def bench_align(quick):
                 rows.append(sinkhorn_cell(ot, n, m, kind, epsilon, versions["rounds"]))
                 print_cell(rows[-1])
                 yield versions | rows[-1]
-    gaussian = gaussian_cell(ot, *((1024, 96) if quick else (4096, 384)), versions["rounds"])
+    gaussian = gaussian_cell(ot, 4096, 384, 5 * versions["rounds"])
     yield versions | gaussian
     print(f"gaussian map {gaussian['n']} x {gaussian['latent']}: {gaussian['seconds']} s")
     if ot is not None:

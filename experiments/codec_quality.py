@@ -62,10 +62,10 @@ def losses(tensors, split):
     return {domain: float(bits_per_byte(model, held_out(domain, split)).mean()) for domain in DOMAINS}
 
 
-def run(paths, unseen, ratio, schedule, seed, width):
+def run(paths, unseen, ratio, schedule, seed, init):
     """One ratio: everything the table prints, as one record."""
     training, held = [parents_of(path) for path in paths], parents_of(unseen)
-    config = VAEConfig(ratio=ratio, width=width)
+    config = VAEConfig(ratio=ratio, init=init)
     fit, other = chunks_of(training, config.chunk), chunks_of([held], config.chunk)
     record = {"ratio": config.true_ratio, "white_noise": max(0.0, 1 - 1 / config.true_ratio),
               "pca_training": pca_nmse(fit, fit, config.latent), "pca_unseen": pca_nmse(fit, other, config.latent)}
@@ -91,7 +91,7 @@ def main():
     parser.add_argument("--unseen", default=models / "base-seed2.safetensors", help="a checkpoint the VAE is not trained on")
     parser.add_argument("--ratios", default="1,1.6,2,4")
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--width", type=int, default=VAEConfig().width)
+    parser.add_argument("--init", choices=("pca", "random"), default=VAEConfig().init)
     parser.add_argument("--steps2", type=int, default=Schedule().steps2)
     parser.add_argument("--lr", type=float, default=Schedule().lr)
     parser.add_argument("--record", default=HERE / "results" / "codec.jsonl", help="append to this file (%(default)s)")
@@ -101,7 +101,7 @@ def main():
     print(f"{'r':>5} {'noise':>7} | {'PCA':>9}{'start':>10}{'trained':>10} | {'PCA':>9}{'start':>10}{'trained':>10} | {'r':>9} |")
     for ratio in map(float, a.ratios.split(",")):
         for seed in map(int, a.seeds.split(",")):
-            r = run(a.checkpoints, a.unseen, ratio, schedule, seed, a.width)
+            r = run(a.checkpoints, a.unseen, ratio, schedule, seed, a.init)
             show = lambda key: f"{r[key]:.2e}" if r[key] < 1e-3 else f"{r[key]:.4f}"
             own = ", ".join(f"{name}: {pair['after'][name]:.3f} / {pair['before'][name]:.3f}" for name, pair in r["loss"].items() if name in DOMAINS)
             print(f"{r['ratio']:>5g} {r['white_noise']:>7.3f} | " + " | ".join(
@@ -110,7 +110,7 @@ def main():
             with open(a.record, "a") as stream:
                 print(json.dumps({"seed": seed, "checkpoints": [Path(p).name for p in a.checkpoints], "unseen": Path(a.unseen).name,
                                   "python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads(),
-                                  "steps2": a.steps2, "lr": a.lr, "width": a.width, **r}, allow_nan=False), file=stream)
+                                  "steps2": a.steps2, "lr": a.lr, "init": a.init, **r}, allow_nan=False), file=stream)
 
 
 if __name__ == "__main__":

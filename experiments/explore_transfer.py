@@ -365,12 +365,13 @@ def main():
     parser.add_argument("--models", type=Path, default=HERE / "models", help="folder of the checkpoints")
     parser.add_argument("--results", type=Path, default=HERE / "results/transfer.jsonl", help="JSON lines, appended to")
     parser.add_argument("--seeds", type=int, default=5, help="for whatever is random (%(default)s)")
-    parser.add_argument("--steps", type=int, default=200, help="of fine-tuning on code, for delta (%(default)s)")
+    parser.add_argument("--steps", type=int, default=150, help="of fine-tuning on code, for delta (%(default)s)")
+    parser.add_argument("--documents", type=int, help="per domain and split, at most; fewer is faster and less sure (all)")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} documents per domain; nothing is written")
     args = parser.parse_args()
     if unknown := set(args.attempts) - set(attempts):
         parser.error(f"no such attempt: {', '.join(sorted(unknown))}; there are {', '.join(attempts)}")
-    args.documents = QUICK if args.quick else None
+    args.documents = QUICK if args.quick else args.documents
     models = {name: args.models / f"{name}.safetensors" for name in ("base", "large", "base-seed2", "code")}
     texts, generator = [training_text(domain) for domain in DOMAINS], np.random.default_rng(0)
     bytes_BT = torch.cat([batch(texts, (1 / 3, 1 / 3, 1 / 3), generator) for _ in range(FIT_WINDOWS)])[:, :EXCERPT_BYTES]

@@ -252,7 +252,8 @@ def records(grid, facts, domains=DOMAINS):
         controls = {} if cell.control or isinstance(key, str) or cell.align == "weights" else grid.controls(cell)
         differences, beats, verdict = judge(grid.scores[key, "test"], base, controls, domains)
         record["difference"] = {name: {**d._asdict(), "se": d.se} for name, d in differences.items()}
-        record |= {"beats_controls": beats if controls else None, "verdict": verdict if controls else None, "seconds": round(seconds, 2), "documents": base[DOMAINS[0]].shape[1], **facts}
+        record |= {"beats_controls": beats if controls else None, "verdict": verdict if controls else None,
+                   "seconds": round(seconds, 2), "documents": base[DOMAINS[0]].shape[1], **facts}
         found.append(record)
     return found
 
@@ -279,7 +280,8 @@ def row_text(name, record, note=None):
     test, found = record["test"], record["difference"]
     cells = [f"{found[c]['mean']:+.3f}±{found[c]['se']:.4f}" if c in found else "" for c in ("base", *CONTROLS)]
     beats = {True: "yes", False: "no", None: ""}[record["beats_controls"]] if note is None else note
-    return f"{name:<46}{test['pooled']:>8.4f}" + "".join(f"{test[d]:>11.4f}" for d in DOMAINS) + " |" + "".join(f"{c:>15}" for c in cells) + f" | {beats}"
+    return (f"{name:<46}{test['pooled']:>8.4f}" + "".join(f"{test[d]:>11.4f}" for d in DOMAINS) + " |"
+            + "".join(f"{cell:>15}" for cell in cells) + f" | {beats}")
 
 
 def mean_control(rows, control, lam, like=("", "", "")):
@@ -307,7 +309,8 @@ def print_table5(rows, chosen):
     label = {1.0: "only (lambda 1)", 0.1: "+ interpolation (0.1)"}
     for source in dict.fromkeys(r["source"] for r in rows if r["row"] == "cell"):
         for r in [r for lam in label for r in find(rows, row="cell", source=source, lam=lam, pairing="depth")]:
-            name = f"{source}: {'plain average' if r['align'] == 'weights' else r['align']} {label[r['lam']]}" + (f", c = {r['chunk']}" if r["few"] else "")
+            align = "plain average" if r["align"] == "weights" else r["align"]
+            name = f"{source}: {align} {label[r['lam']]}" + (f", c = {r['chunk']}" if r["few"] else "")
             beats = {True: "yes", False: "no", None: ""}[r["beats_controls"]]
             print(row_text(name, r, paper(r["lam"], beats) if r["align"] in ("gaussian", "sinkhorn") else beats))
     for lam, control in ((lam, control) for lam in label for control in CONTROLS[:3]):
@@ -328,7 +331,8 @@ def print_figure4(rows):
     for curve in dict.fromkeys((r["source"], r["align"], r["pairing"]) for r in cells):
         line = {r["lam"]: r for r in cells if (r["source"], r["align"], r["pairing"]) == curve}
         show = lambda r: f"{r['difference']['base']['mean']:>+9.4f}{'*' if r['beats_controls'] else ' '}"
-        print(f"{'b' if curve[1] in ('none', 'weights') else 'a'}  {f'{curve[0]}, {curve[1]}, pairing by {curve[2]}':<45}" + "".join(show(line[lam]) for lam in lambdas))
+        panel, name = "b" if curve[1] in ("none", "weights") else "a", f"{curve[0]}, {curve[1]}, pairing by {curve[2]}"
+        print(f"{panel}  {name:<45}" + "".join(show(line[lam]) for lam in lambdas))
     for control, *like in dict.fromkeys((r["control"], r["source"], r["align"], r["pairing"]) for r in rows if r["control"]):
         name = " ".join(["control", control, *like]).strip()
         print(f"   {name:<45}" + "".join(f"{mean_control(rows, control, lam, tuple(like))['difference']['base']['mean']:>+9.4f} " for lam in lambdas))
@@ -375,13 +379,14 @@ def main():
     parser.add_argument("--models", type=Path, default=HERE / "models", help="folder of the checkpoints")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the JSON lines, appended to")
     parser.add_argument("--seeds", type=int, default=5, help="for whatever is random (%(default)s)")
+    parser.add_argument("--documents", type=int, help="per domain and split, at most; fewer is faster and less sure (all)")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} documents per domain; nothing is written")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
     if not args.table + args.figure:
         parser.error("nothing to do: give --table or --figure")
     began = time.perf_counter()
-    rows, chosen = transfer_grid(args.models, args.seeds, QUICK if args.quick else None, args.quiet)
+    rows, chosen = transfer_grid(args.models, args.seeds, QUICK if args.quick else args.documents, args.quiet)
     if "5" in args.table:
         print_table5(rows, chosen)
         kept = [r for r in rows if r["lam"] in (0.0, 0.1, 1.0) or any(all(r[k] == v for k, v in c._asdict().items()) for c in chosen)]
