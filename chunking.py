@@ -485,8 +485,8 @@ def command(run):
     except BrokenPipeError:                                # whoever read our output has gone: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        print(CheckpointError(error.filename or "I/O", error.strerror or error, "check path, permissions and free space")
-              .args[0].join(("error: ", "")), file=sys.stderr)
+        line = CheckpointError(error.filename or "I/O", error.strerror or error, "check path, permissions and free space")
+        print(f"error: {line}", file=sys.stderr)
     except (MemoryError, RuntimeError) as error:           # torch's allocators raise RuntimeErrors
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(error):
             raise

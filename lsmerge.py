@@ -123,7 +123,7 @@ class Transport:
         self.target, self.source, self.how, self.generator = target, source, how, generator
         self.before, self.goal, self.after = ot.Moments(), ot.Moments(), ot.Moments()
         self.iterations, self.error, self.blocks = 0, 0.0, 0
-        if how.method != "none" or how.control or not self.plain:
+        if not self.plain:
             for j0, j1 in spans(target.N, step):
                 self.goal.add(target.latents(j0, j1))
                 self.before.add(projected(source, target, j0, j1))
@@ -227,10 +227,10 @@ def ls_merge(target, sources, weights, operator=lerp, how=Alignment(), residual=
                weights           of all parents, the target's first (`convex_weights`)
                residual          W^ = sum_k w_k W_k + (D(z_lambda) - sum_k w_k D(z_k)), over the target and every source
                                  whose latents entered as they are: what the codec cannot express is added back
-               tally             a Tally that gathers the round trips and distances
+               tally             a Tally that gathers the round trips and distances (None: nobody asks)
     Returns:   an iterator; the caller's last piece ends the tensor.  With no sources: the target's round trip.
     """
-    C, L, slot = target.codec.C, target.slot.numel, target.slot
+    C, L, slot, tally = target.codec.C, target.slot.numel, target.slot, Tally() if tally is None else tally
     step, parents = piece_chunks(target, sources, how), [target, *sources]
     transports = [Transport(target, source, how, step, generator) for source in sources]
     direct = [True, *(transport.plain for transport in transports)]     # whose latents enter as they are

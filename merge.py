@@ -33,6 +33,8 @@ class Task:
     partners: tuple = ()
     slots: tuple = ()
     why: str = ""
+    # Index of each parent (and of its slot): 0 the target, i the i-th source.
+    indices = property(lambda self: [0, *(i + 1 for i, _ in self.partners)])
 
 
 def pair_names(target, source, names, pattern, by="depth"):
@@ -66,8 +68,7 @@ def plan_merge(target, sources, pattern=None, align="auto", by="depth", control=
     null control too: a norm averaged with the source's would bring in what the control is there to keep out.
     """
     encoded = [e.name for e in target.entries.values() if is_selected(e, pattern)]
-    if not encoded:
-        raise CheckpointError(target.path, "no tensor is selected", "give --select a pattern that matches its names")
+    need(encoded, target.path, "no tensor is selected", "give --select a pattern that matches its names")
     fits = lambda source, name: name in source.entries and (
         source.entries[name].is_float and source.entries[name].shape == target.entries[name].shape)
     same = all(set(encoded) == {e.name for e in source.entries.values() if is_selected(e, pattern)}
@@ -76,9 +77,8 @@ def plan_merge(target, sources, pattern=None, align="auto", by="depth", control=
     method = align if align != "auto" else "gaussian" if kind == "cross-shape" else "none"
     pairs = [{n: n for n in encoded} if same else pair_names(target, source, encoded, pattern, by) for source in sources]
     for source, paired in zip(sources, pairs):
-        if not any(paired.values()):
-            raise CheckpointError(source.path, "no tensor pairs with one of the target by layer and role",
-                                  "names are unknown or ambiguous: see chunking.ROLES, or narrow --select")
+        need(any(paired.values()), source.path, "no tensor pairs with one of the target by layer and role",
+             "names are unknown or ambiguous: see chunking.ROLES, or narrow --select")
     tasks, chosen = [], set(encoded)
     for name, entry in target.entries.items():
         if name in chosen:
@@ -135,8 +135,7 @@ def merged_pieces(job, codecs, tally):
         readers = [functools.partial(job.target.read, name), *(functools.partial(job.sources[i].read, n) for i, n in task.partners)]
         kept = task.action == "copied" or not any(weights[1:])          # the target's bytes, unless they are encoded
         if task.action == "encoded" and job.space == "latent":
-            indices = [0, *(i + 1 for i, _ in task.partners)]
-            parents = [Parent(read, slot, codecs[k], k) for read, slot, k in zip(readers, task.slots, indices)]
+            parents = [Parent(read, slot, codecs[k], k) for read, slot, k in zip(readers, task.slots, task.indices)]
             if not (kept and job.residual):
                 generator = torch.Generator().manual_seed(job.seed * 1_000_003 + number)
                 stream = ls_merge(parents[0], parents[1:], weights, operator, job.how, job.residual, generator, tally)
@@ -148,7 +147,7 @@ def merged_pieces(job, codecs, tally):
             raw = [read(start, stop) for read in readers[:1 if task.action == "copied" else None]]
             piece = raw[0] if kept else cast(operator([part.double() for part in raw], weights), entry)
             if task.action == "encoded":
-                known = zip([0, *(i + 1 for i, _ in task.partners)], task.slots, raw)
+                known = zip(task.indices, task.slots, raw)
                 tally.add_distances(piece, {k: part.double() for k, slot, part in known if slot.shape == entry.shape}, weights, operator)
             yield name, start, piece
 
@@ -214,7 +213,7 @@ def round_trips(job, tally):
     """({parent index: NMSE averaged over encoded weights}, the worst tensor of all parents)."""
     sums, worst = {}, {"name": None, "nmse": None}
     for task in by_action(job)["encoded"]:
-        for k, slot in zip([0, *(i + 1 for i, _ in task.partners)], task.slots):
+        for k, slot in zip(task.indices, task.slots):
             squares, count = tally.errors.get((k, slot.name), (0.0, 0))
             if count:
                 sums.setdefault(k, []).append((squares / count, slot.numel))
@@ -303,9 +302,10 @@ def print_plan(kind, job, a):
     if job.space == "latent":
         vae = load_vae(a.vae)[0] if a.vae else VAE(VAEConfig())
         # Per chunk, each parameter of encoder or decoder is one multiplication and addition. All parents are encoded
-        # (twice if a map is fitted), the result and a sample of the parents decoded.
-        target = sum(task.slots[0].numel for task in encoded)
-        passes = sum(slot.numel for task in encoded for slot in task.slots) * (1 if job.how.method == "none" else 2) + target
+        # (twice if a map is fitted) and decoded for the gate, and the result is decoded; alone, the target is the result.
+        parents = sum(slot.numel for task in encoded for slot in task.slots)
+        result = sum(task.slots[0].numel for task in encoded) if job.sources else 0
+        passes = parents * (2 if job.how.method == "none" else 3) + result
         seconds = sum(p.numel() for p in vae.parameters()) * passes / vae.config.chunk / matmul_rate(getattr(torch, a.dtype))
         piece = min(PIECE, max(task.slots[0].numel for task in encoded)) * 8 * (4 + 3 * len(job.sources)) / 2 ** 20
         print(f"estimated: {seconds:.0f} s for the codec{'' if a.vae else ', after training a VAE'}; {200 + piece:.0f} MiB of memory")
@@ -402,11 +402,9 @@ def open_job(a):
         check_output(path, inputs, a.force or path == a.report)
         need(os.path.realpath(path) not in map(os.path.realpath, outputs[:i]), path, "two outputs in one file", "give each its own")
     kind, method, tasks = plan_merge(target, sources, a.select, a.align or "auto", control=a.control)
-    if a.space == "weight" and kind == "cross-shape":
-        raise CheckpointError(a.models[0], "its encoded tensors and the source's differ in shape or name",
-                              "--space weight needs equal shapes: drop it")
-    if a.source_vae and kind != "cross-shape":
-        raise CheckpointError(a.source_vae, "models of equal shapes share one VAE", "drop --source-vae")
+    need(a.space == "latent" or kind != "cross-shape", a.models[0], "its encoded tensors and the source's differ in shape or name",
+         "--space weight needs equal shapes: drop it")
+    need(not a.source_vae or kind == "cross-shape", a.source_vae, "models of equal shapes share one VAE", "drop --source-vae")
     how = Alignment(method, a.control, a.epsilon or ot.EPSILON)
     lam = a.lam or default_lam(kind, len(sources))
     return kind, Job(target, sources, measure_slots(tasks, target, sources), lam, a.operator, a.space, how, a.residual, a.seed)
