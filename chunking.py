@@ -13,7 +13,7 @@ Owned here: the bytes on disk (no other module opens a checkpoint), what a tenso
 depth, and the statistics of a tensor. Absent on purpose: pickle, mmap (a file truncated under a live mapping
 kills the process; a short `pread` is an error with a name), and any table of architectures: names are enough.
 """
-import argparse, itertools, json, math, os, re, signal, stat, sys, tempfile, warnings
+import argparse, ctypes, difflib, hashlib, itertools, json, math, os, re, shutil, signal, stat, sys, tempfile, warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -26,9 +26,12 @@ class CheckpointError(ValueError):
     """A file is not what it should be. One line: file, tensor, what is wrong, what to do."""
 
     def __init__(self, file, what, fix, tensor=None):
+        self.facts = (file, what, fix, tensor)
         file = str(file) if str(file).isprintable() else repr(str(file))       # one line, whatever the name
         where = f"{file}: " + (f"tensor {tensor!r}: " if tensor is not None else "")
         super().__init__(f"{where}{what}; fix: {fix}")
+
+    def __reduce__(self): return CheckpointError, self.facts               # it travels between processes
 
 
 AGAIN = "the file is damaged or incomplete: fetch or write it again"
@@ -130,9 +133,18 @@ def _refuse_constant(text):
     raise ValueError(f"{text} is not JSON")
 
 
+def parse_json(path, data, what):
+    """A JSON object from bytes, strictly: no key twice, no NaN, no half characters."""
+    try:
+        table = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(path, f"{what} is not valid JSON: {error}"[:300], AGAIN) from None
+    need(isinstance(table, dict), path, f"{what} is not a JSON object")
+    return table
+
+
 def read_header(path):
     """(entries, metadata) of a safetensors file, every byte accounted for.  Raises CheckpointError, OSError."""
-    need(not os.path.isdir(path), path, "is a folder", "pass the .safetensors file in it")
     with open(path, "rb") as file:
         size, head = os.fstat(file.fileno()).st_size, file.read(32)
         length = int.from_bytes(head[:8], "little")
@@ -141,11 +153,7 @@ def read_header(path):
                 need(not head.startswith(magic), path, f"not a safetensors file but {what}", fix)
             raise CheckpointError(path, f"not a safetensors file, or cut short ({size} bytes, header of {length})", AGAIN)
         file.seek(8)
-        try:
-            header = json.loads(file.read(length).decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(path, f"the header is not valid JSON: {error}"[:300], AGAIN) from None
-    need(isinstance(header, dict), path, "the header is not a JSON object")
+        header = parse_json(path, file.read(length), "the header")
     metadata, position = header.pop("__metadata__", None) or {}, 8 + length
     need(isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()), path,
          "__metadata__ is not a table of strings")
@@ -173,15 +181,110 @@ def _entry(path, name, record, base):
     return entry
 
 
+def read_index(path):
+    """(shard files, name -> file name) of an index. Its names are checked before a shard is opened: none leaves the folder."""
+    need(os.path.isfile(path) and os.path.getsize(path) <= HEADER_LIMIT, path, "is no index of shards", AGAIN)
+    with open(path, "rb") as file:
+        places = parse_json(path, file.read(), "the index").get("weight_map")
+    need(isinstance(places, dict) and places and all(isinstance(shard, str) for shard in places.values()), path,
+         "has no weight_map of tensor and file names", "pass the index, the folder or a .safetensors file")
+    for name, shard in places.items():
+        need(shard not in ("", ".", "..") and shard == os.path.basename(shard) and "\0" not in shard, path,
+             f"the shard {shard!r} is not the name of a file beside it", "name the shards only", name)
+    shards = sorted(set(places.values()), key=natural_key)
+    lost = [shard for shard in shards if not os.path.isfile(os.path.join(os.path.dirname(path), shard))]
+    need(not lost, path, f"missing shards: {', '.join(lost)}", "fetch them")
+    parts = {int(found[1]) for shard in shards if (found := re.search(r"-of-(\d{1,9})\.safetensors$", shard))}
+    need(parts <= {len(shards)}, path, f"lists {len(shards)} shards of {max(parts, default=0)}")
+    return [os.path.join(os.path.dirname(path), shard) for shard in shards], places
+
+
+def locate(path):
+    """(weight files, index or None) of what a user names: a file, an index or a folder. The index comes first: a
+    `model.safetensors` beside it may be a stale one, and loaders disagree about which to take."""
+    if not os.path.lexists(path):
+        folder = os.path.dirname(path) or "."
+        near = difflib.get_close_matches(os.path.basename(path), os.listdir(folder) if os.path.isdir(folder) else [])
+        raise CheckpointError(path, "no such file or folder", f"did you mean {', '.join(near)}?" if near else "check the path")
+    if not os.path.isdir(path):
+        return (read_index(path)[0], path) if path.endswith(".json") else ([path], None)
+    names = sorted(os.listdir(path))
+    indexes, weights = ([n for n in names if n.endswith(end) and n[0] != "."] for end in (".safetensors.index.json", ".safetensors"))
+    for found, first in ((indexes, "model.safetensors.index.json"), (weights, "model.safetensors")):
+        if first in found or len(found) == 1:
+            chosen = os.path.join(path, first if first in found else found[0])
+            return (read_index(chosen)[0], chosen) if found is indexes else ([chosen], None)
+    pickles = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt", ".gguf"))]
+    need(not pickles or weights, path, f"holds no safetensors, only {', '.join(pickles[:3])}", "convert it to safetensors; pickles run code")
+    raise CheckpointError(path, f"holds {len(weights)} weight files: {', '.join(weights[:10]) or 'none'}", "pass one of them, or an index")
+
+
+def check_config(folder, entries):
+    """What a folder's config.json says against its weights: [note, ...]. A quantised model, and a head that no file holds,
+    are refused; other contradictions are the user's to judge."""
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path):
+        return []
+    with open(path, "rb") as file:
+        config = parse_json(path, file.read(), "the configuration")
+    need(not config.get("quantization_config"), path, "the model is quantised", "use the original 16- or 32-bit checkpoint")
+    config |= config["text_config"] if isinstance(config.get("text_config"), dict) else {}
+    roles = {entry.name: place(entry.name) for entry in entries}
+    causal = any("CausalLM" in str(kind) for kind in config.get("architectures") or [])
+    need(not causal or config.get("tie_word_embeddings") is not False or any(p.role == "head" for p in roles.values()), path,
+         "tie_word_embeddings is false, but the weights hold no head", "fetch the missing tensor, or correct the configuration")
+    words = [e.shape for e in entries if roles[e.name].role == "embed" and re.search("tok|wte|word", e.name) and len(e.shape) == 2]
+    seen = {"num_hidden_layers": len({p.layer for p in roles.values()} - {None}),
+            "vocab_size": words[0][0] if words else 0, "hidden_size": words[0][1] if words else 0}
+    return [f"{path}: {key} is {config[key]}, the weights have {value}" for key, value in seen.items()
+            if value and isinstance(config.get(key), int) and config[key] != value]
+
+
 class Checkpoint:
-    """A checkpoint opened for reading: `entries` (name -> Entry, natural order), `metadata`, `read`."""
+    """A checkpoint opened for reading: `entries` (name -> Entry, natural order), `metadata`, `read`; `folder` (or None);
+    `notes`, what a user should know. path: a .safetensors file, an index of shards, or a folder that holds either."""
 
     def __init__(self, path):
-        self.path = str(path)
-        entries, self.metadata = read_header(self.path)
-        self.entries = {entry.name: entry for entry in sorted(entries, key=lambda entry: natural_key(entry.name))}
-        self._files = {self.path: open(self.path, "rb")}
+        self.path = os.fspath(path)
+        self.folder = self.path if os.path.isdir(self.path) else None
+        files, self.index = locate(self.path)
+        for file in files:                                 # to open a pipe is to wait for ever
+            need(os.path.isfile(file), file, "is no regular file", "pass a .safetensors file, or a folder")
+        self._files = {file: open(file, "rb") for file in files}
         self._seen = self._state()
+        parts = [read_header(file) for file in files]
+        entries, self.metadata = [entry for part, _ in parts for entry in part], parts[0][1]
+        if self.index:
+            self._check_index(entries)
+        self.entries = {entry.name: entry for entry in sorted(entries, key=lambda entry: natural_key(entry.name))}
+        self.notes = check_config(self.folder, entries) if self.folder else []
+        if self.index and self.folder and os.path.isfile(stale := os.path.join(self.folder, "model.safetensors")) and stale not in files:
+            self.notes.append(f"{stale}: ignored, the index beside it names other files")
+
+    def _check_index(self, entries):
+        """Index and shards must say the same, in both directions."""
+        places, seen = read_index(self.index)[1], {}
+        for entry in entries:
+            need(entry.name not in seen, entry.file, f"stands in {seen.get(entry.name)} as well", AGAIN, entry.name)
+            seen[entry.name] = os.path.basename(entry.file)
+            need(places.get(entry.name) == seen[entry.name], self.index,
+                 f"is in {seen[entry.name]}, the index says {places.get(entry.name, 'nothing')}", AGAIN, entry.name)
+        for name in places:
+            need(name in seen, self.index, f"is not in {places[name]}", AGAIN, name)
+
+    weight_files = property(lambda self: list(self._files))
+    files = property(lambda self: [*self._files, *filter(None, [self.index])])      # all that is read
+
+    def sha256(self):
+        """Digest of each weight file, as `sha256sum` prints it."""
+        digests = []
+        for file in self._files:
+            digest = hashlib.sha256()
+            with open(file, "rb") as stream:
+                while data := stream.read(PIECE):
+                    digest.update(data)
+            digests.append(digest.hexdigest())
+        return digests
 
     def _state(self):
         return [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in map(os.stat, self._files)]
@@ -204,7 +307,8 @@ class Checkpoint:
 
     def check_unchanged(self):
         """Raises if a file was replaced or rewritten since it was opened."""
-        need(self._state() == self._seen, self.path, "the file changed while it was read", "keep inputs unchanged, run again")
+        for file, now, then in zip(self._files, self._state(), self._seen):
+            need(now == then, file, "the file changed while it was read", "keep inputs unchanged, run again")
 
 
 # --- Writing. The library's save_file wants all tensors at once, orders the metadata at random and ignores the umask. ---
@@ -226,36 +330,64 @@ def plan_file(entries, metadata):
     return len(text).to_bytes(8, "little") + text, placed, base + ends[-1]
 
 
-def write_checkpoint(path, entries, pieces, metadata, accept=lambda: None):
-    """Write a safetensors file from a stream; the old file, if any, stays as it is until everything is right.
+class TensorFile:
+    """A file of known layout, open for writing: pieces may come in any order, from any thread or process."""
+
+    def __init__(self, path, entries, metadata):
+        self.path, (self.header, self.placed, self.size) = path, plan_file(entries, metadata)
+        self.handle, self.written = os.open(path, os.O_RDWR), []
+
+    def put(self, name, start, piece):
+        """Write elements [start, start + len(piece)) of a flattened tensor; each element exactly once."""
+        entry = self.placed[name]
+        assert piece.dtype == entry.dtype, f"{name}: {piece.dtype} where {entry.dtype} is declared"
+        data = memoryview(piece.contiguous().reshape(-1).view(torch.uint8).numpy()) if piece.numel() else b""
+        self.pour(data, entry.start + start * piece.dtype.itemsize)
+        self.written.append(piece.numel())                 # appending is atomic: no lock
+
+    def pour(self, data, position):
+        while len(data):                                   # a write may take less than it is given
+            done = os.pwrite(self.handle, data, position)
+            data, position = data[done:], position + done
+
+
+def umask_mode(mode):
+    """`mode` as the umask leaves it; it can only be read by setting it."""
+    umask = os.umask(0); os.umask(umask)
+    return mode & ~umask
+
+
+def sync(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_checkpoint(path, entries, fill, metadata, accept=lambda: None):
+    """Write a safetensors file; the old one, if any, stays as it is until everything is right.
 
     Args:    entries   what the file shall hold (names, dtypes, shapes)
-             pieces    iterable of (name, start, flat piece in the entry's dtype), each element exactly once
+             fill      called with the open TensorFile: puts every element of every tensor
              accept    called when all is written: what it raises (a failed gate) leaves the old file untouched
     Raises:  CheckpointError, OSError; on any exception the temporary file is removed
     """
     path = os.path.realpath(path)                          # a symbolic link is written through, not replaced
-    header, placed, size = plan_file(entries, metadata)
-    folder = os.path.dirname(path)
-    handle, temporary = tempfile.mkstemp(prefix=".lsmerge-", suffix=".tmp", dir=folder)
+    handle, temporary = tempfile.mkstemp(prefix=".lsmerge-", suffix=".tmp", dir=os.path.dirname(path))
     try:
-        if size and hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(handle, 0, size)            # a full disk says so now, not after an hour
-        os.pwrite(handle, header, 0)
-        missing = {entry.name: entry.numel for entry in entries}
-        for name, start, piece in pieces:
-            assert piece.dtype == placed[name].dtype, f"{name}: {piece.dtype} where {placed[name].dtype} is declared"
-            data = memoryview(piece.contiguous().reshape(-1).view(torch.uint8).numpy()) if piece.numel() else b""
-            position, missing[name] = placed[name].start + start * piece.dtype.itemsize, missing[name] - piece.numel()
-            while len(data):
-                done = os.pwrite(handle, data, position)
-                data, position = data[done:], position + done
-        assert not any(missing.values()), f"pieces do not cover the file: {missing}"
+        file = TensorFile(temporary, entries, metadata)
+        os.close(handle)
+        handle = file.handle
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(handle, 0, file.size)       # a full disk says so now, not after an hour
+        file.pour(file.header, 0)
+        fill(file)
+        assert sum(file.written) == sum(entry.numel for entry in entries), "pieces do not cover the file"
         os.fsync(handle)
         accept()
-        _reopen(temporary, entries)
-        umask = os.umask(0); os.umask(umask)
-        os.fchmod(handle, stat.S_IMODE(os.stat(path).st_mode) if os.path.exists(path) else 0o666 & ~umask)
+        _reopen(temporary, path, entries)
+        os.fchmod(handle, stat.S_IMODE(os.stat(path).st_mode) if os.path.exists(path) else umask_mode(0o666))
         os.replace(temporary, path)
     except BaseException as error:
         os.unlink(temporary)
@@ -264,38 +396,104 @@ def write_checkpoint(path, entries, pieces, metadata, accept=lambda: None):
         raise
     finally:
         os.close(handle)
-    folder_handle = os.open(folder, os.O_RDONLY)           # the rename itself must survive a power cut
-    os.fsync(folder_handle)
-    os.close(folder_handle)
+    sync(os.path.dirname(path))                            # the rename itself must survive a power cut
 
 
-def _reopen(path, entries):
-    """Read the written file's header with the library's own reader: what others will see."""
+def _reopen(temporary, path, entries):
+    """Self-check with the library's own reader, which is what others will use: names, shapes, dtypes, all floats finite."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(temporary, framework="pt") as file:
             parts = {name: file.get_slice(name) for name in file.keys()}
             seen = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+            need(seen == {entry.name: (entry.shape, CODES[entry.dtype]) for entry in entries}, path,
+                 "self-check: names, shapes or dtypes differ from the plan", "report this")
+            for entry in entries:
+                flat = file.get_tensor(entry.name).reshape(-1) if entry.is_float else torch.empty(0)     # a map, not a copy
+                for start, stop in spans(len(flat)):
+                    part = flat[start:stop].float() if entry.dtype.itemsize == 1 else flat[start:stop]
+                    need(torch.isfinite(part).all(), path, "self-check: NaN or Inf in the result", "report this", entry.name)
     except SafetensorError as error:
         raise CheckpointError(path, f"self-check: {error}", "report this") from None
-    need(seen == {entry.name: (entry.shape, CODES[entry.dtype]) for entry in entries}, path,
-         "self-check: names, shapes or dtypes differ from the plan", "report this")
 
 
 def write_tensors(path, tensors, metadata):
     """A small file from whole tensors (a VAE)."""
     entries = [Entry(name, t.dtype, tuple(t.shape), str(path), 0) for name, t in tensors.items()]
-    write_checkpoint(path, entries, ((name, 0, t.detach().cpu().reshape(-1)) for name, t in tensors.items()), metadata)
+    write_checkpoint(path, entries, lambda file: [file.put(name, 0, t.detach().cpu()) for name, t in tensors.items()], metadata)
 
 
-def check_output(path, inputs, force):
-    """Refuse, before any work, an output that is an input under any spelling, exists, or cannot be made."""
+def tensors_sha256(tensors, metadata):
+    """SHA-256 of the file that write_tensors writes."""
+    header, placed, _ = plan_file([Entry(name, t.dtype, tuple(t.shape), "", 0) for name, t in tensors.items()], metadata)
+    digest = hashlib.sha256(header)
+    for name in placed:
+        digest.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# Not companions of a model: weights in any format and their indexes, the state of a training, hidden files.
+NO_COMPANION = re.compile(r"^\.|\.(safetensors|bin|pt|pth|ckpt|gguf|onnx|h5|msgpack|npz|index\.json|tmp|lock)$"
+                          r"|^(optimizer|scheduler|rng_state|trainer_state|training_args|events\.out)")
+# What a result folder may be expected to hold, and --force may therefore replace.
+MODEL_FILE = re.compile(r".*\.safetensors(\.index\.json)?|(generation_|preprocessor_|processor_)?config\.json|tokenizer.*"
+                        r"|(special_tokens_map|added_tokens|vocab|chat_template)\.json|(merges|vocab)\.txt|.*\.(jinja|model)")
+
+
+def companions(folder):
+    """Files of a model folder that go with the weights: configuration, tokenizer, templates, code, licence."""
+    return [os.path.join(folder, name) for name in sorted(os.listdir(folder))
+            if not NO_COMPANION.search(name) and os.path.isfile(os.path.join(folder, name))]
+
+
+def write_folder(path, copies, write):
+    """Make a folder as a whole: it is filled beside its place under a temporary name, then shown by one rename.
+
+    Args:  copies   files that go into it byte for byte, before any work is done
+           write    called with the path of the weights file to be written there
+    """
+    path = os.path.realpath(path)
+    staging = tempfile.mkdtemp(prefix=".lsmerge-", suffix=".tmp", dir=os.path.dirname(path))
+    try:
+        for file in copies:
+            shutil.copyfile(file, copy := os.path.join(staging, os.path.basename(file)))
+            sync(copy)
+        write(os.path.join(staging, "model.safetensors"))
+        os.chmod(staging, stat.S_IMODE(os.stat(path).st_mode) if os.path.exists(path) else umask_mode(0o777))
+        os.rename(staging, path) if not os.path.exists(path) else _exchange(staging, path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)         # after an exchange: the old folder
+    sync(os.path.dirname(path))
+
+
+def _exchange(new, old):
+    """Swap two folders in one step (Linux: renameat2 with RENAME_EXCHANGE); where that is missing, in two renames."""
+    swap = getattr(ctypes.CDLL(None), "renameat2", lambda *_: -1)
+    if swap(-100, os.fsencode(new), -100, os.fsencode(old), 2) != 0:
+        os.rename(old, new + ".old")
+        os.rename(new, old)
+        os.rename(new + ".old", new)
+
+
+def check_output(path, inputs, force, folder=None):
+    """Refuse, before any work, an output that is an input under any spelling, exists, or cannot be made.
+
+    inputs: every file that the run reads.  folder: names of the files a result folder will hold; None for a file.
+    """
     real = os.path.realpath(path)
-    folder, twins = os.path.dirname(real), [f for f in inputs if os.path.exists(real) and os.path.samefile(real, f)]
-    need(not twins, path, f"the output is the input {', '.join(map(str, twins))}", "choose another -o")
-    need(os.path.isfile(real) or not os.path.exists(real), path, "the output is no regular file", "give the name of a file")
-    need(force or not os.path.exists(real), path, "the output exists", "choose another -o, or pass --force")
-    need(os.path.isdir(folder), path, "its folder does not exist", "create the folder first")
-    need(os.access(folder, os.W_OK), path, "its folder is not writable", "choose another -o")
+    parent, exists = os.path.dirname(real), os.path.exists(real)
+    twins = [f for f in inputs if exists and (os.path.samefile(real, f) or os.path.realpath(f).startswith(real + os.sep))]
+    need(not twins, path, f"the output is the input {', '.join(map(str, twins[:3]))}", "choose another -o")
+    if folder is None:
+        need(os.path.isfile(real) or not exists, path, "the output is no regular file", "give the name of a file")
+    else:
+        need(os.path.isdir(real) or not exists, path, "the output is no folder", "a folder as TARGET gives a folder: choose another -o")
+        held = sorted(os.listdir(real)) if exists else []
+        exists = bool(held)
+        others = [name for name in held if name not in folder and not MODEL_FILE.fullmatch(name)]
+        need(not others or not force, path, f"the folder also holds {', '.join(others[:5])}", "move that away, or choose another -o")
+    need(force or not exists, path, "the output exists", "choose another -o, or pass --force")
+    need(os.path.isdir(parent), path, "its folder does not exist", "create the folder first")
+    need(os.access(parent, os.W_OK), path, "its folder is not writable", "choose another -o")
 
 
 # --- Layout: which tensors are encoded, and the record that makes each one invertible. -------------------------------
@@ -321,7 +519,7 @@ def is_selected(entry, pattern=None):
     return matrix and (place(entry.name).layer is not None if pattern is None else bool(re.search(pattern, entry.name)))
 
 
-PIECE = 1 << 20                 # weights read at a time: memory does not depend on the size of a tensor
+PIECE = 1 << 18                 # weights read at a time: memory does not depend on the size of a tensor
 
 
 def spans(numel, step=PIECE):
@@ -337,14 +535,16 @@ def measure(checkpoint, name):
     """
     entry, count, mean, m2 = checkpoint.entries[name], 0, 0.0, 0.0
     for start, stop in spans(entry.numel):
-        piece = checkpoint.read(name, start, stop).double().numpy()
-        wrong = np.flatnonzero(~np.isfinite(piece))
-        need(not len(wrong), entry.file, f"{len(wrong)} NaN or Inf, the first at element {start + (wrong[0] if len(wrong) else 0)}",
-             "repair or re-export the checkpoint", name)
-        if piece.size:
-            delta, total = piece.mean() - mean, count + piece.size
-            m2 += piece.var() * piece.size + delta * delta * count * piece.size / total
-            mean, count = mean + delta * piece.size / total, total
+        piece = checkpoint.read(name, start, stop).double()
+        n, total = len(piece), piece.sum().item()
+        if not math.isfinite(total):                       # a sum shows every NaN and Inf; the details only when there is one
+            wrong = (~torch.isfinite(piece)).nonzero()
+            need(not len(wrong), entry.file, f"{len(wrong)} NaN or Inf, the first at element {start + sum(wrong[:1].flatten().tolist())}",
+                 "repair or re-export the checkpoint", name)
+        if n:
+            delta, piece = total / n - mean, piece.sub_(total / n)
+            m2 += torch.dot(piece, piece).item() + delta * delta * count * n / (count + n)
+            mean, count = mean + delta * n / (count + n), count + n
     std = math.sqrt(m2 / count) if count else 0.0
     need(math.isfinite(std) and std < 1e30, entry.file, "values too large for float32 arithmetic", "rescale the tensor", name)
     spread = std > 1e-12 * abs(mean)                       # below that it is the rounding of a constant tensor
@@ -478,6 +678,8 @@ def command(run):
     """Run a command. What a file, a disk or the data can cause is one line on stderr and exit code 1; 130 interrupted,
     143 terminated. Both signals unwind the stack, so that `write_checkpoint` removes its temporary file."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if os.environ.get("RANK", "0") != "0":                 # under torchrun the first process speaks for all
+        sys.stdout = sys.stderr = open(os.devnull, "w")
     try:
         return run() or 0
     except (CheckpointError, FloatingPointError) as error:

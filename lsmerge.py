@@ -34,7 +34,8 @@ import torch
 import align as ot
 from chunking import PIECE, CheckpointError, TensorSlot, chunk, from_windows, need, scale, spans, to_windows, unscale
 
-BATCH_CHUNKS = 1024             # chunks per forward pass: large enough for the matrix units, small enough for a cache
+BATCH_CHUNKS = 512              # chunks per forward pass: large enough for the matrix units, small enough for a core's cache
+GATE_WINDOWS = 256              # of a tensor and parent, evenly spread, that the gate decodes (a smaller tensor whole): 2^18 weights
 
 
 class Codec:
@@ -182,6 +183,15 @@ class Tally:
         need(math.isfinite(error[0]), "codec", "the round trip is not finite", "use another VAE", parent.slot.name)
         error[1] += len(weights_L)
 
+    def absorb(self, other):
+        """Add the sums of other tensors."""
+        self.target, self.to_target = self.target + other.target, self.to_target + other.to_target
+        self.to_average = self.to_average + other.to_average
+        for index, square in other.to_source.items():
+            self.to_source[index] = self.to_source.get(index, 0.0) + square
+        self.errors |= other.errors
+        self.alignment += other.alignment
+
     def add_distances(self, merged_L, raw, weights, operator):
         """raw: parent index -> weights, for the target and the sources of its shape."""
         square = lambda other: (merged_L.double() - other.double()).square().sum().item()
@@ -200,12 +210,28 @@ def cast(flat_L, slot):
     return result
 
 
+def gate_step(parent):
+    """The gate decodes every so-many-th window of a tensor: from its first to its last stretch, about GATE_WINDOWS of them."""
+    return max(1, -(-parent.N // parent.codec.T) // GATE_WINDOWS)
+
+
 def round_trip(parent, tally):
-    """Enter D(E(w)) of a parent into the tally, for a parent whose own codes are not decoded anyway."""
-    C, T = parent.codec.C, parent.codec.T
-    for first, last in spans(parent.N, max(T, PIECE // (C * T) * T)):
-        weights_L = parent.read(first * C, last * C)
-        tally.add_error(parent, parent.codec.decode(parent.latents(first, last), parent.slot, len(weights_L)), weights_L.double())
+    """Enter D(E(w)) of a parent into the tally, for a parent whose own codes are not at hand."""
+    width, few = parent.codec.T * parent.codec.C, PIECE // (parent.codec.T * parent.codec.C) or 1
+    windows = range(0, -(-parent.slot.numel // width), gate_step(parent))
+    for first in range(0, len(windows), few):
+        flat_L = torch.cat([parent.read(w * width, (w + 1) * width) for w in windows[first:first + few]])
+        z_NZ = parent.codec.encode(flat_L, parent.slot)
+        tally.add_error(parent, parent.codec.decode(z_NZ, parent.slot, len(flat_L)), flat_L.double())
+
+
+def check_codes(parent, z_NZ, weights_L, j0, tally):
+    """The same from the latents of the chunks from j0 on, as far as the gate looks at them."""
+    chunks_NC, real_NC = chunk(weights_L, parent.codec.C)
+    seen_N = torch.arange(j0, j0 + len(z_NZ)) // parent.codec.T % gate_step(parent) == 0
+    if seen_N.any():
+        flat_L = chunks_NC[seen_N][real_NC[seen_N]]
+        tally.add_error(parent, parent.codec.decode(z_NZ[seen_N], parent.slot, len(flat_L)), flat_L)
 
 
 def piece_chunks(target, sources, how):
@@ -215,8 +241,8 @@ def piece_chunks(target, sources, how):
     T, most = target.codec.T, PIECE // target.codec.C
     for source in sources:
         most = min(most, PIECE // source.codec.C * target.N // source.N)
-        if how.method == "sinkhorn":
-            most = min(most, -(-target.N // len(ot.blocks(source.N, target.N))))
+    if how.method == "sinkhorn" and sources:
+        most = min(-(-target.N // len(ot.blocks(source.N, target.N))) for source in sources)
     return max(T, -(-most // T) * T)
 
 
@@ -241,13 +267,14 @@ def ls_merge(target, sources, weights, operator=lerp, how=Alignment(), residual=
         z_parents = [z_target_JZ, *(t(z_target_JZ, j0, j1) for t in transports)]            # lines 3, 4
         merged_L = target.codec.decode(operator(z_parents, weights), slot, stop - start)    # lines 5, 6
         for parent, weight, z_JZ, enters in zip(parents, weights, z_parents, direct):
-            if enters:
-                w_L, alone = raw[parent.index], weight == 1 and not residual
-                decoded_L = merged_L if alone else target.codec.decode(z_JZ, slot, len(w_L))
-                tally.add_error(parent, decoded_L, w_L)
-                merged_L = merged_L + weight * (w_L - decoded_L) if residual else merged_L
-            elif start == 0:
-                round_trip(parent, tally)
+            if not enters:
+                round_trip(parent, tally) if start == 0 else None
+            elif residual or weight == 1:                  # decoded whole: for its own sake, or as the result
+                decoded_L = target.codec.decode(z_JZ, slot, stop - start) if residual else merged_L
+                tally.add_error(parent, decoded_L, raw[parent.index])
+                merged_L = merged_L + weight * (raw[parent.index] - decoded_L) if residual else merged_L
+            else:
+                check_codes(parent, z_JZ, raw[parent.index], j0, tally)
         merged_L = cast(merged_L, slot)
         tally.add_distances(merged_L, raw, weights, operator)
         yield start, merged_L

@@ -6,21 +6,25 @@ Decides which tensors meet (`plan_merge`), gets a VAE (from a file, or trained o
 tensors into a new file (`ls_merge`, one tensor after another), checks itself on the user's own weights (`gates`), and
 reports. Nothing mathematical here. lambda = 0 is the target's round trip, lambda = 1 the source's.
 """
-import functools, json, math, os, sys, threading, time
-from dataclasses import dataclass, replace
+import contextlib, json, math, os, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 
 import torch
 from tqdm import tqdm
 
 import align as ot
-from chunking import (PIECE, Checkpoint, CheckpointError, Parser, check_output, command, is_selected, measure, need, place,
-                      plan_file, spans, write_checkpoint)
-from lsmerge import Alignment, Codec, Parent, Tally, cast, convex_weights, lerp, ls_merge, round_trip
-from train import add_machine_arguments, describe_stage, pick_device, save_vae, train_vae
+from chunking import (PIECE, Checkpoint, CheckpointError, Parser, TensorFile, check_output, command, companions, is_selected, measure,
+                      Place, need, place, plan_file, spans, tensors_sha256, write_checkpoint, write_folder, write_tensors)
+from lsmerge import GATE_WINDOWS, Alignment, Codec, Parent, Tally, cast, convex_weights, lerp, ls_merge, round_trip
+from train import add_machine_arguments, agree, describe_stage, gather, pick_device, rank_and_size, train_vae, vae_file
 from vae import VAE, VAEConfig
 
+VERSION = "1.0"
 OPERATORS = {"lerp": lerp}
 MAX_NMSE = 1e-3                 # a relative error of 3 %: what a language model just tolerates
+OVERHEAD, PER_PARENT = 60, 25   # MiB, measured: the network at work; a piece of a parent in all its forms, per thread
+WORKERS = 16                    # threads at most: each holds a piece of every parent, about 25 MiB
 
 
 # --- The plan: what happens to each tensor of the target (paper: Algorithm 1, line 1) --------------------------------
@@ -33,6 +37,7 @@ class Task:
     partners: tuple = ()
     slots: tuple = ()
     why: str = ""
+    common: int | None = None       # averaged: only so many leading elements (the rows that both vocabularies have)
     # Index of each parent (and of its slot): 0 the target, i the i-th source.
     indices = property(lambda self: [0, *(i + 1 for i, _ in self.partners)])
 
@@ -60,6 +65,46 @@ def pair_names(target, source, names, pattern, by="depth"):
     return pairs
 
 
+def spelling(target, source, names):
+    """(leading part in the target, in the source) where names differ in nothing else: 'model.' and '', or a wrapper's prefix."""
+    if not any(name in source.entries for name in names):
+        for other in source.entries:
+            tail = os.path.commonprefix([names[0][::-1], other[::-1]])
+            mine, theirs = names[0][:len(names[0]) - len(tail)], other[:len(other) - len(tail)]
+            if all(n.startswith(mine) and theirs + n[len(mine):] in source.entries for n in names):
+                return mine, theirs
+    return "", ""
+
+
+def twins(target):
+    """{head: embedding} that the target stores twice with equal values: tied, and to stay so."""
+    entries, found = target.entries, {}
+    roles = {role: [n for n in entries if place(n) == Place(None, role)] for role in ("head", "embed")}
+    for head, embed in ((h, e) for h in roles["head"] for e in roles["embed"]):
+        if (entries[head].shape, entries[head].dtype) == (entries[embed].shape, entries[embed].dtype) and all(
+                torch.equal(target.read(head, *span), target.read(embed, *span)) for span in spans(entries[head].numel)):
+            found[head] = embed
+    return found
+
+
+def shared(mine, theirs):
+    """Leading elements that two tensors have in common: all where shapes agree, whole rows of two vocabularies, else 0."""
+    if theirs is None or not theirs.is_float or mine.shape[1:] != theirs.shape[1:] or len(mine.shape) != len(theirs.shape):
+        return 0
+    return min(mine.numel, theirs.numel) if mine.shape == theirs.shape or place(mine.name).role in ("embed", "head") else 0
+
+
+def rest_task(entry, sources, names, tied):
+    """What happens, in a run of equal shapes, to a tensor that is not encoded."""
+    partners = tuple((i, names[i](tied.get(entry.name, entry.name))) for i in range(len(sources)))
+    common = [shared(entry, sources[i].entries.get(name)) for i, name in partners]
+    if not all(common) and entry.numel:
+        lacking = [source.path for source, count in zip(sources, common) if not count]
+        return Task(entry.name, "copied", why=f"missing or of another shape in {', '.join(lacking)}")
+    rows = f"{min(common) * entry.shape[0] // entry.numel} of {entry.shape[0]} rows are common, the others the target's" if min(common) < entry.numel else ""
+    return Task(entry.name, "averaged", partners, why=rows or ("tied: as the embedding" if entry.name in tied else ""), common=min(common))
+
+
 def plan_merge(target, sources, pattern=None, align="auto", by="depth", control=None):
     """(kind, alignment method, [Task, ...] in the target's natural order).  Raises CheckpointError.
 
@@ -69,44 +114,45 @@ def plan_merge(target, sources, pattern=None, align="auto", by="depth", control=
     """
     encoded = [e.name for e in target.entries.values() if is_selected(e, pattern)]
     need(encoded, target.path, "no tensor is selected", "give --select a pattern that matches its names")
-    fits = lambda source, name: name in source.entries and (
-        source.entries[name].is_float and source.entries[name].shape == target.entries[name].shape)
-    same = all(set(encoded) == {e.name for e in source.entries.values() if is_selected(e, pattern)}
-               and all(fits(source, name) for name in encoded) for source in sources)
+    prefixes = [spelling(target, source, encoded) for source in sources]
+    names = [lambda name, mine=mine, theirs=theirs: theirs + name[len(mine):] if name.startswith(mine) else name for mine, theirs in prefixes]
+    fits = lambda source, mine, theirs: theirs in source.entries and (
+        source.entries[theirs].is_float and source.entries[theirs].shape == target.entries[mine].shape)
+    same = all({names[i](name) for name in encoded} == {e.name for e in source.entries.values() if is_selected(e, pattern)}
+               and all(fits(source, name, names[i](name)) for name in encoded) for i, source in enumerate(sources))
     kind = "self" if not sources else "same-shape" if same else "cross-shape"
     method = align if align != "auto" else "gaussian" if kind == "cross-shape" else "none"
-    pairs = [{n: n for n in encoded} if same else pair_names(target, source, encoded, pattern, by) for source in sources]
+    pairs = [{n: names[i](n) for n in encoded} if same else pair_names(target, s, encoded, pattern, by) for i, s in enumerate(sources)]
     for source, paired in zip(sources, pairs):
         need(any(paired.values()), source.path, "no tensor pairs with one of the target by layer and role",
              "names are unknown or ambiguous: see chunking.ROLES, or narrow --select")
-    tasks, chosen = [], set(encoded)
+    mixed = kind == "same-shape" and method == "none" and not control
+    tasks, chosen, tied = [], set(encoded), twins(target) if mixed else {}
     for name, entry in target.entries.items():
         if name in chosen:
             partners = tuple((i, paired[name]) for i, paired in enumerate(pairs) if paired[name])
             lonely = sources and not partners
             tasks.append(Task(name, "copied", why=f"no source has a single partner for role {place(name).role!r}") if lonely
                          else Task(name, "encoded", partners))
-        elif kind == "same-shape" and method == "none" and not control and entry.is_float:
-            others = [source.path for source in sources if not fits(source, name)]
-            tasks.append(Task(name, "copied", why=f"missing or of another shape in {', '.join(others)}") if others
-                         else Task(name, "averaged", tuple((i, name) for i in range(len(sources)))))
+        elif mixed and entry.is_float:
+            tasks.append(rest_task(entry, sources, names, tied))
         else:
             tasks.append(Task(name, "copied", why="not encoded" if entry.is_float else "not a float"))
     return kind, method, tasks
 
 
-def measure_slots(tasks, target, sources):
-    """The tasks with their statistics. Every float that enters the result is read once here, so that NaN and Inf are
-    refused before any work. Equal shapes share the target's statistics; else each parent has its own."""
-    done = []
-    for task in tasks:
-        entry = target.entries[task.name]
-        slots = [measure(target, task.name)] if entry.is_float else []
-        for index, name in task.partners:
-            own = measure(sources[index], name)
-            slots.append(replace(own, mean=slots[0].mean, scale=slots[0].scale) if own.shape == entry.shape else own)
-        done.append(replace(task, slots=tuple(slots)))
-    return done
+def measure_task(task, target, sources):
+    """The task with its statistics. Every float that enters the result is read once here, so that NaN and Inf are refused
+    before any work. Equal shapes share the target's statistics; else each parent has its own."""
+    entry = target.entries[task.name]
+    slots = [measure(target, task.name)] if entry.is_float else []
+    for index, name in task.partners:
+        own = measure(sources[index], name)
+        slots.append(replace(own, mean=slots[0].mean, scale=slots[0].scale) if own.shape == entry.shape else own)
+    return replace(task, slots=tuple(slots))
+
+
+def measure_slots(tasks, target, sources): return [measure_task(task, target, sources) for task in tasks]
 
 
 # --- The stream of merged tensors ------------------------------------------------------------------------------------
@@ -122,34 +168,86 @@ class Job:
     how: Alignment = Alignment()
     residual: bool = False
     seed: int = 0
+    stopped: threading.Event = field(default_factory=threading.Event)
 
     def weights(self, task):
         """The parents' weights for this tensor; a source without a partner leaves its share to the target."""
         return convex_weights([self.lam[index] for index, _ in task.partners])
 
+    def reader(self, index, name):
+        """(start, stop) -> those elements of a parent's tensor. Where a run is given up, its threads notice here."""
+        checkpoint = [self.target, *self.sources][index]
+        def read(start, stop):
+            if self.stopped.is_set():
+                raise InterruptedError
+            return checkpoint.read(name, start, stop)
+        return read
 
-def merged_pieces(job, codecs, tally):
-    """(name, start, piece in the target's dtype) of every tensor; `codecs`: the target's, then one per source."""
-    for number, task in enumerate(job.tasks):
-        name, operator, weights = task.name, OPERATORS[job.operator], job.weights(task)
-        readers = [functools.partial(job.target.read, name), *(functools.partial(job.sources[i].read, n) for i, n in task.partners)]
-        kept = task.action == "copied" or not any(weights[1:])          # the target's bytes, unless they are encoded
-        if task.action == "encoded" and job.space == "latent":
-            parents = [Parent(read, slot, codecs[k], k) for read, slot, k in zip(readers, task.slots, task.indices)]
-            if not (kept and job.residual):
-                generator = torch.Generator().manual_seed(job.seed * 1_000_003 + number)
-                stream = ls_merge(parents[0], parents[1:], weights, operator, job.how, job.residual, generator, tally)
-                yield from ((name, start, piece) for start, piece in stream)
-                continue
-            round_trip(parents[0], tally)                  # for the report: no code enters the result
-        entry = job.target.entries[name]
-        for start, stop in spans(entry.numel):
-            raw = [read(start, stop) for read in readers[:1 if task.action == "copied" else None]]
-            piece = raw[0] if kept else cast(operator([part.double() for part in raw], weights), entry)
-            if task.action == "encoded":
-                known = zip(task.indices, task.slots, raw)
-                tally.add_distances(piece, {k: part.double() for k, slot, part in known if slot.shape == entry.shape}, weights, operator)
-            yield name, start, piece
+    def share(self):
+        """Numbers of the tensors that fall to this process (torchrun), the largest first: each to whoever has least so far."""
+        rank, size = rank_and_size()
+        cost = [self.target.entries[t.name].numel * (50 if t.action == "encoded" else 1) for t in self.tasks]
+        loads, mine = [0] * size, []
+        for number in sorted(range(len(cost)), key=lambda n: -cost[n]):
+            least = loads.index(min(loads))
+            loads[least] += cost[number]
+            mine += [number] if least == rank else []
+        return mine
+
+
+@contextlib.contextmanager
+def workers():
+    """A pool of one thread per core, each with a tensor of its own: reading, computing and writing overlap, and no core waits
+    for another after each of many small operations, as within torch's. (The bytes then do not depend on their number.)"""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(min(threads, WORKERS))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def merge_tensor(job, codecs, number, put):
+    """Merge one tensor, piece by piece into `put`; its Tally.  `codecs`: the target's, then one per source."""
+    task, tally = job.tasks[number], Tally()
+    name, entry, operator, weights = task.name, job.target.entries[task.name], OPERATORS[job.operator], job.weights(task)
+    readers = [job.reader(0, name), *(job.reader(i + 1, other) for i, other in task.partners)]
+    kept = task.action == "copied" or not any(weights[1:])              # the target's bytes, unless they are encoded
+    if task.action == "encoded" and job.space == "latent":
+        parents = [Parent(read, slot, codecs[k], k) for read, slot, k in zip(readers, task.slots, task.indices)]
+        if not (kept and job.residual):
+            generator = torch.Generator().manual_seed(job.seed * 1_000_003 + number)
+            for start, piece in ls_merge(parents[0], parents[1:], weights, operator, job.how, job.residual, generator, tally):
+                put(name, start, piece)
+            return tally
+        round_trip(parents[0], tally)                      # for the report: no code enters the result
+    common = entry.numel if task.common is None else task.common
+    own = [(common + start, common + stop) for start, stop in spans(entry.numel - common)] if common < entry.numel else []
+    for start, stop in [*spans(common), *own]:
+        mine = task.action == "copied" or start >= common > 0
+        raw = [read(start, stop) for read in readers[:1 if mine else None]]
+        piece = raw[0] if kept or mine else cast(operator([part.double() for part in raw], weights), entry)
+        if task.action == "encoded":
+            known = zip(task.indices, task.slots, raw)
+            tally.add_distances(piece, {k: part.double() for k, slot, part in known if slot.shape == entry.shape}, weights, operator)
+        put(name, start, piece)
+    return tally
+
+
+def merge_share(job, codecs, file, bar):
+    """{number: Tally} of the tensors that fall to this process, written into the open TensorFile."""
+    def put(name, start, piece):
+        file.put(name, start, piece)
+        bar.update(piece.numel())
+    mine = job.share()
+    with workers() as pool:
+        try:
+            return dict(zip(mine, pool.map(lambda number: merge_tensor(job, codecs, number, put), mine)))
+        except BaseException:
+            job.stopped.set()
+            raise
 
 
 # --- The codec -------------------------------------------------------------------------------------------------------
@@ -173,19 +271,23 @@ def training_parents(job):
 
 
 def get_codecs(arguments, job):
-    """[Codec of the target, of source 1, ...]: from files, or one VAE trained on all inputs."""
-    device, dtype = pick_device(arguments.device), getattr(torch, arguments.dtype)
+    """([Codec of the target, of source 1, ...], SHA-256 of the VAE files): from files, or one VAE trained on all inputs."""
+    device, dtype, first = pick_device(arguments.device), getattr(torch, arguments.dtype), rank_and_size()[0] == 0
     if arguments.vae:
-        vae, _ = load_vae(arguments.vae)
+        vae, digests = load_vae(arguments.vae)[0], [Checkpoint(arguments.vae).sha256()[0]]
     else:
-        vae, stages = train_vae(training_parents(job), VAEConfig(), seed=job.seed, device=device, quiet=arguments.quiet)
-        for record in stages:
-            print(describe_stage(record))
-        if arguments.save_vae:
-            save_vae(arguments.save_vae, vae, stages, seed=job.seed, select=arguments.select)
-    mine = Codec(vae, device, dtype)
-    theirs = Codec(load_vae(arguments.source_vae)[0], device, dtype) if arguments.source_vae else mine
-    return [mine] + [theirs] * len(job.sources)
+        train = lambda: train_vae(training_parents(job), VAEConfig(), seed=job.seed, device=device, quiet=arguments.quiet)
+        vae, stages = gather(agree(lambda: train() if first else None))[0]
+        print(*map(describe_stage, stages), sep="\n")
+        contents = vae_file(vae, stages, seed=job.seed, select=arguments.select)
+        digests = [tensors_sha256(*contents)]
+        if arguments.save_vae and first:
+            write_tensors(arguments.save_vae, *contents)
+    codecs = [Codec(vae, device, dtype)]
+    if arguments.source_vae:
+        codecs.append(Codec(load_vae(arguments.source_vae)[0], device, dtype))
+        digests += Checkpoint(arguments.source_vae).sha256()
+    return codecs[:1] + codecs[-1:] * len(job.sources), digests
 
 
 # --- The report ------------------------------------------------------------------------------------------------------
@@ -198,10 +300,13 @@ class PeakMemory(threading.Thread):
         self.peak = 0.0 if os.path.exists("/proc/self/status") else None
         self.start()
 
+    def now(self):
+        with open("/proc/self/status") as status:
+            return sum(int(line.split()[1]) / 1024 for line in status if line.startswith("RssAnon"))
+
     def run(self):
         while self.peak is not None:
-            with open("/proc/self/status") as status:
-                self.peak = max(self.peak, *(int(line.split()[1]) / 1024 for line in status if line.startswith("RssAnon")), 0)
+            self.peak = max(self.peak, self.now())
             time.sleep(0.02)
 
 
@@ -265,10 +370,13 @@ def print_report(report, job):
           + (f"; peak anonymous memory {report['peak_anonymous_mib']:.0f} MiB" if report["peak_anonymous_mib"] else ""))
 
 
-def metadata_of(job):
-    """Provenance in the result's header: strings; no time and no path, so that equal runs give equal bytes."""
-    facts = {"operator": job.operator, "space": job.space, "align": job.how.method, "control": job.how.control or "",
-             "lambda": ",".join(f"{value:g}" for value in job.lam), "seed": str(job.seed)}
+def metadata_of(job, digests, vae):
+    """Provenance in the result's header: strings; no time and no path, so that equal runs give equal bytes. `digests`: per
+    parent, the SHA-256 of its weight files; `vae`: of the VAE files."""
+    facts = {"version": VERSION, "operator": job.operator, "space": job.space, "align": job.how.method, "control": job.how.control or "",
+             "lambda": ",".join(f"{value:g}" for value in job.lam), "residual": "yes" if job.residual else "", "seed": str(job.seed),
+             "sha256.target": ",".join(digests[0]), "sha256.vae": ",".join(vae)}
+    facts |= {f"sha256.source{i}": ",".join(files) for i, files in enumerate(digests) if i}
     return {f"lsmerge.{key}": value for key, value in facts.items() if value}
 
 
@@ -290,25 +398,27 @@ def matmul_rate(dtype):
     return 8 * 2 * 1024 ** 3 / (time.perf_counter() - began)
 
 
-def print_plan(kind, job, a):
+def print_plan(kind, job, a, memory):
     """--dry-run: who meets whom, how much, how long."""
-    actions = by_action(job)
-    encoded = actions["encoded"]
+    actions, digests = by_action(job), [["0" * 64] * len(c.weight_files) for c in (job.target, *job.sources)]
+    encoded, vae_digests = actions["encoded"], ["0" * 64] * (1 + bool(a.source_vae)) if job.space == "latent" else []
     for task in encoded:
         print(f"  {task.name} {list(task.slots[0].shape)}" + "".join(f" <- {job.sources[i].path}: {name}" for i, name in task.partners))
     print(f"{kind}, align {job.how.method}, lambda {', '.join(f'{v:g}' for v in job.lam) or '-'}: "
           + " + ".join(f"{len(tasks)} {action}" for action, tasks in actions.items()) + f" = {len(job.tasks)} tensors")
-    print(f"output: {a.output}, {plan_file(job.target.entries.values(), metadata_of(job))[2]:,} bytes")
+    print(f"output: {a.output}, {plan_file(job.target.entries.values(), metadata_of(job, digests, vae_digests))[2]:,} bytes of weights")
+    parents = 1 + len(job.sources)
     if job.space == "latent":
         vae = load_vae(a.vae)[0] if a.vae else VAE(VAEConfig())
-        # Per chunk, each parameter of encoder or decoder is one multiplication and addition. All parents are encoded
-        # (twice if a map is fitted) and decoded for the gate, and the result is decoded; alone, the target is the result.
-        parents = sum(slot.numel for task in encoded for slot in task.slots)
-        result = sum(task.slots[0].numel for task in encoded) if job.sources else 0
-        passes = parents * (2 if job.how.method == "none" else 3) + result
-        seconds = sum(p.numel() for p in vae.parameters()) * passes / vae.config.chunk / matmul_rate(getattr(torch, a.dtype))
-        piece = min(PIECE, max(task.slots[0].numel for task in encoded)) * 8 * (4 + 3 * len(job.sources)) / 2 ** 20
-        print(f"estimated: {seconds:.0f} s for the codec{'' if a.vae else ', after training a VAE'}; {200 + piece:.0f} MiB of memory")
+        # Per chunk, each parameter of encoder or decoder is one multiplication and addition. All parents are encoded (twice
+        # if a map is fitted), the result is decoded, and the gate decodes what it looks at.
+        T, C = vae.config.tokens, vae.config.chunk
+        seen = sum(min(slot.numel, 2 * GATE_WINDOWS * T * C) for task in encoded for slot in task.slots) if job.sources else 0
+        passes = sum(slot.numel for task in encoded for slot in task.slots) * (1 if job.how.method == "none" else 2) + seen
+        passes += sum(task.slots[0].numel for task in encoded)
+        flops = sum(p.numel() for p in vae.parameters()) * passes / C      # 2 per parameter, halved: encoder or decoder
+        print(f"estimated: {flops / matmul_rate(getattr(torch, a.dtype)):.0f} s for the codec{'' if a.vae else ', after training a VAE'}")
+    print(f"estimated peak of anonymous memory: {memory.now() + OVERHEAD + min(torch.get_num_threads(), WORKERS) * PER_PARENT * parents:.0f} MiB")
 
 
 def write_report(path, report):
@@ -327,9 +437,9 @@ def write_report(path, report):
 def parse(argv):
     parser = Parser(prog="merge.py", description="Merge checkpoints in the latent space of a weight VAE (LS-Merge).")
     add = parser.add_argument
-    add("models", nargs="+", metavar="MODEL", help="TARGET [SOURCE ...]: .safetensors files; the result has the target's names, "
-        "shapes and dtypes")
-    add("-o", "--output", default="merged.safetensors", help="(%(default)s)")
+    add("models", nargs="+", metavar="MODEL", help="TARGET [SOURCE ...]: .safetensors files, folders or "
+        "indexes of shards; the result has the target's names, shapes and dtypes")
+    add("-o", "--output", metavar="PATH", help="(merged.safetensors; merged/ if TARGET is a folder)")
     add("--lam", metavar="L[,L...]", help="weight of each source in [0, 1], the target has the rest; 0 = the target's round "
         "trip (0.5 for one source of equal shapes, 1/(N+1) each for N, 0.1 in all across shapes)")
     add("--operator", choices=list(OPERATORS), default="lerp", help="(%(default)s)")
@@ -394,20 +504,65 @@ def default_lam(kind, count):
 
 
 def open_job(a):
-    """Everything that can be refused before any work, in the order of its cost."""
+    """(kind, Job): everything that can be refused before any work, in the order of its cost."""
     target, *sources = [Checkpoint(path) for path in a.models]
-    inputs = [*a.models, *filter(None, (a.vae, a.source_vae))]
+    folder = a.output is None and target.folder or target.folder and not a.output.endswith(".safetensors")
+    a.output = a.output or ("merged" if folder else "merged.safetensors")
+    copies = companions(target.folder) if folder else []
+    inputs = [f for c in (target, *sources) for f in c.files] + [*copies, *filter(None, (a.vae, a.source_vae))]
     outputs = [] if a.dry_run else [path for path in (a.output, a.save_vae, a.report) if path]
     for i, path in enumerate(outputs):
-        check_output(path, inputs, a.force or path == a.report)
+        check_output(path, inputs, a.force or path == a.report,
+                     {"model.safetensors", *map(os.path.basename, copies)} if folder and path == a.output else None)
         need(os.path.realpath(path) not in map(os.path.realpath, outputs[:i]), path, "two outputs in one file", "give each its own")
     kind, method, tasks = plan_merge(target, sources, a.select, a.align or "auto", control=a.control)
     need(a.space == "latent" or kind != "cross-shape", a.models[0], "its encoded tensors and the source's differ in shape or name",
          "--space weight needs equal shapes: drop it")
     need(not a.source_vae or kind == "cross-shape", a.source_vae, "models of equal shapes share one VAE", "drop --source-vae")
     how = Alignment(method, a.control, a.epsilon or ot.EPSILON)
-    lam = a.lam or default_lam(kind, len(sources))
-    return kind, Job(target, sources, measure_slots(tasks, target, sources), lam, a.operator, a.space, how, a.residual, a.seed)
+    a.copies = copies if folder else None
+    return kind, Job(target, sources, tasks, a.lam or default_lam(kind, len(sources)), a.operator, a.space, how, a.residual, a.seed)
+
+
+def measure_share(job):
+    """({number: Task with its statistics} of this process's tensors, {parent: SHA-256 of its weight files})."""
+    rank, size = rank_and_size()
+    parents = list(enumerate([job.target, *job.sources]))[rank::size]
+    with workers() as pool:
+        digests = pool.map(lambda parent: parent[1].sha256(), parents)
+        tasks = pool.map(lambda n: (n, measure_task(job.tasks[n], job.target, job.sources)), job.share())
+        return dict(tasks), dict(zip((i for i, _ in parents), digests))
+
+
+def print_notes(job, digests, folder):
+    for index, checkpoint in enumerate((job.target, *job.sources)):
+        for note in checkpoint.notes:
+            print(f"note: {note}")
+        if index and digests[index] == digests[0]:
+            print(f"note: {checkpoint.path} is the target itself, byte for byte: the result is its round trip")
+    left = [name for name in os.listdir(folder) if name.startswith(".lsmerge-") and name.endswith(".tmp")]
+    if left:
+        print(f"note: {folder} holds {', '.join(left)} of another run: delete them if it is no longer going on")
+
+
+def write_output(a, job, codecs, metadata, accept):
+    """Merge into the output. Under torchrun the first process makes the file, all fill it, the first one ends it."""
+    entries = list(job.target.entries.values())
+    bar = tqdm(total=sum(e.numel for e in entries), unit="weights", unit_scale=True, leave=False,
+               disable=True if a.quiet or rank_and_size()[0] else None)
+    def fill(file):
+        found = gather((agree(lambda: merge_share(job, codecs, file, bar)), file.written))
+        file.written = [n for _, written in found for n in written]
+        return {number: tally for tallies, _ in found for number, tally in tallies.items()}
+    tallies = {}
+    def begin(file):
+        gather(file.path)
+        tallies.update(fill(file))
+    if rank_and_size()[0]:
+        fill(TensorFile(gather(None)[0], entries, metadata))
+    else:
+        write = lambda path: write_checkpoint(path, entries, begin, metadata, lambda: accept(tallies))
+        write(a.output) if a.copies is None else write_folder(a.output, a.copies, write)
 
 
 def main(argv=None):
@@ -416,17 +571,24 @@ def main(argv=None):
     def lap(stage):
         nonlocal clock
         seconds[stage], clock = time.perf_counter() - clock, time.perf_counter()
-    kind, job = open_job(a)
+    kind, job = agree(lambda: open_job(a))
+    found = gather(agree(lambda: measure_share(job)))
+    tasks, digests = ([value for _, value in sorted(kv for part in parts for kv in part.items())] for parts in zip(*found))
+    job = replace(job, tasks=tasks)
+    print_notes(job, digests, os.path.dirname(os.path.realpath(a.output)))
     lap("read and check")
     if a.dry_run:
-        return print_plan(kind, job, a)
-    codecs = get_codecs(a, job) if a.space == "latent" else None
+        return print_plan(kind, job, a, memory)
+    codecs, vae_digests = get_codecs(a, job) if job.space == "latent" else (None, [])
     lap("codec")
-    tally, report, bound = Tally(), {}, a.max_nmse or MAX_NMSE
+    report, bound = {}, a.max_nmse or MAX_NMSE
 
-    def accept():
+    def accept(tallies):
         for checkpoint in (job.target, *job.sources):
             checkpoint.check_unchanged()
+        tally = Tally()
+        for number in sorted(tallies):
+            tally.absorb(tallies[number])
         lap("merge and write")
         report.update(make_report(job, kind, tally, codecs, bound, seconds, memory.peak))
         if a.report:
@@ -436,15 +598,10 @@ def main(argv=None):
                 print_report(report, job)
                 raise CheckpointError(a.output, f"not written: gate failed: {gate['name']}: {gate['value']:.3g} > {gate['bound']:.3g}",
                                       "train a better VAE (train.py, more steps or a lower --ratio), or raise --max-nmse")
-    entries = list(job.target.entries.values())
-    bar = tqdm(total=sum(e.numel for e in entries), unit="weights", unit_scale=True, disable=True if a.quiet else None, leave=False)
-    def counted():
-        for name, start, piece in merged_pieces(job, codecs, tally):
-            yield name, start, piece
-            bar.update(piece.numel())
-    write_checkpoint(a.output, entries, counted(), metadata_of(job), accept)
-    print_report(report, job)
-    print(f"wrote {a.output}")
+    write_output(a, job, codecs, metadata_of(job, digests, vae_digests), accept)
+    if report:
+        print_report(report, job)
+        print(f"wrote {a.output}" + (f": model.safetensors and {len(a.copies)} companions of the target" if a.copies is not None else ""))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import contextlib, copy, json, math, os, sys, time
 from dataclasses import asdict, dataclass, fields
 
 import torch
+from torch import distributed
 from tqdm import tqdm
 
 from align import Moments
@@ -278,13 +279,43 @@ def add_machine_arguments(parser):
 def pick_device(name):
     if name == "cuda" and not torch.cuda.is_available():
         raise CheckpointError("--device cuda", "this torch finds no CUDA device", "use --device cpu")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if name == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
 
-def save_vae(path, vae, stages, **facts):
-    """The VAE file. Wall times stay out of it: same inputs and seed, same bytes."""
-    stages = [{key: value for key, value in stage.items() if key != "seconds"} for stage in stages]
-    write_tensors(path, *vae.to_file({"stages": stages, **facts}))
+# --- Several processes (torchrun). Alone, each of these is what its name says for one. --------------------------------
+def rank_and_size(): return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def gather(value):
+    """[value of process 0, of process 1, ...], in every process."""
+    size = rank_and_size()[1]
+    if size == 1:
+        return [value]
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo")
+    values = [None] * size
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def agree(work):
+    """work(), where it succeeds in every process; an error of one is everybody's, so that nobody waits for ever."""
+    value, problem = None, None
+    try:
+        value = work()
+    except (CheckpointError, OSError, FloatingPointError) as error:
+        problem = error
+    for other in gather(problem):
+        if other:
+            raise other
+    return value
+
+
+def vae_file(vae, stages, **facts):
+    """(tensors, metadata) of the VAE file. Wall times stay out of it: same inputs and seed, same bytes."""
+    return vae.to_file({"stages": [{key: value for key, value in stage.items() if key != "seconds"} for stage in stages], **facts})
 
 
 def main(argv=None):
@@ -317,7 +348,7 @@ def main(argv=None):
                                 arguments.quiet, log)
     for record in stages:
         print(describe_stage(record))
-    save_vae(arguments.output, vae, stages, seed=arguments.seed, select=arguments.select, schedule=asdict(schedule))
+    write_tensors(arguments.output, *vae_file(vae, stages, seed=arguments.seed, select=arguments.select, schedule=asdict(schedule)))
     print(f"wrote {arguments.output} ({sum(p.numel() for p in vae.parameters()):,} parameters)")
 
 

@@ -89,27 +89,27 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(D, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, D, bias=False)
 
-    def forward(self, h_BTD, cos_TK, sin_TK, keys_B11T):
+    def forward(self, h_BTD, cos_T1K, sin_T1K, keys_B11T):
         B, T, D = h_BTD.shape
-        qkv = self.qkv(self.norm_attention(h_BTD)).reshape(B, T, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)               # (B, T, 3, H, K) -> 3 x (B, H, T, K), K = D / H
-        q, k = rotate(q, cos_TK, sin_TK), rotate(k, cos_TK, sin_TK)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=keys_B11T)
+        qkv = self.qkv(self.norm_attention(h_BTD)).view(B, T, 3 * self.heads, D // self.heads)
+        q, k = rotate(qkv[:, :, :2 * self.heads], cos_T1K, sin_T1K).transpose(1, 2).chunk(2, dim=1)    # 2 x (B, H, T, K)
+        mixed = F.scaled_dot_product_attention(q, k, qkv[:, :, 2 * self.heads:].transpose(1, 2), attn_mask=keys_B11T)
         h_BTD = h_BTD + self.out(mixed.transpose(1, 2).reshape(B, T, D))
         gate, up = self.gate_up(self.norm_mlp(h_BTD)).chunk(2, dim=-1)
         return h_BTD + self.down(F.silu(gate) * up)
 
 
 def rotation(T, K, device, dtype, base=10_000.0):
-    """cos and sin of RoPE, (T, K): pair p of position t turns by t / base^(2 p / K).  paper's release: RoPE."""
-    angle_TP = torch.outer(torch.arange(T), base ** (-torch.arange(0, K, 2) / K))
-    angle_TK = torch.cat([angle_TP, angle_TP], dim=-1)
+    """cos and sin of RoPE, each (T, 1, K / 2): pair p of position t turns by t / base^(2 p / K).  paper's release: RoPE."""
+    angle_TK = torch.outer(torch.arange(T), base ** (-torch.arange(0, K, 2) / K))[:, None]
     return angle_TK.cos().to(device, dtype), angle_TK.sin().to(device, dtype)
 
 
-def rotate(q_BHTK, cos_TK, sin_TK):
-    left, right = q_BHTK.chunk(2, dim=-1)
-    return q_BHTK * cos_TK + torch.cat([-right, left], dim=-1) * sin_TK
+def rotate(q_BTHK, cos_T1K, sin_T1K):
+    """Turn each pair (q[p], q[p + K / 2]) by its angle."""
+    left, right = q_BTHK.chunk(2, dim=-1)
+    return torch.cat([torch.addcmul(left * cos_T1K, right, sin_T1K, value=-1),
+                      torch.addcmul(right * cos_T1K, left, sin_T1K)], dim=-1)
 
 
 class VAE(nn.Module):
@@ -148,10 +148,10 @@ class VAE(nn.Module):
 
     def _run(self, blocks, h_BTD, real_BT):
         T, K = h_BTD.shape[1], self.config.width // self.config.heads
-        cos_TK, sin_TK = rotation(T, K, h_BTD.device, h_BTD.dtype)
+        cos_T1K, sin_T1K = rotation(T, K, h_BTD.device, h_BTD.dtype)
         keys_B11T = None if real_BT is None else real_BT[:, None, None, :]      # nobody looks at a padding chunk
         for block in blocks:
-            h_BTD = block(h_BTD, cos_TK, sin_TK, keys_B11T)
+            h_BTD = block(h_BTD, cos_T1K, sin_T1K, keys_B11T)
         return h_BTD
 
     def encode_stream(self, x_BTC, real_BT=None):

@@ -127,13 +127,15 @@ def test_a_failing_write_leaves_the_old_file_and_no_litter(tmp_path):
     path.write_bytes(b"old")
     os.chmod(path, 0o640)
     entry = ck.Entry("w", torch.float32, (4,), "", 0)
-    def pieces():
-        yield "w", 0, torch.ones(2)
+    def half(file):
+        file.put("w", 0, torch.ones(2))
         raise RuntimeError("half-way")
     with pytest.raises(RuntimeError):
-        ck.write_checkpoint(path, [entry], pieces(), {})
+        ck.write_checkpoint(path, [entry], half, {})
+    with pytest.raises(AssertionError):                    # an element was forgotten
+        ck.write_checkpoint(path, [entry], lambda file: file.put("w", 0, torch.ones(2)), {})
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["x.safetensors"]
-    ck.write_checkpoint(path, [entry], [("w", 2, torch.ones(2)), ("w", 0, torch.zeros(2))], {})
+    ck.write_checkpoint(path, [entry], lambda file: [file.put("w", 2, torch.ones(2)), file.put("w", 0, torch.zeros(2))], {})
     assert load_file(path)["w"].tolist() == [0, 0, 1, 1] and stat.S_IMODE(path.stat().st_mode) == 0o640
 
 

@@ -252,9 +252,9 @@ def test_bad_input_is_one_line_and_leaves_the_output_alone(models, tmp_path, kin
 @pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_leave_no_litter(models, tmp_path, sent, code):
     (tmp_path / "m.safetensors").write_bytes(b"old")
-    slow = ("import sys, time; sys.path.insert(0, sys.argv[1]); import chunking, merge; real = merge.merged_pieces\n"
-            "def slowly(*a):\n    for piece in real(*a):\n        yield piece\n        print('piece', flush=True); time.sleep(0.2)\n"
-            "merge.merged_pieces = slowly; sys.exit(chunking.command(lambda: merge.main(sys.argv[2:])))")
+    slow = ("import sys, time; sys.path.insert(0, sys.argv[1]); import chunking, merge; real = chunking.TensorFile.put\n"
+            "def slowly(*a):\n    real(*a); print('piece', flush=True); time.sleep(0.2)\n"
+            "chunking.TensorFile.put = slowly; sys.exit(chunking.command(lambda: merge.main(sys.argv[2:])))")
     process = subprocess.Popen([sys.executable, "-c", slow, ROOT, models["a"], models["b"], "--vae", models["vae"], "--force", "--quiet",
                                 "-o", tmp_path / "m.safetensors"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline().startswith("piece")
@@ -494,11 +494,12 @@ def test_float8_is_merged_in_float32(models, tmp_path):
 def test_an_input_that_changes_during_the_run_is_an_error(models, tmp_path, monkeypatch, capsys):
     source = tmp_path / "s.safetensors"
     source.write_bytes(models["b"].read_bytes())
-    real = merge.merged_pieces
+    real = merge.merge_share
     def touched(*arguments):
-        yield from real(*arguments)
+        tallies = real(*arguments)
         os.utime(source, (1, 1))
-    monkeypatch.setattr(merge, "merged_pieces", touched)
+        return tallies
+    monkeypatch.setattr(merge, "merge_share", touched)
     assert run(models["a"], source, "--vae", models["vae"], "-o", tmp_path / "m.safetensors") == 1
     assert "changed" in capsys.readouterr().err and os.listdir(tmp_path) == ["s.safetensors"]
 
