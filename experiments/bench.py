@@ -1,6 +1,8 @@
-"""Speed, measured beside the libraries that people would otherwise use; medians of interleaved runs.
+"""Speed and memory, measured beside what they are to be held against; medians of interleaved runs.
 
     python experiments/bench.py --align [--quick] [--record experiments/results/bench-align.jsonl]
+    python experiments/bench.py --merge --record experiments/results/bench-merge.jsonl
+    python experiments/bench.py --memory --record experiments/results/bench-memory.jsonl
 
 --align: align.py's Sinkhorn beside three solvers of POT (Python Optimal Transport), its Gaussian map beside
 POT's. Every solver gets the iterations it needs for the same *measured* marginal error, the larger L1 error
@@ -8,13 +10,25 @@ of both sides of the plan it returns: 1e-9 at epsilon 0.05, 1e-6 below. POT's ow
 side, so it is not used: its solvers are all the plain iteration, whose steps are counted beforehand. Times
 include the plan. Ratios are ours / POT's: below 1 is faster. On a busy machine set OMP_NUM_THREADS=1, or
 threads wait for each other; the number of threads is printed and recorded.
+
+--merge: merge.py as a process, given a VAE, on two synthetic checkpoints of 100 M weights, over the time that the same
+codec operations take at the matrix-multiply rate of all cores (measured before and after, same dtype) plus
+the bytes at the disk's measured copy rate.
+
+--memory: the same command on pairs of 0.75 and 3 GB, each with one tensor of 500 MB: the peak of anonymous memory
+must not depend on the size; beside it what --dry-run predicts. Needs 10 GB of disk.
 """
 
 import argparse
 import json
+import os
 import platform
+import re
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,7 +36,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import align
+import chunking
+import lsmerge
 from align import Moments
+from vae import VAE, VAEConfig
 
 SIZES = [(512, 512), (1024, 1536), (2048, 1024)]
 LATENT = 32                # numbers per point
@@ -172,7 +189,129 @@ def bench_align(quick):
         print_verdict(rows, gaussian)
 
 
-SECTIONS = {"align": bench_align}  # a further section is a generator of rows, named here
+# --- merge.py as a whole ---------------------------------------------------------------------------------------------
+MERGE = Path(__file__).resolve().parent.parent / "merge.py"
+
+
+def synthetic(path, seed, layers, hidden, mlp, vocab, big=0):
+    """A Llama-shaped bfloat16 checkpoint of random weights; `big`: rows of one more matrix in layer 0. Written tensor by
+    tensor, like everything here: 3 GB need not fit into memory."""
+    shapes = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+    for i in range(layers):
+        p = f"model.layers.{i}."
+        shapes |= {p + f"self_attn.{r}_proj.weight": (hidden, hidden) for r in "qkvo"}
+        shapes |= {p + f"mlp.{r}_proj.weight": (mlp, hidden) for r in ("gate", "up")} | {p + "mlp.down_proj.weight": (hidden, mlp)}
+    if big:
+        shapes["model.layers.0.mlp.big_proj.weight"] = (big, hidden)
+    entries = [chunking.Entry(name, torch.bfloat16, shape, "", 0) for name, shape in shapes.items()]
+    def fill(file):
+        for number, entry in enumerate(entries):
+            generator = torch.Generator().manual_seed(1000 * seed + number)
+            for start, stop in chunking.spans(entry.numel):
+                file.put(entry.name, start, (0.02 * torch.randn(stop - start, generator=generator)).bfloat16())
+    chunking.write_checkpoint(path, entries, fill, {})
+    return [e for e in entries if chunking.is_selected(e)]
+
+
+def matmul_rate(dtype, seconds=1.0):
+    """Operations per second of all cores on 1024 x 1024 matrices: the median over about a second."""
+    x, rates, began = torch.ones(1024, 1024, dtype=dtype), [], time.perf_counter()
+    while time.perf_counter() - began < seconds or len(rates) < 5:
+        start = time.perf_counter()
+        for _ in range(4):
+            x @ x
+        rates.append(4 * 2 * 1024 ** 3 / (time.perf_counter() - start))
+    return statistics.median(rates)
+
+
+def copy_rate(path, scratch):
+    """Bytes per second of reading a file and writing it anew, to the disk and not only to its cache."""
+    start = time.perf_counter()
+    with open(path, "rb") as source, open(scratch, "wb") as target:
+        shutil.copyfileobj(source, target, 2 ** 20)
+        os.fsync(target.fileno())
+    seconds = time.perf_counter() - start
+    scratch.unlink()
+    return path.stat().st_size / seconds
+
+
+def codec_operations(config, entries, parents):
+    """Multiplications and additions, both counted, of a merge: every parent is encoded, the result decoded, and of each
+    parent the windows that the gate looks at. A token meets every matrix of its half once, and T tokens twice."""
+    vae = VAE(config)
+    matrices = lambda *parts: sum(p.numel() for part in parts for p in part.parameters() if p.dim() == 2)
+    attention = config.blocks * 2 * config.tokens * config.width
+    encoder = matrices(vae.embed, vae.encoder, vae.neck_mu, vae.neck_logvar) + attention
+    decoder = matrices(vae.widen, vae.decoder, vae.unembed) + attention
+    operations = 0
+    for entry in entries:
+        windows = -(-entry.numel // (config.chunk * config.tokens))
+        seen = -(-windows // max(1, windows // lsmerge.GATE_WINDOWS))
+        operations += 2 * config.tokens * (parents * windows * encoder + (windows + parents * seen) * decoder)
+    return operations
+
+
+def run_merge(folder, *flags):
+    """(seconds of the whole process, its report, its output) of merging a and b in the folder."""
+    command = [sys.executable, MERGE, folder / "a.safetensors", folder / "b.safetensors", "--vae", folder / "vae.safetensors",
+               "-o", folder / "merged.safetensors", "--quiet", "--force", *flags]
+    report = [] if "--dry-run" in flags else ["--report", folder / "report.json"]
+    start = time.perf_counter()
+    done = subprocess.run([*map(str, command), *map(str, report)], check=True, capture_output=True, text=True)
+    return time.perf_counter() - start, json.loads((folder / "report.json").read_text()) if report else None, done.stdout
+
+
+def prepare(folder, config, **sizes):
+    """Checkpoints a and b and an untrained VAE; returns the encoded entries. Random branches, as after training: the warm
+    start's zero matrices would be multiplied at the same speed, but why invite the question."""
+    entries = [synthetic(folder / f"{name}.safetensors", seed, **sizes) for seed, name in enumerate("ab")][0]
+    vae = VAE(config, torch.Generator().manual_seed(0))
+    vae.set_neck(torch.zeros(config.width), torch.eye(config.width))
+    chunking.write_tensors(folder / "vae.safetensors", *vae.to_file({}))
+    return entries
+
+
+def bench_merge(quick):
+    """Whole-run time over what the arithmetic and the bytes alone would take."""
+    config, facts = VAEConfig(), dict(python=platform.python_version(), torch=torch.__version__, threads=torch.get_num_threads())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        entries = prepare(folder, config, layers=1 if quick else 10, hidden=1024, mlp=2752, vocab=256)
+        weights, files = sum(e.numel for e in entries), [folder / "a.safetensors", folder / "b.safetensors"]
+        operations = codec_operations(config, entries, 2)
+        for dtype in ("float32", "bfloat16"):
+            for _ in range(1 if quick else 3):
+                before, disk = matmul_rate(getattr(torch, dtype)), copy_rate(files[0], folder / "copy")
+                seconds, report, _ = run_merge(folder, "--dtype", dtype, "--max-nmse", "1")
+                rate = statistics.mean([before, matmul_rate(getattr(torch, dtype))])
+                # A copy reads and writes its bytes: both parents are read, one result is written.
+                least = operations / rate + (sum(f.stat().st_size for f in files) + (folder / "merged.safetensors").stat().st_size) / 2 / disk
+                row = dict(what="merge", weights=weights, dtype=dtype, seconds=round(seconds, 2), least=round(least, 2),
+                           ratio=round(seconds / least, 3), gflops=round(rate / 1e9, 1), copy_mb_s=round(disk / 1e6), stages=report["seconds"])
+                print(f"merge {weights / 1e6:.0f} M weights, {dtype}: {seconds:.1f} s, {row['ratio']:.2f} times the {least:.1f} s of arithmetic "
+                      f"({rate / 1e9:.0f} GFLOP/s) and bytes ({disk / 1e6:.0f} MB/s)", flush=True)
+                yield facts | row
+
+
+def bench_memory(quick):
+    """Peak anonymous memory at two sizes, and what --dry-run says beforehand."""
+    facts = dict(python=platform.python_version(), torch=torch.__version__, threads=torch.get_num_threads())
+    for layers in (1, 2) if quick else (10, 100):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            prepare(folder, VAEConfig(), layers=layers, hidden=1024, mlp=2752, vocab=256, big=2048 if quick else 250_000)
+            plan = run_merge(folder, "--dry-run")[2]
+            predicted = [int(re.search(pattern, plan)[1].replace(",", "")) for pattern in (r"memory: (\d+) MiB", r"([\d,]+) bytes")]
+            seconds, report, _ = run_merge(folder, "--max-nmse", "1")
+            size = (folder / "merged.safetensors").stat().st_size
+            row = dict(what="memory", bytes=size, bytes_predicted=predicted[1], peak_mib=round(report["peak_anonymous_mib"], 1),
+                       predicted_mib=predicted[0], seconds=round(seconds, 1))
+            print(f"{size / 1e9:.2f} GB per checkpoint: peak {row['peak_mib']:.0f} MiB anonymous (--dry-run: {predicted[0]} MiB), "
+                  f"output {'as predicted to the byte' if size == predicted[1] else f'{size} bytes, predicted {predicted[1]}'}, {seconds:.0f} s", flush=True)
+            yield facts | row
+
+
+SECTIONS = {"align": bench_align, "merge": bench_merge, "memory": bench_memory}  # a section is a generator of rows
 
 
 def main():
