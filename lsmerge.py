@@ -33,6 +33,7 @@ import torch
 
 import align as ot
 from chunking import PIECE, CheckpointError, TensorSlot, chunk, from_windows, need, scale, spans, to_windows, unscale
+from vae import Posterior, sample
 
 BATCH_CHUNKS = 512              # chunks per forward pass: large enough for the matrix units, small enough for a core's cache
 GATE_WINDOWS = 256              # of a tensor and parent, evenly spread, that the gate decodes (a smaller tensor whole): 2^18 weights
@@ -53,10 +54,18 @@ class Codec:
             yield x.to(self.device, self.dtype), None if real_BT.all() else real_BT.to(self.device)
 
     @torch.inference_mode()
-    def encode(self, flat_L, slot):
-        """z = E(w), posterior mean: (N, Z) float64.  flat_L: raw weights, a whole number of windows or a tensor's end."""
+    def encode(self, flat_L, slot, samples=0, generator=None, prior=False):
+        """z = E(w): (N, Z) float64.  flat_L: raw weights, a whole number of windows or a tensor's end.
+
+        samples = 0: the posterior mean; K: the mean of K draws from q(z | w) (paper: self-merging), or from N(0, I).
+        """
         chunks_NC, real_NC = chunk(scale(flat_L, slot), self.C)
-        parts = [self.vae.encode(x, real).mu_BTZ.double().cpu() for x, real in self._batches(chunks_NC, real_NC[:, 0])]
+        parts = []
+        for x, real in self._batches(chunks_NC, real_NC[:, 0]):
+            q = self.vae.encode(x, real)
+            q = Posterior(torch.zeros_like(q.mu_BTZ), torch.zeros_like(q.mu_BTZ)) if prior else q
+            z_BTZ = sum(sample(q, generator) for _ in range(samples)) / samples if samples else q.mu_BTZ
+            parts.append(z_BTZ.double().cpu())
         return from_windows(torch.cat(parts), len(chunks_NC))
 
     @torch.inference_mode()
@@ -72,6 +81,9 @@ class Parent(NamedTuple):
     slot: TensorSlot
     codec: Codec
     index: int = 0              # 0 the target, i the i-th source: the tally's key
+    samples: int = 0            # K draws from the posterior, averaged; 0: its mean
+    seed: int = 0               # of those draws
+    prior: bool = False         # draws from N(0, I) instead: an argument for the experiments
 
     @property
     def N(self): return self.slot.n_chunks(self.codec.C)
@@ -80,15 +92,17 @@ class Parent(NamedTuple):
         """Latents of chunks [first, last): whole windows are encoded, since attention sees whole windows."""
         C, T = self.codec.C, self.codec.T
         begin = first // T * T
-        z_NZ = self.codec.encode(self.read(begin * C, -(-last // T) * T * C), self.slot)
+        # Seeded by the place, so that the same draw comes back whenever these chunks are asked for again.
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.index) * 2 ** 31 % 2 ** 61 + begin) if self.samples else None
+        z_NZ = self.codec.encode(self.read(begin * C, -(-last // T) * T * C), self.slot, self.samples, generator, self.prior)
         return z_NZ[first - begin:last - begin]
 
 
-# --- Operators: latents (or raw weights, for the baseline) of target and sources in, one merged code out. ------------
+# --- Operators. Each is z = sum_i c_i z_i over the parents' codes, on latents as on raw weights; they differ in the c_i. ---
 def lerp(parents, weights):
     """paper: Sec. 3.3, z_lambda = (1 - lambda) z_a + lambda z_b; for N models the barycentre sum_i lambda_i z_i.
 
-    weights: the target's first; they sum to 1 (`convex_weights`).
+    weights: the target's first (`convex_weights`, `task_weights`, `slerp_weights`).
     """
     return sum(weight * parent for weight, parent in zip(weights, parents))
 
@@ -98,6 +112,50 @@ def convex_weights(lam):
     if not all(math.isfinite(value) and 0 <= value <= 1 for value in lam) or sum(lam) > 1 + 1e-9:
         raise ValueError(f"lambda {', '.join(map(str, lam))}: each must lie in [0, 1] and their sum must not exceed 1")
     return [max(0.0, 1 - sum(lam)), *lam]
+
+
+def task_weights(lam):
+    """Task arithmetic (Ilharco et al. 2023; paper: Table 4): z = z_target + sum_i lambda_i (z_i - z_base), the base last."""
+    if not all(math.isfinite(value) and 0 <= value <= 1 for value in lam):
+        raise ValueError(f"lambda {', '.join(map(str, lam))}: each must lie in [0, 1]")
+    return [1.0, *lam, -sum(lam)]
+
+
+def slerp_weights(lam, dot, norm_a, norm_b):
+    """Spherical interpolation (Shoemake 1985): sin((1 - lambda) W) / sin W and sin(lambda W) / sin W, cos W = <a, b> / |a| |b|.
+
+    Takes the angle's ingredients, not the vectors: they are a whole tensor long. lerp where the angle says nothing
+    (parallel, opposed or zero vectors).
+    """
+    cosine = max(-1.0, min(1.0, dot / (norm_a * norm_b))) if norm_a * norm_b > 0 else 1.0
+    angle = math.acos(cosine)
+    if math.sin(angle) < 1e-6:
+        return [1 - lam, lam]
+    return [math.sin((1 - lam) * angle) / math.sin(angle), math.sin(lam * angle) / math.sin(angle)]
+
+
+def inner(pairs):
+    """(<a, b>, |a|, |b|) of two long vectors that arrive in pieces."""
+    sums = [0.0, 0.0, 0.0]
+    for a, b in pairs:
+        a, b = a.reshape(-1), b.reshape(-1)
+        sums = [total + torch.dot(*two).item() for total, two in zip(sums, ((a, b), (a, a), (b, b)))]
+    return sums[0], math.sqrt(sums[1]), math.sqrt(sums[2])
+
+
+def greedy_soup(count, score):
+    """Greedy soup (Wortsman et al. 2022): the best model, then in order of score each that makes the soup's score better.
+
+    Args:     count   models; score: [index, ...] -> score of their uniform soup, higher is better (2 count - 1 calls)
+    Returns:  sorted indices of those kept
+    """
+    alone = [score([index]) for index in range(count)]
+    order = sorted(range(count), key=lambda index: -alone[index])
+    kept, best = order[:1], alone[order[0]]
+    for index in order[1:]:
+        if (reached := score(sorted([*kept, index]))) > best:
+            kept, best = [*kept, index], reached
+    return sorted(kept)
 
 
 # --- Transport: what happens to a source's latents before they meet the target's (paper: Sec. 3.3, Algorithm 1, lines 3, 4) ---
@@ -192,14 +250,15 @@ class Tally:
         self.errors |= other.errors
         self.alignment += other.alignment
 
-    def add_distances(self, merged_L, raw, weights, operator):
-        """raw: parent index -> weights, for the target and the sources of its shape."""
+    def add_distances(self, merged_L, raw, weights):
+        """raw: parent index -> weights, for the target and the sources of its shape; weights: those of the same operator in
+        weight space."""
         square = lambda other: (merged_L.double() - other.double()).square().sum().item()
         self.target, self.to_target = self.target + raw[0].square().sum().item(), self.to_target + square(raw[0])
         for index in raw:
             self.to_source[index] = self.to_source.get(index, 0.0) + square(raw[index])
         if len(raw) == len(weights):
-            self.to_average += square(operator(list(raw.values()), weights).to(merged_L.dtype))    # as it would be stored
+            self.to_average += square(lerp(list(raw.values()), weights).to(merged_L.dtype))    # as it would be stored
 
 
 def cast(flat_L, slot):
@@ -246,36 +305,51 @@ def piece_chunks(target, sources, how):
     return max(T, -(-most // T) * T)
 
 
-def ls_merge(target, sources, weights, operator=lerp, how=Alignment(), residual=False, generator=None, tally=None):
+def ls_merge(target, sources, weights, slerp=False, how=Alignment(), residual=False, seed=0, tally=None):
     """LS-Merge of one tensor (paper: Algorithm 1, lines 2 to 6), as a stream of (start, piece in the target's dtype).
 
     Args:      target, sources   Parent; a source may have any shape (then its latents are projected)
-               weights           of all parents, the target's first (`convex_weights`)
+               weights           of all parents, the target's first (`convex_weights`, `task_weights`)
+               slerp             two parents: along the arc between their codes, each tensor one vector
                residual          W^ = sum_k w_k W_k + (D(z_lambda) - sum_k w_k D(z_k)), over the target and every source
                                  whose latents entered as they are: what the codec cannot express is added back
+               seed              of a control's noise
                tally             a Tally that gathers the round trips and distances (None: nobody asks)
     Returns:   an iterator; the caller's last piece ends the tensor.  With no sources: the target's round trip.
     """
     C, L, slot, tally = target.codec.C, target.slot.numel, target.slot, Tally() if tally is None else tally
     step, parents = piece_chunks(target, sources, how), [target, *sources]
-    transports = [Transport(target, source, how, step, generator) for source in sources]
+    begin = lambda: [Transport(target, s, how, step, torch.Generator().manual_seed(seed * 1009 + s.index)) for s in sources]
+
+    def codes(j0, j1):
+        z_target_JZ = target.latents(j0, j1)                                                # line 2
+        return [z_target_JZ, *(transport(z_target_JZ, j0, j1) for transport in transports)]      # lines 3, 4
+    transports, in_weights = begin(), weights
     direct = [True, *(transport.plain for transport in transports)]     # whose latents enter as they are
+    if slerp:
+        weights = slerp_weights(weights[1], *inner(codes(*span) for span in spans(target.N, step)))
+        transports = begin()                               # as new: the same noise, sums that count each piece once
+        if sources[0].slot.shape == slot.shape:
+            in_weights = slerp_weights(in_weights[1], *inner((target.read(*s).double(), sources[0].read(*s).double()) for s in spans(L)))
+    alone = sum(weight != 0 for weight in weights) == 1
     for j0, j1 in spans(target.N, step):
         start, stop = j0 * C, min(j1 * C, L)
         raw = {p.index: p.read(start, stop).double() for p in parents if p.slot.shape == slot.shape}
-        z_target_JZ = target.latents(j0, j1)                                                # line 2
-        z_parents = [z_target_JZ, *(t(z_target_JZ, j0, j1) for t in transports)]            # lines 3, 4
-        merged_L = target.codec.decode(operator(z_parents, weights), slot, stop - start)    # lines 5, 6
+        z_parents = codes(j0, j1)
+        merged_L = target.codec.decode(lerp(z_parents, weights), slot, stop - start)        # lines 5, 6
         for parent, weight, z_JZ, enters in zip(parents, weights, z_parents, direct):
-            if not enters:
-                round_trip(parent, tally) if start == 0 else None
-            elif residual or weight == 1:                  # decoded whole: for its own sake, or as the result
-                decoded_L = target.codec.decode(z_JZ, slot, stop - start) if residual else merged_L
+            if residual and enters:
+                z_JZ = parent._replace(samples=0).latents(j0, j1) if parent.samples else z_JZ
+                decoded_L = target.codec.decode(z_JZ, slot, stop - start)
                 tally.add_error(parent, decoded_L, raw[parent.index])
-                merged_L = merged_L + weight * (raw[parent.index] - decoded_L) if residual else merged_L
+                merged_L = merged_L + weight * (raw[parent.index] - decoded_L)
+            elif not enters or parent.samples:             # its own codes are not what is at hand
+                round_trip(parent._replace(samples=0), tally) if start == 0 else None
+            elif alone and weight:                         # decoded whole, as the result
+                tally.add_error(parent, merged_L, raw[parent.index])
             else:
                 check_codes(parent, z_JZ, raw[parent.index], j0, tally)
         merged_L = cast(merged_L, slot)
-        tally.add_distances(merged_L, raw, weights, operator)
+        tally.add_distances(merged_L, raw, in_weights)
         yield start, merged_L
     tally.alignment += [transport.record() for transport in transports if not transport.plain]

@@ -6,7 +6,7 @@ Decides which tensors meet (`plan_merge`), gets a VAE (from a file, or trained o
 tensors into a new file (`ls_merge`, one tensor after another), checks itself on the user's own weights (`gates`), and
 reports. Nothing mathematical here. lambda = 0 is the target's round trip, lambda = 1 the source's.
 """
-import contextlib, json, math, os, sys, threading, time
+import contextlib, json, math, os, re, shlex, subprocess, sys, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -16,15 +16,17 @@ from tqdm import tqdm
 import align as ot
 from chunking import (PIECE, Checkpoint, CheckpointError, Parser, TensorFile, check_output, command, companions, is_selected, measure,
                       Place, need, place, plan_file, spans, tensors_sha256, write_checkpoint, write_folder, write_tensors)
-from lsmerge import GATE_WINDOWS, Alignment, Codec, Parent, Tally, cast, convex_weights, lerp, ls_merge, round_trip
+from lsmerge import (GATE_WINDOWS, Alignment, Codec, Parent, Tally, cast, convex_weights, greedy_soup, inner, lerp, ls_merge, round_trip,
+                     slerp_weights, task_weights)
 from train import add_machine_arguments, agree, describe_stage, gather, pick_device, rank_and_size, train_vae, vae_file
 from vae import VAE, VAEConfig
 
 VERSION = "1.0"
-OPERATORS = {"lerp": lerp}
+OPERATORS = ("lerp", "slerp", "soup", "greedy-soup", "task-arithmetic")
+SAMPLES = 8                     # of a self-merge
 MAX_NMSE = 1e-3                 # a relative error of 3 %: what a language model just tolerates
-OVERHEAD, PER_PARENT = 60, 25   # MiB, measured: the network at work; a piece of a parent in all its forms, per thread
-WORKERS = 16                    # threads at most: each holds a piece of every parent, about 25 MiB
+OVERHEAD, PER_PARENT = 10, 13   # MiB, measured: the network at work; a piece of a parent in all its forms, per thread
+WORKERS = 16                    # threads at most: each holds a piece of every parent, about 13 MiB
 
 
 # --- The plan: what happens to each tensor of the target (paper: Algorithm 1, line 1) --------------------------------
@@ -160,18 +162,21 @@ def measure_slots(tasks, target, sources): return [measure_task(task, target, so
 class Job:
     """One run, as decided by the command line and the files."""
     target: Checkpoint
-    sources: list
+    sources: list               # with the base of a task arithmetic as the last
     tasks: list
-    lam: list
+    lam: list                   # one per source proper
     operator: str = "lerp"
     space: str = "latent"
     how: Alignment = Alignment()
     residual: bool = False
     seed: int = 0
+    samples: int = 0
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def weights(self, task):
         """The parents' weights for this tensor; a source without a partner leaves its share to the target."""
+        if self.operator == "task-arithmetic":
+            return task_weights(self.lam)
         return convex_weights([self.lam[index] for index, _ in task.partners])
 
     def reader(self, index, name):
@@ -212,26 +217,30 @@ def workers():
 def merge_tensor(job, codecs, number, put):
     """Merge one tensor, piece by piece into `put`; its Tally.  `codecs`: the target's, then one per source."""
     task, tally = job.tasks[number], Tally()
-    name, entry, operator, weights = task.name, job.target.entries[task.name], OPERATORS[job.operator], job.weights(task)
+    name, entry, weights = task.name, job.target.entries[task.name], job.weights(task)
     readers = [job.reader(0, name), *(job.reader(i + 1, other) for i, other in task.partners)]
-    kept = task.action == "copied" or not any(weights[1:])              # the target's bytes, unless they are encoded
+    alone = task.action == "copied" or not any(weights[1:])             # only the target is left
     if task.action == "encoded" and job.space == "latent":
-        parents = [Parent(read, slot, codecs[k], k) for read, slot, k in zip(readers, task.slots, task.indices)]
-        if not (kept and job.residual):
-            generator = torch.Generator().manual_seed(job.seed * 1_000_003 + number)
-            for start, piece in ls_merge(parents[0], parents[1:], weights, operator, job.how, job.residual, generator, tally):
+        parents = [Parent(read, slot, codecs[k], k, job.samples, job.seed * 10_007 + number)
+                   for read, slot, k in zip(readers, task.slots, task.indices)]
+        if not (alone and job.residual and not job.samples):
+            stream = ls_merge(parents[0], parents[1:], weights, job.operator == "slerp", job.how, job.residual,
+                              job.seed * 10_007 + number, tally)
+            for start, piece in stream:
                 put(name, start, piece)
             return tally
         round_trip(parents[0], tally)                      # for the report: no code enters the result
     common = entry.numel if task.common is None else task.common
-    own = [(common + start, common + stop) for start, stop in spans(entry.numel - common)] if common < entry.numel else []
-    for start, stop in [*spans(common), *own]:
+    if task.action == "encoded" and job.operator == "slerp":
+        weights = slerp_weights(weights[1], *inner([read(*span).double() for read in readers] for span in spans(common)))
+    rest = [(common + start, common + stop) for start, stop in spans(entry.numel - common)] if common < entry.numel else []
+    for start, stop in [*spans(common), *rest]:
         mine = task.action == "copied" or start >= common > 0
         raw = [read(start, stop) for read in readers[:1 if mine else None]]
-        piece = raw[0] if kept or mine else cast(operator([part.double() for part in raw], weights), entry)
+        piece = raw[0] if alone or mine else cast(lerp([part.double() for part in raw], weights), entry)
         if task.action == "encoded":
             known = zip(task.indices, task.slots, raw)
-            tally.add_distances(piece, {k: part.double() for k, slot, part in known if slot.shape == entry.shape}, weights, operator)
+            tally.add_distances(piece, {k: part.double() for k, slot, part in known if slot.shape == entry.shape}, weights)
         put(name, start, piece)
     return tally
 
@@ -331,8 +340,9 @@ def make_report(job, kind, tally, codecs, bound, seconds, memory):
     size = lambda names: sum(job.target.entries[name].numel for name in names)
     relative = lambda squares: math.sqrt(squares / tally.target) if squares is not None and tally.target > 0 else None
     defined, covered = kind != "cross-shape", sum(map(len, actions.values()))
-    gates = [{"name": f"round trip of {f'source {k}' if k else 'target'}", "passed": value <= bound, "value": value, "bound": bound}
-             for k, value in nmse.items() if not (job.residual and not any(job.lam))]
+    who = lambda k: "target" if not k else f"source {k}" if k <= len(job.lam) else "base"
+    gates = [{"name": f"round trip of {who(k)}", "passed": value <= bound, "value": value, "bound": bound}
+             for k, value in nmse.items() if not (job.residual and not any(job.lam) and not job.samples)]
     gates.append({"name": "encoded + averaged + copied = all", "passed": covered == total, "value": covered, "bound": total})
     return {
         "kind": kind, "ratio": codecs[0].vae.config.true_ratio if codecs else None, "lambda": job.lam,
@@ -341,7 +351,7 @@ def make_report(job, kind, tally, codecs, bound, seconds, memory):
                     "weights_encoded": size(t.name for t in actions["encoded"]), "weights_total": size(job.target.entries)},
         "roundtrip": {"nmse": nmse.get(0), "worst": worst},
         "distance": {"to_target": relative(tally.to_target),
-                     "to_source": [relative(tally.to_source.get(i + 1) if defined else None) for i in range(len(job.sources))],
+                     "to_source": [relative(tally.to_source.get(i + 1) if defined else None) for i in range(len(job.lam))],
                      "to_average": relative(tally.to_average) if kind == "same-shape" else None},
         "alignment": tally.alignment, "gates": gates, "seconds": {k: round(v, 3) for k, v in seconds.items()},
         "peak_anonymous_mib": memory}
@@ -375,6 +385,7 @@ def metadata_of(job, digests, vae):
     parent, the SHA-256 of its weight files; `vae`: of the VAE files."""
     facts = {"version": VERSION, "operator": job.operator, "space": job.space, "align": job.how.method, "control": job.how.control or "",
              "lambda": ",".join(f"{value:g}" for value in job.lam), "residual": "yes" if job.residual else "", "seed": str(job.seed),
+             "samples": str(job.samples or ""),
              "sha256.target": ",".join(digests[0]), "sha256.vae": ",".join(vae)}
     facts |= {f"sha256.source{i}": ",".join(files) for i, files in enumerate(digests) if i}
     return {f"lsmerge.{key}": value for key, value in facts.items() if value}
@@ -442,7 +453,12 @@ def parse(argv):
     add("-o", "--output", metavar="PATH", help="(merged.safetensors; merged/ if TARGET is a folder)")
     add("--lam", metavar="L[,L...]", help="weight of each source in [0, 1], the target has the rest; 0 = the target's round "
         "trip (0.5 for one source of equal shapes, 1/(N+1) each for N, 0.1 in all across shapes)")
-    add("--operator", choices=list(OPERATORS), default="lerp", help="(%(default)s)")
+    add("--operator", choices=OPERATORS, default="lerp", help="on latents; soup is uniform over target and sources, greedy-soup keeps "
+        "what --eval says helps, task-arithmetic adds lambda (source - base) (%(default)s)")
+    add("--base", metavar="FILE", help="common ancestor, for task-arithmetic")
+    add("--samples", type=int, metavar="K", help=f"average K draws of each parent's posterior ({SAMPLES} without a SOURCE, else 0: its mean)")
+    add("--eval", metavar="CMD", help="for greedy-soup: run with a checkpoint's path appended; the last number it prints is the score, "
+        "higher is better")
     add("--space", choices=("latent", "weight"), default="latent", help="weight: the same operator without the codec, the baseline")
     add("--align", choices=("auto", "none", "mean", "gaussian", "sinkhorn"), help="auto (default): none if shapes agree, else gaussian")
     add("--epsilon", type=float, help=f"Sinkhorn's regularisation over the largest cost ({ot.EPSILON})")
@@ -467,13 +483,19 @@ def check_usage(a, parser):
     sources = len(a.models) - 1
     if a.roundtrip and sources:
         parser.error("--roundtrip takes the target alone")
-    if not a.roundtrip and not sources:
-        parser.error("nothing to merge: give a SOURCE, or --roundtrip")
-    if a.roundtrip and (a.lam or a.align or a.control or a.source_vae):
-        parser.error("--roundtrip has no source: --lam, --align, --control and --source-vae do not apply")
+    alone = [flag for flag in ("lam", "align", "control", "source_vae", "base", "eval") if getattr(a, flag) is not None]
+    if not sources and (alone or a.operator != "lerp"):
+        parser.error(f"there is no SOURCE: drop --{(alone or ['operator'])[0].replace('_', '-')}")
+    if not sources and a.space == "weight":
+        parser.error("--space weight has nothing to merge: give a SOURCE")
+    if a.roundtrip and a.samples:
+        parser.error("--roundtrip draws no samples: drop one of them")
+    if a.samples is not None and not 0 <= a.samples <= 4096:
+        parser.error("--samples must lie between 0 and 4096")
+    check_operator(a, parser, sources)
     if a.dry_run and a.report:
         parser.error("--dry-run makes no report: drop --report")
-    codec = ["vae", "save_vae", "source_vae", "align", "epsilon", "control", "residual", "roundtrip", "max_nmse"]
+    codec = ["vae", "save_vae", "source_vae", "align", "epsilon", "control", "residual", "roundtrip", "max_nmse", "samples"]
     given = [name for name in codec if getattr(a, name) not in (None, False)]
     given += [name for name, default in (("device", "auto"), ("dtype", "float32")) if getattr(a, name) != default]
     if a.space == "weight" and given:
@@ -491,11 +513,23 @@ def check_usage(a, parser):
         try:
             a.lam = [float(value) for value in a.lam.split(",")]
             a.lam = a.lam * sources if len(a.lam) == 1 else a.lam
-            convex_weights(a.lam)
+            (task_weights if a.operator == "task-arithmetic" else convex_weights)(a.lam)
         except ValueError as error:
             parser.error(f"--lam: {error}")
         if len(a.lam) != sources:
             parser.error(f"--lam has {len(a.lam)} values for {sources} sources: give one, or one each")
+
+
+def check_operator(a, parser, sources):
+    if a.operator == "slerp" and sources != 1:
+        parser.error("--operator slerp takes two parents: TARGET and one SOURCE")
+    if a.operator in ("soup", "greedy-soup") and a.lam is not None:
+        parser.error(f"--operator {a.operator} weighs all parents alike: drop --lam")
+    for flag, operator in (("base", "task-arithmetic"), ("eval", "greedy-soup")):
+        if (getattr(a, flag) is None) == (a.operator == operator):
+            parser.error(f"--operator {operator} and --{flag} go together")
+    if a.dry_run and a.eval:
+        parser.error("--dry-run evaluates nothing: drop it, or --eval")
 
 
 def default_lam(kind, count):
@@ -505,7 +539,7 @@ def default_lam(kind, count):
 
 def open_job(a):
     """(kind, Job): everything that can be refused before any work, in the order of its cost."""
-    target, *sources = [Checkpoint(path) for path in a.models]
+    target, *sources = [Checkpoint(path) for path in [*a.models, *filter(None, [a.base])]]
     folder = a.output is None and target.folder or target.folder and not a.output.endswith(".safetensors")
     a.output = a.output or ("merged" if folder else "merged.safetensors")
     copies = companions(target.folder) if folder else []
@@ -518,10 +552,14 @@ def open_job(a):
     kind, method, tasks = plan_merge(target, sources, a.select, a.align or "auto", control=a.control)
     need(a.space == "latent" or kind != "cross-shape", a.models[0], "its encoded tensors and the source's differ in shape or name",
          "--space weight needs equal shapes: drop it")
+    need(not a.base or kind == "same-shape", a.base, "task arithmetic needs equal shapes and names of target, sources and base",
+         "choose another operator, or --base")
     need(not a.source_vae or kind == "cross-shape", a.source_vae, "models of equal shapes share one VAE", "drop --source-vae")
     how = Alignment(method, a.control, a.epsilon or ot.EPSILON)
     a.copies = copies if folder else None
-    return kind, Job(target, sources, tasks, a.lam or default_lam(kind, len(sources)), a.operator, a.space, how, a.residual, a.seed)
+    samples = a.samples if a.samples is not None else 0 if sources or a.roundtrip else SAMPLES
+    lam = a.lam or default_lam(kind, len(a.models) - 1)
+    return kind, Job(target, sources, tasks, lam, a.operator, a.space, how, a.residual, a.seed, samples)
 
 
 def measure_share(job):
@@ -545,8 +583,8 @@ def print_notes(job, digests, folder):
         print(f"note: {folder} holds {', '.join(left)} of another run: delete them if it is no longer going on")
 
 
-def write_output(a, job, codecs, metadata, accept):
-    """Merge into the output. Under torchrun the first process makes the file, all fill it, the first one ends it."""
+def write_output(path, a, job, codecs, metadata, accept):
+    """Merge into a file or folder. Under torchrun the first process makes the file, all fill it, the first one ends it."""
     entries = list(job.target.entries.values())
     bar = tqdm(total=sum(e.numel for e in entries), unit="weights", unit_scale=True, leave=False,
                disable=True if a.quiet or rank_and_size()[0] else None)
@@ -562,7 +600,38 @@ def write_output(a, job, codecs, metadata, accept):
         fill(TensorFile(gather(None)[0], entries, metadata))
     else:
         write = lambda path: write_checkpoint(path, entries, begin, metadata, lambda: accept(tallies))
-        write(a.output) if a.copies is None else write_folder(a.output, a.copies, write)
+        write(path) if a.copies is None else write_folder(path, a.copies, write)
+
+
+def choose_soup(a, job, codecs, metadata):
+    """lambda of the greedy soup: each candidate is merged into a scratch file beside the output, scored and removed."""
+    count, first = len(job.sources) + 1, rank_and_size()[0] == 0
+    bar = tqdm(total=2 * count - 1, unit="evaluation", leave=False, disable=True if a.quiet or not first else None)
+    def score(kept):
+        lam = [1 / len(kept) if index in kept else 0.0 for index in range(1, count)]
+        with tempfile.TemporaryDirectory(prefix=".lsmerge-", suffix=".tmp", dir=os.path.dirname(os.path.realpath(a.output))) as scratch:
+            path = os.path.join(scratch, "candidate" if a.copies is not None else "candidate.safetensors")
+            write_output(path, a, replace(job, lam=lam), codecs, metadata, lambda tallies: None)
+            value = gather(agree(lambda: run_evaluation(a.eval, path) if first else None))[0]
+        bar.update()
+        print(f"soup of {', '.join(a.models[index] for index in kept)}: {value:.6g}")
+        return value
+    kept = greedy_soup(count, score)
+    bar.close()
+    return [1 / len(kept) if index in kept else 0.0 for index in range(1, count)]
+
+
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
+def run_evaluation(line, path):
+    """The last number that a command prints, given a checkpoint's path."""
+    done = subprocess.run([*shlex.split(line), path], capture_output=True, text=True)
+    numbers = [token for token in (word.strip(",;:()[]{}%") for word in done.stdout.split()) if NUMBER.fullmatch(token)]
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    need(done.returncode == 0, "--eval", f"{line!r} failed with exit code {done.returncode}: {last}", "run it by hand on one of the parents")
+    need(numbers and math.isfinite(float(numbers[-1])), "--eval", f"{line!r} printed no number", "print the score last")
+    return float(numbers[-1])
 
 
 def main(argv=None):
@@ -598,7 +667,10 @@ def main(argv=None):
                 print_report(report, job)
                 raise CheckpointError(a.output, f"not written: gate failed: {gate['name']}: {gate['value']:.3g} > {gate['bound']:.3g}",
                                       "train a better VAE (train.py, more steps or a lower --ratio), or raise --max-nmse")
-    write_output(a, job, codecs, metadata_of(job, digests, vae_digests), accept)
+    if job.operator == "greedy-soup":
+        job = replace(job, lam=choose_soup(a, job, codecs, metadata_of(job, digests, vae_digests)))
+        lap("evaluate")
+    write_output(a.output, a, job, codecs, metadata_of(job, digests, vae_digests), accept)
     if report:
         print_report(report, job)
         print(f"wrote {a.output}" + (f": model.safetensors and {len(a.copies)} companions of the target" if a.copies is not None else ""))

@@ -199,12 +199,6 @@ def test_usage_errors(models, tmp_path, flags, capsys):
     assert caught.value.code == 2 and capsys.readouterr().err.startswith("error: ") and not list(tmp_path.iterdir())
 
 
-def test_no_source_is_a_usage_error(models):
-    with pytest.raises(SystemExit) as caught:
-        run(models["a"])
-    assert caught.value.code == 2
-
-
 def broken(models, tmp_path, kind):
     """(arguments, words of the error line)"""
     a, path = load_file(models["a"]), tmp_path / "bad.safetensors"
