@@ -209,6 +209,8 @@ def locate(path):
     if not os.path.isdir(path):
         return (read_index(path)[0], path) if path.endswith(".json") else ([path], None)
     names = sorted(os.listdir(path))
+    if "adapter_config.json" in names and "adapter_model.safetensors" in names:
+        return [os.path.join(path, "adapter_model.safetensors")], None
     indexes, weights = ([n for n in names if n.endswith(end) and n[0] != "."] for end in (".safetensors.index.json", ".safetensors"))
     for found, first in ((indexes, "model.safetensors.index.json"), (weights, "model.safetensors")):
         if first in found or len(found) == 1:
@@ -273,6 +275,7 @@ class Checkpoint:
             need(name in seen, self.index, f"is not in {places[name]}", AGAIN, name)
 
     weight_files = property(lambda self: list(self._files))
+    stored = property(lambda self: self.entries)                                    # what a file of this kind holds
     files = property(lambda self: [*self._files, *filter(None, [self.index])])      # all that is read
 
     def sha256(self):
@@ -291,7 +294,9 @@ class Checkpoint:
 
     def read(self, name, start=0, stop=None):
         """Elements [start, stop) of the flattened tensor, in the stored dtype: (stop - start,)."""
-        entry = self.entries[name]
+        return self._read(self.entries[name], start, stop)
+
+    def _read(self, entry, start=0, stop=None):
         stop = entry.numel if stop is None else min(stop, entry.numel)
         if stop <= start:
             return torch.empty(0, dtype=entry.dtype)
@@ -299,7 +304,7 @@ class Checkpoint:
         buffer = memoryview(bytearray((stop - start) * width))
         while got < len(buffer):                           # a read may return less than asked for (2 GiB at most)
             step = os.preadv(self._files[entry.file].fileno(), [buffer[got:]], entry.start + start * width + got)
-            need(step, entry.file, "the file shrank while it was read", "keep inputs unchanged, run again", name)
+            need(step, entry.file, "the file shrank while it was read", "keep inputs unchanged, run again", entry.name)
             got += step
         return torch.frombuffer(buffer, dtype=entry.dtype)
 
@@ -309,6 +314,130 @@ class Checkpoint:
         """Raises if a file was replaced or rewritten since it was opened."""
         for file, now, then in zip(self._files, self._state(), self._seen):
             need(now == then, file, "the file changed while it was read", "keep inputs unchanged, run again")
+
+
+# --- LoRA adapters (Hu et al. 2022; PEFT's folders): W + s B A with s = alpha / r, rules as in PEFT --------------------
+# Fields of adapter_config.json that change what an adapter does, beyond what is understood here.
+FOREIGN = ("use_dora", "modules_to_save", "lora_bias", "use_qalora", "target_parameters", "trainable_token_indices", "layer_replication",
+           "alora_invocation_tokens", "arrow_config", "use_bdlora")
+
+
+def is_adapter(path): return os.path.isfile(os.path.join(path, "adapter_config.json"))
+
+
+class Adapter(Checkpoint):
+    """A LoRA adapter, read as what it adds: `entries` are the products s B A (float32, under the base's names), `stored` the
+    factors. ours: experts are merged by their products. Their A start out independent, so that the mean of ten A times the mean of
+    ten B is hardly more than nothing (0.92 of the mean product away from it, on experiments' ten experts)."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self._config, self._factors, parts = os.path.join(path, "adapter_config.json"), {}, {}
+        with open(self._config, "rb") as file:
+            config = parse_json(self._config, file.read(), "the configuration")
+        need(config.get("peft_type") == "LORA", self._config, f"the adapter is a {config.get('peft_type')!r}, not a LORA", "merge plain LoRA adapters")
+        bad = [key for key in FOREIGN if config.get(key)] + ["bias"] * (config.get("bias") not in (None, "none"))
+        need(not bad, self._config, f"{bad[0] if bad else ''} is set, which is not supported", "merge plain LoRA adapters")
+        self.transposed = bool(config.get("fan_in_fan_out"))
+        for name, entry in self.entries.items():
+            found = re.fullmatch(r"base_model\.model\.(.+)\.lora_(A|B)\.weight", name)
+            need(found and entry.is_float and len(entry.shape) == 2, entry.file, "is no factor of a linear map (DoRA, a bias, an embedding, "
+                 "a convolution or a saved module)", "merge plain LoRA adapters", name)
+            parts.setdefault(found[1], {})[found[2]] = entry
+        self._stored = self.entries
+        for module, pair in parts.items():
+            name = next(iter(pair.values())).name
+            need(len(pair) == 2, self.path, "its other factor is missing", AGAIN, name)
+            rank = self._pattern(config.get("rank_pattern"), module, config.get("r"))
+            alpha = self._pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+            need(type(rank) is int and rank > 0 and isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha, self._config,
+                 "r or lora_alpha is no number above 0", AGAIN, name)
+            need(pair["A"].shape[0] == pair["B"].shape[1] == rank, self.path, f"factors {pair['B'].shape} and {pair['A'].shape} are not of rank {rank}", AGAIN, name)
+            self._factors[module + ".weight"] = pair["A"], pair["B"], alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        self.entries = {name: Entry(name, torch.float32, (b.shape[0], a.shape[1]), a.file, 0) for name, (a, b, _) in self._factors.items()}
+
+    stored = property(lambda self: self._stored)
+    files = property(lambda self: [*self._files, self._config])
+
+    @staticmethod
+    def _pattern(table, module, default):
+        """The value of the first key that, as a regular expression, matches the end of the module's name."""
+        return next((value for key, value in (table or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+    def factors(self, name):
+        """(B, A, s), float64, of a product."""
+        a, b, scale = self._factors[name]
+        return *(self._read(entry).double().reshape(entry.shape) for entry in (b, a)), scale
+
+    def rank(self, name): return self._factors[name][0].shape[0]
+
+    def read(self, name, start=0, stop=None, transposed=False):
+        left, right, scale = self.factors(name)
+        left, right = (right.T, left.T) if transposed else (left, right)
+        columns, stop = right.shape[1], self.entries[name].numel if stop is None else min(stop, self.entries[name].numel)
+        first = start // columns
+        rows = scale * (left[first:-(-stop // columns)] @ right)           # whole rows around the piece
+        return rows.reshape(-1)[start - first * columns:stop - first * columns].float()
+
+
+class Folded(Checkpoint):
+    """A base with an adapter folded in: W + s B A, in the base's names and dtypes."""
+
+    def __init__(self, base, adapter):
+        super().__init__(base)
+        self.adapter = Adapter(adapter)
+        for name, delta in self.adapter.entries.items():
+            need(name in self.entries, self.adapter.path, f"{self.path} has no such tensor", "pass the base that the adapter was trained on", name)
+            shape = delta.shape[::-1] if self.adapter.transposed else delta.shape
+            need(self.entries[name].shape == shape, self.adapter.path, f"adds {shape}, the base has {self.entries[name].shape}",
+                 "pass the base that the adapter was trained on", name)
+
+    files = property(lambda self: [*super().files, *self.adapter.files])
+    weight_files = property(lambda self: [*super().weight_files, *self.adapter.weight_files])
+
+    def sha256(self): return super().sha256() + self.adapter.sha256()
+
+    def read(self, name, start=0, stop=None):
+        own = super().read(name, start, stop)
+        if name not in self.adapter.entries:
+            return own
+        return (own.double() + self.adapter.read(name, start, stop, self.adapter.transposed)).to(own.dtype)
+
+    def check_unchanged(self):
+        super().check_unchanged()
+        self.adapter.check_unchanged()
+
+
+class FactorFile:
+    """Stands before a TensorFile: takes the pieces of merged products, writes factors of the target's rank.
+
+    The best of them (Eckart-Young) within the span of all parents' B, where an affine merge lies anyway; so that a product
+    M, however large, is never held, only Q^T M:   Q R = [B_1 B_2 ...],   U S V^T = Q^T M,   B = Q U sqrt(S) / s,   A = sqrt(S) V^T
+    """
+
+    def __init__(self, file, adapters):
+        self.file, self.adapters, self._open = file, adapters, {}
+
+    def put(self, name, start, piece):
+        """Pieces of one product come in order, from one thread."""
+        target, (rows, columns) = self.adapters[0], self.adapters[0].entries[name].shape
+        if start == 0:
+            spanned = [a.factors(name)[0] for a in self.adapters if name in a.entries and a.entries[name].shape == (rows, columns)]
+            basis = torch.linalg.qr(torch.cat(spanned, 1)).Q if len(spanned) == len(self.adapters) else torch.eye(rows, dtype=torch.float64)
+            self._open[name] = basis, torch.zeros(basis.shape[1], columns, dtype=torch.float64)
+        basis, core = self._open[name]
+        first, last = start // columns, -(-(start + len(piece)) // columns)
+        block = torch.zeros((last - first) * columns, dtype=torch.float64)
+        block[start - first * columns:][:len(piece)] = piece.double()
+        core += basis[first:last].T @ block.reshape(-1, columns)
+        if start + len(piece) == rows * columns:
+            a, b, scale = target._factors[name]
+            u, s, v = torch.linalg.svd(self._open.pop(name)[1], full_matrices=False)
+            r, root = a.shape[0], s.sqrt()
+            factor_b, factor_a = torch.zeros(rows, r, dtype=torch.float64), torch.zeros(r, columns, dtype=torch.float64)
+            factor_b[:, :len(s)], factor_a[:len(s)] = (basis @ (u * root))[:, :r] / scale, (root[:, None] * v)[:r]
+            for entry, factor in ((a, factor_a), (b, factor_b)):
+                self.file.put(entry.name, 0, factor.reshape(-1).to(entry.dtype))
 
 
 # --- Writing. The library's save_file wants all tensors at once, orders the metadata at random and ignores the umask. ---
@@ -445,7 +574,7 @@ def companions(folder):
             if not NO_COMPANION.search(name) and os.path.isfile(os.path.join(folder, name))]
 
 
-def write_folder(path, copies, write):
+def write_folder(path, copies, write, name="model.safetensors"):
     """Make a folder as a whole: it is filled beside its place under a temporary name, then shown by one rename.
 
     Args:  copies   files that go into it byte for byte, before any work is done
@@ -457,7 +586,7 @@ def write_folder(path, copies, write):
         for file in copies:
             shutil.copyfile(file, copy := os.path.join(staging, os.path.basename(file)))
             sync(copy)
-        write(os.path.join(staging, "model.safetensors"))
+        write(os.path.join(staging, name))
         os.chmod(staging, stat.S_IMODE(os.stat(path).st_mode) if os.path.exists(path) else umask_mode(0o777))
         os.rename(staging, path) if not os.path.exists(path) else _exchange(staging, path)
     finally:

@@ -14,8 +14,9 @@ import torch
 from tqdm import tqdm
 
 import align as ot
-from chunking import (PIECE, Checkpoint, CheckpointError, Parser, TensorFile, check_output, command, companions, is_selected, measure,
-                      Place, need, place, plan_file, spans, tensors_sha256, write_checkpoint, write_folder, write_tensors)
+from chunking import (PIECE, Adapter, Checkpoint, CheckpointError, FactorFile, Folded, Parser, Place, TensorFile, check_output, command,
+                      companions, is_adapter, is_selected, measure, need, place, plan_file, spans, tensors_sha256, write_checkpoint,
+                      write_folder, write_tensors)
 from lsmerge import (GATE_WINDOWS, Alignment, Codec, Parent, Tally, cast, convex_weights, greedy_soup, inner, lerp, ls_merge, round_trip,
                      slerp_weights, task_weights)
 from train import add_machine_arguments, agree, describe_stage, gather, pick_device, rank_and_size, train_vae, vae_file
@@ -417,7 +418,7 @@ def print_plan(kind, job, a, memory):
         print(f"  {task.name} {list(task.slots[0].shape)}" + "".join(f" <- {job.sources[i].path}: {name}" for i, name in task.partners))
     print(f"{kind}, align {job.how.method}, lambda {', '.join(f'{v:g}' for v in job.lam) or '-'}: "
           + " + ".join(f"{len(tasks)} {action}" for action, tasks in actions.items()) + f" = {len(job.tasks)} tensors")
-    print(f"output: {a.output}, {plan_file(job.target.entries.values(), metadata_of(job, digests, vae_digests))[2]:,} bytes of weights")
+    print(f"output: {a.output}, {plan_file(job.target.stored.values(), metadata_of(job, digests, vae_digests))[2]:,} bytes of weights")
     parents = 1 + len(job.sources)
     if job.space == "latent":
         vae = load_vae(a.vae)[0] if a.vae else VAE(VAEConfig())
@@ -455,7 +456,7 @@ def parse(argv):
         "trip (0.5 for one source of equal shapes, 1/(N+1) each for N, 0.1 in all across shapes)")
     add("--operator", choices=OPERATORS, default="lerp", help="on latents; soup is uniform over target and sources, greedy-soup keeps "
         "what --eval says helps, task-arithmetic adds lambda (source - base) (%(default)s)")
-    add("--base", metavar="FILE", help="common ancestor, for task-arithmetic")
+    add("--base", metavar="FILE", help="common ancestor, for task-arithmetic and to fold LoRA adapters into")
     add("--samples", type=int, metavar="K", help=f"average K draws of each parent's posterior ({SAMPLES} without a SOURCE, else 0: its mean)")
     add("--eval", metavar="CMD", help="for greedy-soup: run with a checkpoint's path appended; the last number it prints is the score, "
         "higher is better")
@@ -483,7 +484,7 @@ def check_usage(a, parser):
     sources = len(a.models) - 1
     if a.roundtrip and sources:
         parser.error("--roundtrip takes the target alone")
-    alone = [flag for flag in ("lam", "align", "control", "source_vae", "base", "eval") if getattr(a, flag) is not None]
+    alone = [flag for flag in ("lam", "align", "control", "source_vae", "eval") if getattr(a, flag) is not None]
     if not sources and (alone or a.operator != "lerp"):
         parser.error(f"there is no SOURCE: drop --{(alone or ['operator'])[0].replace('_', '-')}")
     if not sources and a.space == "weight":
@@ -525,9 +526,10 @@ def check_operator(a, parser, sources):
         parser.error("--operator slerp takes two parents: TARGET and one SOURCE")
     if a.operator in ("soup", "greedy-soup") and a.lam is not None:
         parser.error(f"--operator {a.operator} weighs all parents alike: drop --lam")
-    for flag, operator in (("base", "task-arithmetic"), ("eval", "greedy-soup")):
-        if (getattr(a, flag) is None) == (a.operator == operator):
-            parser.error(f"--operator {operator} and --{flag} go together")
+    if a.operator == "task-arithmetic" and a.base is None:
+        parser.error("--operator task-arithmetic needs --base")
+    if (a.eval is None) == (a.operator == "greedy-soup"):
+        parser.error("--operator greedy-soup and --eval go together")
     if a.dry_run and a.eval:
         parser.error("--dry-run evaluates nothing: drop it, or --eval")
 
@@ -537,22 +539,42 @@ def default_lam(kind, count):
     return [0.1 / count if kind == "cross-shape" else 1 / (count + 1)] * count
 
 
+def open_parents(a):
+    """Checkpoints of target, sources and, for a task arithmetic, base. LoRA adapters: folded into the base, or among themselves."""
+    adapters = [is_adapter(path) for path in a.models]
+    if a.base:
+        need(any(adapters) or a.operator == "task-arithmetic", a.base, "nothing needs a base: no parent is an adapter",
+             "drop --base, or use --operator task-arithmetic")
+        return [*(Folded(a.base, path) if lora else Checkpoint(path) for path, lora in zip(a.models, adapters)),
+                *([Checkpoint(a.base)] if a.operator == "task-arithmetic" else [])]
+    need(not any(adapters) or all(adapters), a.models[adapters.index(True)] if any(adapters) else "", "is a LoRA adapter, other parents are whole "
+         "models", "give its base with --base")
+    parents = [(Adapter if lora else Checkpoint)(path) for path, lora in zip(a.models, adapters)]
+    for name in parents[0].entries if all(adapters) else []:
+        for other in parents[1:]:
+            need(name not in other.entries or other.rank(name) == parents[0].rank(name), other.path, f"is of rank {other.rank(name) if name in other.entries else 0}, the target's "
+                 f"adapter of {parents[0].rank(name)}", "fold both with --base", name)
+    return parents
+
+
 def open_job(a):
     """(kind, Job): everything that can be refused before any work, in the order of its cost."""
-    target, *sources = [Checkpoint(path) for path in [*a.models, *filter(None, [a.base])]]
-    folder = a.output is None and target.folder or target.folder and not a.output.endswith(".safetensors")
-    a.output = a.output or ("merged" if folder else "merged.safetensors")
-    copies = companions(target.folder) if folder else []
+    target, *sources = open_parents(a)
+    folder = target.folder if a.output is None or not a.output.endswith(".safetensors") else None
+    a.output, a.weights_name = a.output or ("merged" if folder else "merged.safetensors"), "model.safetensors"
+    copies = companions(folder) if folder else []
+    if isinstance(target, Adapter):
+        a.weights_name = "adapter_model.safetensors"
     inputs = [f for c in (target, *sources) for f in c.files] + [*copies, *filter(None, (a.vae, a.source_vae))]
     outputs = [] if a.dry_run else [path for path in (a.output, a.save_vae, a.report) if path]
     for i, path in enumerate(outputs):
         check_output(path, inputs, a.force or path == a.report,
-                     {"model.safetensors", *map(os.path.basename, copies)} if folder and path == a.output else None)
+                     {a.weights_name, *map(os.path.basename, copies)} if folder and path == a.output else None)
         need(os.path.realpath(path) not in map(os.path.realpath, outputs[:i]), path, "two outputs in one file", "give each its own")
     kind, method, tasks = plan_merge(target, sources, a.select, a.align or "auto", control=a.control)
     need(a.space == "latent" or kind != "cross-shape", a.models[0], "its encoded tensors and the source's differ in shape or name",
          "--space weight needs equal shapes: drop it")
-    need(not a.base or kind == "same-shape", a.base, "task arithmetic needs equal shapes and names of target, sources and base",
+    need(a.operator != "task-arithmetic" or kind == "same-shape", a.base, "task arithmetic needs equal shapes and names of target, sources and base",
          "choose another operator, or --base")
     need(not a.source_vae or kind == "cross-shape", a.source_vae, "models of equal shapes share one VAE", "drop --source-vae")
     how = Alignment(method, a.control, a.epsilon or ot.EPSILON)
@@ -585,11 +607,12 @@ def print_notes(job, digests, folder):
 
 def write_output(path, a, job, codecs, metadata, accept):
     """Merge into a file or folder. Under torchrun the first process makes the file, all fill it, the first one ends it."""
-    entries = list(job.target.entries.values())
-    bar = tqdm(total=sum(e.numel for e in entries), unit="weights", unit_scale=True, leave=False,
+    entries = list(job.target.stored.values())
+    bar = tqdm(total=sum(e.numel for e in job.target.entries.values()), unit="weights", unit_scale=True, leave=False,
                disable=True if a.quiet or rank_and_size()[0] else None)
     def fill(file):
-        found = gather((agree(lambda: merge_share(job, codecs, file, bar)), file.written))
+        sink = FactorFile(file, [job.target, *job.sources]) if isinstance(job.target, Adapter) else file
+        found = gather((agree(lambda: merge_share(job, codecs, sink, bar)), file.written))
         file.written = [n for _, written in found for n in written]
         return {number: tally for tallies, _ in found for number, tally in tallies.items()}
     tallies = {}
@@ -600,7 +623,7 @@ def write_output(path, a, job, codecs, metadata, accept):
         fill(TensorFile(gather(None)[0], entries, metadata))
     else:
         write = lambda path: write_checkpoint(path, entries, begin, metadata, lambda: accept(tallies))
-        write(path) if a.copies is None else write_folder(path, a.copies, write)
+        write(path) if a.copies is None else write_folder(path, a.copies, write, a.weights_name)
 
 
 def choose_soup(a, job, codecs, metadata):
@@ -673,7 +696,7 @@ def main(argv=None):
     write_output(a.output, a, job, codecs, metadata_of(job, digests, vae_digests), accept)
     if report:
         print_report(report, job)
-        print(f"wrote {a.output}" + (f": model.safetensors and {len(a.copies)} companions of the target" if a.copies is not None else ""))
+        print(f"wrote {a.output}" + (f": {a.weights_name} and {len(a.copies)} companions of the target" if a.copies is not None else ""))
 
 
 if __name__ == "__main__":

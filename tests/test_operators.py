@@ -197,7 +197,7 @@ def test_an_evaluation_that_fails_is_one_line(models, tmp_path, capsys, command,
     assert error.startswith("error: ") and words in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
-USAGE = [["--operator", "soup", "--lam", "0.5"], ["--operator", "greedy-soup"], ["--eval", "true"], ["--base", "x"], ["--operator", "task-arithmetic"],
+USAGE = [["--operator", "soup", "--lam", "0.5"], ["--operator", "greedy-soup"], ["--eval", "true"], ["--operator", "task-arithmetic"],
          ["--samples", "-1"], ["--samples", "2", "--space", "weight"], ["--operator", "task-arithmetic", "--base", "x", "--lam", "1.1"]]
 
 
