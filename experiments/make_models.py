@@ -1,12 +1,14 @@
-"""Train the small models that every experiment merges: a base, its experts, and two relatives.
+"""Train the small models that every experiment merges: a base, its experts, two relatives, and ten LoRA adapters.
 
-In:    text that every Python installation has (evaluate.py says which); the table SPECS below.
-Out:   models/NAME.safetensors (bfloat16, Hugging Face Llama names) and a line each in results/make_models.jsonl.
+In:    text that every Python installation has (evaluate.py says which); the tables SPECS and LORAS below.
+Out:   models/NAME.safetensors (bfloat16, Hugging Face Llama names), models/lora/NAME/ (bfloat16, PEFT's two files) and
+       a line each in results/make_models.jsonl.
 Paper: Sec. 4 merges published models. ours: models trained here, so that their kinship is known: experts are fine-tuned
        from the base, base-seed2 shares only the data, large only the data and the family.
 Left out on purpose: resuming, a data loader, distributed training: a model takes minutes. Previous: evaluate.py.
 """
 import argparse
+import functools
 import json
 import math
 import platform
@@ -18,11 +20,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save as to_bytes
+from safetensors.torch import load_file, save as to_bytes
 from tqdm import tqdm
 
 from evaluate import DOCUMENTS, DOMAINS, EXCERPT_BYTES, evaluate, mean_and_error
-from tiny_lm import TinyLM, load
+from tiny_lm import ADAPTER, LORA_TARGETS, TinyLM, add_lora, fold, load
 
 HERE = Path(__file__).parent
 BATCH = 16            # windows per step; with WINDOW: 4096 bytes a step
@@ -59,10 +61,42 @@ SPECS = {
 }
 
 
-def training_text(domain):
-    """All training documents of a domain in one array of bytes."""
+@dataclass(frozen=True)
+class Lora(Spec):
+    parent: str = "base"
+    half: str = ""       # "a" or "b": only every second training document, from the first or the second; empty: all
+    rank: int = 8
+    alpha: int = 16      # the adapter counts alpha / rank times
+
+
+# Rates were compared on validation text, with another seed: code at 3e-3 rather than 1e-2, sums at 1e-2 rather than
+# 2e-2. In runs this short the cosine is far down when the warm-up ends: they see at most 0.27 (100 steps) to 0.58 (220)
+# of the rate.
+LORAS = {
+    "lora-code-a": Lora(seed=101, steps=220, lr=3e-3, mixture=(1, 0, 0), half="a"),
+    "lora-code-b": Lora(seed=102, steps=220, lr=3e-3, mixture=(1, 0, 0), half="b"),
+    # Only 0.15 MB each: on validation half the way gained 0.007 bits, all of it 0.005 and forgot three times as much.
+    "lora-prose-a": Lora(seed=103, steps=100, lr=3e-3, mixture=(0, 1, 0), half="a", share=0.5),
+    "lora-prose-b": Lora(seed=104, steps=100, lr=3e-3, mixture=(0, 1, 0), half="b", share=0.5),
+    # A fifth of other text stays in, as for the arithmetic expert above.
+    "lora-arithmetic-a": Lora(seed=105, steps=160, lr=1e-2, mixture=(0.1, 0.1, 0.8), half="a"),
+    "lora-arithmetic-b": Lora(seed=106, steps=160, lr=1e-2, mixture=(0.1, 0.1, 0.8), half="b"),
+    "lora-code+prose": Lora(seed=107, steps=120, lr=3e-3, mixture=(0.5, 0.5, 0)),
+    "lora-code+arithmetic": Lora(seed=108, steps=120, lr=5e-3, mixture=(0.5, 0, 0.5)),
+    "lora-prose+arithmetic": Lora(seed=109, steps=120, lr=5e-3, mixture=(0, 0.5, 0.5)),
+    "lora-all": Lora(seed=110, steps=120, lr=5e-3, mixture=(0.34, 0.33, 0.33)),
+}
+
+
+@functools.cache  # ten adapters read the same text, and 320,000 sums take seconds to draw
+def training_documents(domain):
     more = {"documents": TRAIN_SUMS} if domain == "arithmetic" else {}
-    texts = DOCUMENTS[domain]("train", **more).values()
+    return tuple(DOCUMENTS[domain]("train", **more).values())
+
+
+def training_text(domain, half=""):
+    """The training documents of a domain, all or one half of them, in one array of bytes."""
+    texts = training_documents(domain)["ab".index(half)::2] if half else training_documents(domain)
     # Sums follow each other directly, as they do within a document; elsewhere a newline parts the documents.
     return np.frombuffer((b"" if domain == "arithmetic" else b"\n").join(texts), dtype=np.uint8)
 
@@ -95,18 +129,35 @@ def new_model(spec):
 
 def save(model, path):
     """Write bfloat16; a temporary name first, so that a reader never meets half a file."""
-    tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
+    write(model.state_dict(), path)
+
+
+def write(tensors, path):
+    tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}
     scratch = path.with_suffix(".partial")
     # Bytes written by Python rather than save_file, which leaves a file that only its owner may read (safetensors 0.8).
     scratch.write_bytes(to_bytes(tensors, metadata={"format": "pt"}))
     scratch.replace(path)
 
 
+def save_adapter(model, spec, folder):
+    """Write the two files that PEFT writes for such an adapter: the trained factors and how to read them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=spec.parent, r=spec.rank,
+                  lora_alpha=spec.alpha, target_modules=list(LORA_TARGETS), lora_dropout=0.0, bias="none",
+                  fan_in_fan_out=False, use_rslora=False, use_dora=False, rank_pattern={}, alpha_pattern={},
+                  modules_to_save=None, inference_mode=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write({f"base_model.model.{name}": tensor for name, tensor in model.state_dict().items() if ".lora_" in name},
+          folder / ADAPTER)
+
+
 def train(model, spec, texts, bar, partial=None):
     """Train in place; returns the mean loss of the last 100 steps in bits per byte."""
     generator = np.random.default_rng(spec.seed)
-    matrices = [weight for weight in model.parameters() if weight.dim() == 2]
-    gains = [weight for weight in model.parameters() if weight.dim() == 1]  # norms: decay would pull them to zero
+    trained = [weight for weight in model.parameters() if weight.requires_grad]  # of an adapter's model: A and B alone
+    matrices = [weight for weight in trained if weight.dim() == 2]
+    gains = [weight for weight in trained if weight.dim() == 1]  # norms: decay would pull them to zero
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}],
                                   betas=(0.9, 0.95), fused=True)
     losses = []
@@ -133,22 +184,36 @@ def train(model, spec, texts, bar, partial=None):
 
 def make(name, out, texts, quiet, partial_folder=None):
     """Train, write and judge one model; returns its record."""
-    spec = SPECS[name]
+    spec = (SPECS | LORAS)[name]
+    adapter = isinstance(spec, Lora)
     model = load(out / f"{spec.parent}.safetensors") if spec.parent else new_model(spec)
+    if adapter:
+        torch.manual_seed(spec.seed)
+        add_lora(model, spec.rank, spec.alpha)
     start = time.time()
     bar = tqdm(range(spec.steps), desc=name, disable=quiet, mininterval=5, unit="step")
-    partial = Path(partial_folder, f"{name}-partial.safetensors") if partial_folder else None
+    partial = Path(partial_folder, f"{name}-partial.safetensors") if partial_folder and not adapter else None
     loss = train(model.train(), spec, texts, bar, partial)
-    path = out / f"{name}.safetensors"
-    if spec.parent:
-        # ours: a point on the line from parent to child often predicts new text better than either end (WiSE-FT,
-        # Wortsman et al. 2022); at share 1 this returns the child's own numbers.
-        parent = load(out / f"{spec.parent}.safetensors")
+    # The file, after its rounding to bfloat16, is what everybody will use: it is read back and judged.
+    if adapter:
+        path = out / "lora" / name
         with torch.no_grad():
-            for weight, start_weight in zip(model.parameters(), parent.parameters()):
-                weight.copy_(start_weight.lerp(weight, spec.share))
-    save(model, path)
-    judged = load(path)  # the file, after its rounding to bfloat16, is what everybody will use
+            for factor, weight in model.named_parameters():
+                if "lora_B" in factor:
+                    weight.mul_(spec.share)  # the map is linear in B: again a point on the line from the parent
+        save_adapter(model, spec, path)
+        judged = TinyLM.from_state_dict(fold(load_file(out / f"{spec.parent}.safetensors"), path))
+    else:
+        path = out / f"{name}.safetensors"
+        if spec.parent:
+            # ours: a point on the line from parent to child often predicts new text better than either end (WiSE-FT,
+            # Wortsman et al. 2022); at share 1 this returns the child's own numbers.
+            parent = load(out / f"{spec.parent}.safetensors")
+            with torch.no_grad():
+                for weight, start_weight in zip(model.parameters(), parent.parameters()):
+                    weight.copy_(start_weight.lerp(weight, spec.share))
+        save(model, path)
+        judged = load(path)
     held_out = {split: {domain: dict(zip(("mean", "error"), mean_and_error(values)))
                         for domain, values in evaluate(judged, split).items()} for split in ("validation", "test")}
     return {"name": name, **asdict(spec), "tokens": spec.steps * BATCH * WINDOW, "train_bits_per_byte": loss,
@@ -159,21 +224,24 @@ def make(name, out, texts, quiet, partial_folder=None):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=["all"], metavar="NAME",
-                        help=f"what to train, in this order, from {', '.join(SPECS)}; all (the default) takes each")
+                        help=f"what to train, in this order, from {', '.join(SPECS)}, which all (the default) stands "
+                        f"for, and {', '.join(LORAS)}, which loras stands for")
     parser.add_argument("--out", type=Path, default=HERE / "models", help="folder for the checkpoints, and for parents")
     parser.add_argument("--log", type=Path, default=HERE / "results/make_models.jsonl", help="gets a line per model")
-    parser.add_argument("--partial", type=Path, help="folder that gets each unfinished model every 200 steps")
+    parser.add_argument("--partial", type=Path, help="folder that gets each unfinished model every 200 steps; "
+                        "adapters, a minute's work, are written once")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="part of the result: sums are "
                         "added in another order with another number")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
-    names = list(SPECS) if args.names == ["all"] else args.names
-    if unknown := set(names) - set(SPECS):
-        parser.error(f"no such model: {', '.join(sorted(unknown))}; there are {', '.join(SPECS)}")
+    groups = {"all": list(SPECS), "loras": list(LORAS)}
+    names = [name for given in args.names for name in groups.get(given, [given])]
+    if unknown := set(names) - set(SPECS | LORAS):
+        parser.error(f"no such model: {', '.join(sorted(unknown))}; there are all, loras, {', '.join(SPECS | LORAS)}")
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    texts = [training_text(domain) for domain in DOMAINS]
     for name in names:
+        texts = [training_text(domain, LORAS[name].half if name in LORAS else "") for domain in DOMAINS]
         record = make(name, args.out, texts, args.quiet, args.partial)
         args.log.parent.mkdir(parents=True, exist_ok=True)
         with args.log.open("a") as log:

@@ -1,13 +1,15 @@
-"""A byte-level Llama-type language model, small enough to train on one CPU core.
+"""A byte-level Llama-type language model, small enough to train on one CPU core, and LoRA adapters for it.
 
-In:    a state dict with Hugging Face Llama names, or the sizes of a new model.
+In:    a state dict with Hugging Face Llama names, or the sizes of a new model; or an adapter's folder in PEFT's layout.
 Out:   logits over the next byte; every size is read back from the tensors, so that any merged
        file can be evaluated without a configuration file.
 Paper: Sec. 4 merges Gemma and LLaMA models of 1 to 13 billion weights. differs: the same block (RMSNorm, RoPE,
        SwiGLU, grouped-query attention, no biases, tied head) at about a million weights.
-Left out on purpose: dropout, a key-value cache, sampling, a tokeniser. Next: make_models.py.
+Left out on purpose: dropout, a key-value cache, sampling, a tokeniser; LoRA's variants (REFUSED). Next: make_models.py.
 """
+import json
 import re
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,11 @@ VOCAB = 256         # one token per byte: no tokeniser that two models could dis
 HEAD_DIM = 32       # a constant, because a state dict does not say how its rows split into heads
 ROPE_BASE = 10_000  # period of the slowest rotary pair, in bytes; Llama's value
 NORM_EPS = 1e-5     # Llama's value
+MODELS = Path(__file__).parent / "models"  # where the base that an adapter names is looked for
+ADAPTER = "adapter_model.safetensors"
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Variants in which an adapter means something else than W + (alpha / r) B A: better refused than read wrongly.
+REFUSED = ("fan_in_fan_out", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
 
 
 def rotary_angles(length):
@@ -118,6 +125,61 @@ class TinyLM(nn.Module):
         return lm.eval()
 
 
+class LoRALinear(nn.Module):
+    """y = W x + (alpha / rank) B (A x): W stays as it is, A (rank, in) and B (out, rank) learn (Hu et al. 2021)."""
+
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        self.base_layer, self.scale = linear, alpha / rank
+        self.lora_A = nn.Linear(linear.in_features, rank, bias=False)  # torch's own start is PEFT's: kaiming uniform
+        self.lora_B = nn.Linear(rank, linear.out_features, bias=False)
+        nn.init.zeros_(self.lora_B.weight)  # B, not A: with A zero as well no gradient would reach either
+
+    def forward(self, x):
+        return self.base_layer(x) + self.scale * self.lora_B(self.lora_A(x))
+
+
+def add_lora(lm, rank, alpha):
+    """Freeze a model and give each map of LORA_TARGETS an adapter that does nothing yet; in place."""
+    lm.requires_grad_(False)
+    for module in list(lm.modules()):
+        for name in LORA_TARGETS:  # in this order, since each A takes the next random numbers
+            if name in dict(module.named_children()):
+                setattr(module, name, LoRALinear(getattr(module, name), rank, alpha))
+    return lm
+
+
+def fold(tensors, folder):
+    """A base's tensors and an adapter's folder -> tensors in float32 with W + (alpha / r) B A in W's place.
+
+    Raises ValueError if the adapter is of a refused kind, or a tensor is missing, left over or of another shape.
+    """
+    config = json.loads(Path(folder, "adapter_config.json").read_text())
+    if odd := [key for key in REFUSED if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none"):
+        raise ValueError(f"only plain LoRA can be folded; the adapter's configuration sets {', '.join(odd)}")
+    adapter, rank = load_file(Path(folder, ADAPTER)), config["r"]
+    folded = {name: tensor.float() for name, tensor in tensors.items()}
+    for stem in sorted({name.rsplit(".lora_", 1)[0] for name in adapter}):
+        name = stem.removeprefix("base_model.model.") + ".weight"  # PEFT's two wrappers around the model
+        try:
+            A, B = (adapter.pop(f"{stem}.lora_{factor}.weight").float() for factor in "AB")
+            weight = folded[name]
+        except KeyError as missing:
+            raise ValueError(f"{stem}: tensor {missing} is missing from the adapter or its base") from None
+        if (*B.shape, *A.shape) != (len(weight), rank, rank, weight.shape[1]):
+            raise ValueError(f"{stem}: B {tuple(B.shape)} and A {tuple(A.shape)} are not the factors of rank {rank} "
+                             f"of a weight {tuple(weight.shape)}")
+        folded[name] = weight + config["lora_alpha"] / rank * (B @ A)
+    if adapter:
+        raise ValueError(f"tensors of the adapter that no map takes: {', '.join(adapter)}")
+    return folded
+
+
 def load(path):
-    """Read a safetensors file into a model in float32, whatever type the file stores."""
+    """Read a safetensors file, or an adapter's folder and its base, into a model in float32, whatever is stored."""
+    path = Path(path)
+    if path.is_dir() or path.name == ADAPTER:
+        folder = path if path.is_dir() else path.parent
+        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        return TinyLM.from_state_dict(fold(load_file(MODELS / f"{base}.safetensors"), folder))
     return TinyLM.from_state_dict(load_file(path))

@@ -1,15 +1,17 @@
 """The small models of experiments/ and their scores, against forms written differently.
 
 Sizes are small for testing; oracles: complex numbers and explicit loops for the forward pass, 8 bits a byte for a model
-that knows nothing, counting by hand for the sums.
+that knows nothing, counting by hand for the sums, float64 for adapters.
 """
+import json
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
@@ -217,3 +219,154 @@ def test_evaluate_command(model, tmp_path, monkeypatch, capsys):
     assert run(tmp_path / "c.safetensors") == 1
     error = capsys.readouterr().err
     assert "c.safetensors" in error and error.count("\n") == 1
+
+
+@pytest.fixture
+def adapted(model, tmp_path):
+    """The model with an adapter of rank 3 whose B is not zero, the base's tensors, and the folder it is saved in."""
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    spec = make_models.Lora(seed=0, steps=1, lr=0.0, rank=3, alpha=12)
+    tiny_lm.add_lora(model, spec.rank, spec.alpha)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".lora_" in name:  # rounded here, as the file will be
+                weight.copy_((torch.randn_like(weight) / 4).bfloat16())
+    make_models.save_adapter(model, spec, tmp_path / "lora")
+    return model, base, tmp_path / "lora"
+
+
+def test_folding_adds_the_product_by_hand(adapted):
+    _, base, folder = adapted
+    factors = load_file(folder / "adapter_model.safetensors")
+    folded = tiny_lm.fold({name: tensor.bfloat16() for name, tensor in base.items()}, folder)
+    assert list(folded) == list(base) and len(factors) == 2 * 7 * 2
+    for name, weight in base.items():
+        expected = weight.bfloat16().double().numpy()
+        if name.endswith("_proj.weight"):
+            stem = "base_model.model." + name.removesuffix("weight")
+            A, B = (factors[f"{stem}lora_{x}.weight"].double().numpy() for x in "AB")
+            assert A.shape == (3, weight.shape[1]) and B.shape == (weight.shape[0], 3)
+            expected = expected + 4.0 * sum(np.outer(B[:, r], A[r]) for r in range(3))  # alpha / rank = 12 / 3
+        # float32 sums of four terms near 1; norms and the embedding are untouched
+        np.testing.assert_allclose(folded[name].numpy(), expected, rtol=1e-6, atol=1e-6 if "_proj" in name else 0)
+
+
+def test_an_adapted_forward_is_the_folded_forward(adapted):
+    model, base, folder = adapted
+    folded = tiny_lm.TinyLM.from_state_dict(tiny_lm.fold(base, folder))
+    bytes_BT = torch.tensor([list(b"def f(x):")])
+    with torch.no_grad():
+        beside, within = model(bytes_BT), folded(bytes_BT)
+        alone = tiny_lm.TinyLM.from_state_dict(base)(bytes_BT)
+    torch.testing.assert_close(beside, within, rtol=1e-4, atol=1e-4)  # float32, two orders of the same products
+    assert (beside - alone).abs().max() > 1e-2
+
+
+def test_a_new_adapter_is_the_base_and_only_it_learns(model):
+    bytes_BT = torch.tensor([list(b"x = 1")])
+    before = model(bytes_BT)
+    tiny_lm.add_lora(model, 3, 12)
+    assert torch.equal(model(bytes_BT), before)  # B = 0, exactly
+    model(bytes_BT).logsumexp(-1).sum().backward()
+    moved = {name for name, weight in model.named_parameters() if weight.grad is not None}
+    assert moved == {name for name, _ in model.named_parameters() if ".lora_" in name} and len(moved) == 2 * 7 * 2
+    A = model.model.layers[0].mlp.down_proj.lora_A.weight  # kaiming uniform with a = sqrt(5): within 1/sqrt(inputs)
+    assert 0.5 * 40 ** -0.5 < A.abs().max() <= 40 ** -0.5
+
+
+def test_factors_start_in_the_order_of_the_targets(model):
+    """They once started in the order of a set of names, which Python changes from run to run, and so did every result."""
+    torch.manual_seed(5)
+    tiny_lm.add_lora(model, 3, 12)
+    torch.manual_seed(5)
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+            adapted = getattr(layer.self_attn if name[0] in "qkvo" else layer.mlp, name)
+            rows, columns = adapted.base_layer.weight.shape
+            A, _ = (torch.nn.Linear(*sizes, bias=False) for sizes in ((columns, 3), (3, rows)))
+            assert torch.equal(adapted.lora_A.weight, A.weight), name
+
+
+def test_an_adapter_that_does_not_fit_is_refused(adapted):
+    _, base, folder = adapted
+    config, path = json.loads((folder / "adapter_config.json").read_text()), folder / "adapter_model.safetensors"
+    factors = load_file(path)
+    first = "base_model.model.model.layers.0.mlp.up_proj"
+    lacking = {name: tensor for name, tensor in factors.items() if name != f"{first}.lora_B.weight"}
+    more = factors | {f"{first}.lora_magnitude_vector": torch.ones(40)}
+    foreign = factors | {"lm_head.weight": torch.ones(2, 2)}
+    for changed, tensors, message in [
+            (config | {"use_dora": True}, factors, "use_dora"), (config | {"bias": "all"}, factors, "bias"),
+            (config | {"r": 4}, factors, "rank 4"), (config, lacking, "up_proj.*missing"), (config, more, "magnitude"),
+            (config, foreign, "lm_head")]:
+        (folder / "adapter_config.json").write_text(json.dumps(changed))
+        save_file(tensors, path)
+        with pytest.raises(ValueError, match=message):
+            tiny_lm.fold(base, folder)
+
+
+def test_halves_of_the_training_text_share_no_document(monkeypatch):
+    documents = (b"one ", b"two ", b"three ", b"four ", b"five ")
+    monkeypatch.setattr(make_models, "training_documents", lambda domain: documents)
+    text = lambda *args: make_models.training_text(*args).tobytes()
+    assert (text("arithmetic", "a"), text("arithmetic", "b")) == (b"one three five ", b"two four ")
+    assert text("code", "b") == b"two \nfour " and text("arithmetic") == b"one two three four five "
+
+
+def test_the_command_trains_an_adapter_part_of_the_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_models, "BATCH", 2)
+    monkeypatch.setattr(make_models, "WINDOW", 16)
+    monkeypatch.setattr(make_models, "evaluate", lambda model, split: {"code": np.array([1.0, 3.0])})
+    monkeypatch.setattr(make_models, "training_documents", lambda domain: (b"print('abc')\n" * 20,) * 2)
+    row = lambda **more: make_models.Lora(seed=5, steps=8, lr=1e-1, mixture=(0, 0, 1), half="b", **more)
+    monkeypatch.setattr(make_models, "LORAS", {"whole": row(), "part": row(share=0.25)})
+    base = make_models.Spec(seed=1, steps=1, lr=0.0, shape=dict(hidden=32, layers=1, heads=1, mlp=16))
+    make_models.save(make_models.new_model(base), tmp_path / "base.safetensors")
+    monkeypatch.setattr(sys, "argv", ["make_models.py", "loras", "--out", str(tmp_path), "--quiet", "--threads", "1",
+                                      "--log", str(tmp_path / "log.jsonl")])
+    make_models.main()
+    assert [json.loads(line)["name"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == ["whole", "part"]
+    whole, part = (load_file(tmp_path / "lora" / name / "adapter_model.safetensors") for name in ("whole", "part"))
+    for name in whole:
+        share = 0.25 if "lora_B" in name else 1.0  # a quarter is exact in bfloat16
+        assert whole[name].any() and torch.equal(part[name], share * whole[name])
+
+
+@pytest.mark.parametrize("name", make_models.LORAS)
+def test_the_trained_adapters_are_whole(name):
+    folder = tiny_lm.MODELS / "lora" / name
+    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    config = json.loads((folder / "adapter_config.json").read_text())
+    facts = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "base_model_name_or_path": "base"}
+    assert config.items() >= facts.items() and set(config["target_modules"]) == set(tiny_lm.LORA_TARGETS)
+    sizes = {"q": (128, 128), "k": (128, 128), "v": (128, 128), "o": (128, 128), "gate": (384, 128), "up": (384, 128),
+             "down": (128, 384)}
+    expected = {}
+    for layer in range(4):
+        for role, (rows, columns) in sizes.items():
+            stem = f"base_model.model.model.layers.{layer}.{'self_attn' if role in 'qkvo' else 'mlp'}.{role}_proj.lora_"
+            expected |= {f"{stem}A.weight": (8, columns), f"{stem}B.weight": (rows, 8)}
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == expected
+    assert all(tensor.isfinite().all() and tensor.any() for tensor in tensors.values())
+    by_folder, by_file = (tiny_lm.load(path).state_dict() for path in (folder, folder / "adapter_model.safetensors"))
+    base = tiny_lm.load(tiny_lm.MODELS / "base.safetensors").state_dict()
+    assert all(torch.equal(by_folder[key], by_file[key]) for key in base)
+    assert {key for key in base if not torch.equal(base[key], by_folder[key])} == {
+        key for key in base if key.endswith("_proj.weight")}
+
+
+def test_the_table_of_adapters_is_the_recorded_one():
+    """The last line of each name counts; a number in the README that nobody measured would stay for ever."""
+    lines = map(json.loads, (EXPERIMENTS / "results/make_models.jsonl").read_text().splitlines())
+    records = {record["name"]: record for record in lines}
+    section = (EXPERIMENTS / "README.md").read_text().split("## The adapters")[1].split("Test split")[0]
+    rows = dict(re.findall(r"^\| `([\w+-]+)` \|(.*)", section, re.M))
+    assert list(rows) == ["base", *make_models.LORAS]
+    for name, row in rows.items():
+        for column in (*evaluate.DOMAINS, "accuracy"):
+            assert "{mean:.3f} ± {error:.3f}".format(**records[name]["test"][column]) in row, (name, column)
+        if name != "base":
+            spec = make_models.LORAS[name]
+            assert [records[name][key] for key in ("seed", "steps", "lr", "half", "share")] == [
+                spec.seed, spec.steps, spec.lr, spec.half, spec.share]
