@@ -27,9 +27,8 @@ class CheckpointError(ValueError):
 
     def __init__(self, file, what, fix, tensor=None):
         self.facts = (file, what, fix, tensor)
-        file = str(file) if str(file).isprintable() else repr(str(file))       # one line, whatever the name
-        where = f"{file}: " + (f"tensor {tensor!r}: " if tensor is not None else "")
-        super().__init__(f"{where}{what}; fix: {fix}")
+        line = f"{file}: " + (f"tensor {tensor!r}: " if tensor is not None else "") + f"{what}; fix: {fix}"
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in line))       # one line, whatever the names
 
     def __reduce__(self): return CheckpointError, self.facts               # it travels between processes
 
@@ -64,7 +63,9 @@ ROLES = [
 
 def natural_key(name):
     """Sort key that reads digits as numbers: layers.2 before layers.10 (text order would scramble the depth)."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+    parts = re.split("([0-9]+)", name)
+    # By length, then as text: as numbers, but for digits without end, which int() refuses.
+    return [(1, 0, part) if i % 2 == 0 else (0, len(part.lstrip("0")), part.lstrip("0")) for i, part in enumerate(parts)]
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def place(name):
     An unknown name keeps its own spelling as role: it still pairs with the same spelling elsewhere.
     """
     parts = name.split(".")
-    cut = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    cut = next((i for i, part in enumerate(parts) if re.fullmatch("[0-9]{1,9}", part)), None)
     layer, rest = (None, parts) if cut is None else (int(parts[cut]), parts[cut + 1:])
     extra = [p for p in rest if p.isdigit() or p.startswith("lora_") or p == "bias"]
     stem = ".".join(p for p in rest if p not in ("weight", "bias", "base_layer", "default") and not p.startswith("lora_"))
@@ -169,13 +170,14 @@ def read_header(path):
 def _entry(path, name, record, base):
     """One header record, checked."""
     check = lambda condition, what, fix=AGAIN: need(condition, path, what, fix, name)
-    naturals = lambda value: isinstance(value, list) and all(type(v) is int and 0 <= v < 2 ** 62 for v in value)
+    naturals = lambda value: isinstance(value, list) and len(value) <= 64 and all(type(v) is int and 0 <= v < 2 ** 62 for v in value)
     check(name and not re.search("[\ud800-\udfff]", name), "a tensor without a name, or with half a character in it")
     check(not QUANTISED.search(name), "belongs to a quantised checkpoint", "use the original 16- or 32-bit checkpoint")
     check(isinstance(record, dict) and {"dtype", "shape", "data_offsets"} <= set(record), "lacks dtype, shape or offsets")
     code, shape, offsets = record["dtype"], record["shape"], record["data_offsets"]
     check(isinstance(code, str) and code in DTYPES, f"dtype {code!r} is not supported", "use one of " + ", ".join(DTYPES))
     check(naturals(shape) and naturals(offsets) and len(offsets) == 2, "shape or offsets are not natural numbers")
+    check(math.prod(v or 1 for v in shape) < 2 ** 62, "the shape is beyond all memory")
     entry, given = Entry(name, DTYPES[code], tuple(shape), path, base + offsets[0]), offsets[1] - offsets[0]
     check(given == entry.nbytes, f"{given} bytes of data for shape {shape} of {code}, which takes {entry.nbytes}")
     return entry
@@ -232,7 +234,7 @@ def check_config(folder, entries):
     need(not config.get("quantization_config"), path, "the model is quantised", "use the original 16- or 32-bit checkpoint")
     config |= config["text_config"] if isinstance(config.get("text_config"), dict) else {}
     roles = {entry.name: place(entry.name) for entry in entries}
-    causal = any("CausalLM" in str(kind) for kind in config.get("architectures") or [])
+    causal = "CausalLM" in str(config.get("architectures"))
     need(not causal or config.get("tie_word_embeddings") is not False or any(p.role == "head" for p in roles.values()), path,
          "tie_word_embeddings is false, but the weights hold no head", "fetch the missing tensor, or correct the configuration")
     words = [e.shape for e in entries if roles[e.name].role == "embed" and re.search("tok|wte|word", e.name) and len(e.shape) == 2]
@@ -564,7 +566,7 @@ def tensors_sha256(tensors, metadata):
 NO_COMPANION = re.compile(r"^\.|\.(safetensors|bin|pt|pth|ckpt|gguf|onnx|h5|msgpack|npz|index\.json|tmp|lock)$"
                           r"|^(optimizer|scheduler|rng_state|trainer_state|training_args|events\.out)")
 # What a result folder may be expected to hold, and --force may therefore replace.
-MODEL_FILE = re.compile(r".*\.safetensors(\.index\.json)?|(generation_|preprocessor_|processor_)?config\.json|tokenizer.*"
+MODEL_FILE = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|adapter_config\.json|(generation_|preprocessor_|processor_)?config\.json|tokenizer.*"
                         r"|(special_tokens_map|added_tokens|vocab|chat_template)\.json|(merges|vocab)\.txt|.*\.(jinja|model)")
 
 
@@ -618,7 +620,7 @@ def check_output(path, inputs, force, folder=None):
         need(os.path.isdir(real) or not exists, path, "the output is no folder", "a folder as TARGET gives a folder: choose another -o")
         held = sorted(os.listdir(real)) if exists else []
         exists = bool(held)
-        others = [name for name in held if name not in folder and not MODEL_FILE.fullmatch(name)]
+        others = [n for n in held if os.path.isdir(os.path.join(real, n)) or n not in folder and not MODEL_FILE.fullmatch(n)]
         need(not others or not force, path, f"the folder also holds {', '.join(others[:5])}", "move that away, or choose another -o")
     need(force or not exists, path, "the output exists", "choose another -o, or pass --force")
     need(os.path.isdir(parent), path, "its folder does not exist", "create the folder first")
@@ -806,6 +808,7 @@ class Parser(argparse.ArgumentParser):
 def command(run):
     """Run a command. What a file, a disk or the data can cause is one line on stderr and exit code 1; 130 interrupted,
     143 terminated. Both signals unwind the stack, so that `write_checkpoint` removes its temporary file."""
+    sys.stdout.reconfigure(errors="backslashreplace")      # a path may hold bytes that are no text
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if os.environ.get("RANK", "0") != "0":                 # under torchrun the first process speaks for all
         sys.stdout = sys.stderr = open(os.devnull, "w")

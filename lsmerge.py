@@ -93,7 +93,7 @@ class Parent(NamedTuple):
         C, T = self.codec.C, self.codec.T
         begin = first // T * T
         # Seeded by the place, so that the same draw comes back whenever these chunks are asked for again.
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.index) * 2 ** 31 % 2 ** 61 + begin) if self.samples else None
+        generator = torch.Generator().manual_seed(((self.seed * 1009 + self.index) * 2 ** 31 + begin) % 2 ** 62) if self.samples else None
         z_NZ = self.codec.encode(self.read(begin * C, -(-last // T) * T * C), self.slot, self.samples, generator, self.prior)
         return z_NZ[first - begin:last - begin]
 
@@ -264,8 +264,9 @@ class Tally:
 def cast(flat_L, slot):
     """The one rounding to the stored dtype; a value that does not fit is an error, never an Inf in a file."""
     result = flat_L.to(slot.dtype)
-    need(torch.isfinite(result.float()).all(), "result", f"{flat_L.abs().max():.3g} does not fit {slot.dtype}",
-         "lower --lam, or store the target in float32 or bfloat16", slot.name)
+    if not torch.isfinite(result.float()).all():
+        raise CheckpointError("result", f"{flat_L.abs().max():.3g} does not fit {slot.dtype}",
+                              "lower --lam, or store the target in float32 or bfloat16", slot.name)
     return result
 
 
@@ -319,7 +320,7 @@ def ls_merge(target, sources, weights, slerp=False, how=Alignment(), residual=Fa
     """
     C, L, slot, tally = target.codec.C, target.slot.numel, target.slot, Tally() if tally is None else tally
     step, parents = piece_chunks(target, sources, how), [target, *sources]
-    begin = lambda: [Transport(target, s, how, step, torch.Generator().manual_seed(seed * 1009 + s.index)) for s in sources]
+    begin = lambda: [Transport(target, s, how, step, torch.Generator().manual_seed(seed + i)) for i, s in enumerate(sources)]
 
     def codes(j0, j1):
         z_target_JZ = target.latents(j0, j1)                                                # line 2

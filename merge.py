@@ -101,7 +101,7 @@ def rest_task(entry, sources, names, tied):
     """What happens, in a run of equal shapes, to a tensor that is not encoded."""
     partners = tuple((i, names[i](tied.get(entry.name, entry.name))) for i in range(len(sources)))
     common = [shared(entry, sources[i].entries.get(name)) for i, name in partners]
-    if not all(common) and entry.numel:
+    if not all(common):
         lacking = [source.path for source, count in zip(sources, common) if not count]
         return Task(entry.name, "copied", why=f"missing or of another shape in {', '.join(lacking)}")
     rows = f"{min(common) * entry.shape[0] // entry.numel} of {entry.shape[0]} rows are common, the others the target's" if min(common) < entry.numel else ""
@@ -222,12 +222,11 @@ def merge_tensor(job, codecs, number, put):
     readers = [job.reader(0, name), *(job.reader(i + 1, other) for i, other in task.partners)]
     alone = task.action == "copied" or not any(weights[1:])             # only the target is left
     if task.action == "encoded" and job.space == "latent":
-        parents = [Parent(read, slot, codecs[k], k, job.samples, job.seed * 10_007 + number)
+        seed = job.seed * 1_000_003 + number
+        parents = [Parent(read, slot, codecs[k], k, job.samples, seed)
                    for read, slot, k in zip(readers, task.slots, task.indices)]
         if not (alone and job.residual and not job.samples):
-            stream = ls_merge(parents[0], parents[1:], weights, job.operator == "slerp", job.how, job.residual,
-                              job.seed * 10_007 + number, tally)
-            for start, piece in stream:
+            for start, piece in ls_merge(parents[0], parents[1:], weights, job.operator == "slerp", job.how, job.residual, seed, tally):
                 put(name, start, piece)
             return tally
         round_trip(parents[0], tally)                      # for the report: no code enters the result
@@ -301,23 +300,27 @@ def get_codecs(arguments, job):
 
 
 # --- The report ------------------------------------------------------------------------------------------------------
-class PeakMemory(threading.Thread):
+class PeakMemory:
     """Samples the anonymous memory (RssAnon: file mappings such as torch's library do not count) 50 times a second, as
     its peak is inside a library call; `peak` in MiB, None where the system does not tell."""
 
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.peak = 0.0 if os.path.exists("/proc/self/status") else None
-        self.start()
+    def __enter__(self):
+        self.peak, self.ended = self.now(), threading.Event()
+        threading.Thread(target=self.watch, daemon=True).start()
+        return self
 
-    def now(self):
+    def __exit__(self, *_): self.ended.set()
+
+    @staticmethod
+    def now():
+        if not os.path.exists("/proc/self/status"):
+            return None
         with open("/proc/self/status") as status:
             return sum(int(line.split()[1]) / 1024 for line in status if line.startswith("RssAnon"))
 
-    def run(self):
-        while self.peak is not None:
+    def watch(self):
+        while self.peak is not None and not self.ended.wait(0.02):
             self.peak = max(self.peak, self.now())
-            time.sleep(0.02)
 
 
 def by_action(job):
@@ -410,7 +413,7 @@ def matmul_rate(dtype):
     return 8 * 2 * 1024 ** 3 / (time.perf_counter() - began)
 
 
-def print_plan(kind, job, a, memory):
+def print_plan(kind, job, a):
     """--dry-run: who meets whom, how much, how long."""
     actions, digests = by_action(job), [["0" * 64] * len(c.weight_files) for c in (job.target, *job.sources)]
     encoded, vae_digests = actions["encoded"], ["0" * 64] * (1 + bool(a.source_vae)) if job.space == "latent" else []
@@ -430,7 +433,7 @@ def print_plan(kind, job, a, memory):
         passes += sum(task.slots[0].numel for task in encoded)
         flops = sum(p.numel() for p in vae.parameters()) * passes / C      # 2 per parameter, halved: encoder or decoder
         print(f"estimated: {flops / matmul_rate(getattr(torch, a.dtype)):.0f} s for the codec{'' if a.vae else ', after training a VAE'}")
-    print(f"estimated peak of anonymous memory: {memory.now() + OVERHEAD + min(torch.get_num_threads(), WORKERS) * PER_PARENT * parents:.0f} MiB")
+    print(f"estimated peak of anonymous memory: {(PeakMemory.now() or 200) + OVERHEAD + min(torch.get_num_threads(), WORKERS) * PER_PARENT * parents:.0f} MiB")
 
 
 def write_report(path, report):
@@ -440,6 +443,9 @@ def write_report(path, report):
             json.dump(report, stream, indent=1, allow_nan=False)
             stream.write("\n")
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = path
+        raise
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
@@ -571,6 +577,8 @@ def open_job(a):
         check_output(path, inputs, a.force or path == a.report,
                      {a.weights_name, *map(os.path.basename, copies)} if folder and path == a.output else None)
         need(os.path.realpath(path) not in map(os.path.realpath, outputs[:i]), path, "two outputs in one file", "give each its own")
+        need(not os.path.realpath(path).startswith(os.path.realpath(a.output) + os.sep), path, "lies in the result's folder, which is "
+             "replaced as a whole", "choose another place")
     kind, method, tasks = plan_merge(target, sources, a.select, a.align or "auto", control=a.control)
     need(a.space == "latent" or kind != "cross-shape", a.models[0], "its encoded tensors and the source's differ in shape or name",
          "--space weight needs equal shapes: drop it")
@@ -657,23 +665,27 @@ def run_evaluation(line, path):
     return float(numbers[-1])
 
 
-def main(argv=None):
-    a = parse(argv)
-    memory, seconds, clock = PeakMemory(), {}, time.perf_counter()
-    def lap(stage):
-        nonlocal clock
-        seconds[stage], clock = time.perf_counter() - clock, time.perf_counter()
+class Laps(dict):
+    """Seconds of each stage, from the end of the last."""
+
+    def __init__(self): self.clock = time.perf_counter()
+
+    def end(self, stage):
+        self[stage], self.clock = time.perf_counter() - self.clock, time.perf_counter()
+
+
+def run(a, memory):
+    seconds, report, bound = Laps(), {}, a.max_nmse or MAX_NMSE
     kind, job = agree(lambda: open_job(a))
     found = gather(agree(lambda: measure_share(job)))
     tasks, digests = ([value for _, value in sorted(kv for part in parts for kv in part.items())] for parts in zip(*found))
     job = replace(job, tasks=tasks)
     print_notes(job, digests, os.path.dirname(os.path.realpath(a.output)))
-    lap("read and check")
+    seconds.end("read and check")
     if a.dry_run:
-        return print_plan(kind, job, a, memory)
+        return print_plan(kind, job, a)
     codecs, vae_digests = get_codecs(a, job) if job.space == "latent" else (None, [])
-    lap("codec")
-    report, bound = {}, a.max_nmse or MAX_NMSE
+    seconds.end("codec")
 
     def accept(tallies):
         for checkpoint in (job.target, *job.sources):
@@ -681,7 +693,7 @@ def main(argv=None):
         tally = Tally()
         for number in sorted(tallies):
             tally.absorb(tallies[number])
-        lap("merge and write")
+        seconds.end("merge and write")
         report.update(make_report(job, kind, tally, codecs, bound, seconds, memory.peak))
         if a.report:
             write_report(a.report, report)
@@ -692,11 +704,17 @@ def main(argv=None):
                                       "train a better VAE (train.py, more steps or a lower --ratio), or raise --max-nmse")
     if job.operator == "greedy-soup":
         job = replace(job, lam=choose_soup(a, job, codecs, metadata_of(job, digests, vae_digests)))
-        lap("evaluate")
+        seconds.end("evaluate")
     write_output(a.output, a, job, codecs, metadata_of(job, digests, vae_digests), accept)
     if report:
         print_report(report, job)
         print(f"wrote {a.output}" + (f": {a.weights_name} and {len(a.copies)} companions of the target" if a.copies is not None else ""))
+
+
+def main(argv=None):
+    a = parse(argv)
+    with PeakMemory() as memory:
+        run(a, memory)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from scratch with the KL collapses before it has learnt anything worth regularis
 What enters: windows of standardised weights, read from the files as they are needed (a batch is all that is held in
 float32). What leaves: a VAE file (safetensors; configuration and training record in its header).
 """
-import contextlib, copy, json, math, os, sys, time
+import atexit, contextlib, copy, json, math, os, sys, time
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -51,7 +51,9 @@ class Schedule:
             raise ValueError(f"lr is {self.lr}, must be above 0")
 
 
-CONVERGED = 1e-8                # NMSE at which stage 1 has nothing left to learn (float32 rounding lies at 1e-13)
+# NMSE at which a stage has nothing left to learn (float32 rounding lies at 1e-13). Stage 2 as well: an exact neck comes with the
+# posterior variance that is optimal for Eq. 1 (`set_neck`), and no run of it has left a better state than its start.
+CONVERGED = 1e-8
 NECK_WINDOWS = 8192             # windows for the neck's covariance at most: 131,072 chunks for 64 x 64 numbers
 VALIDATION_WINDOWS = 256        # at most, per check
 
@@ -181,7 +183,7 @@ def run_stage(vae, teacher, windows, stage, schedule, generator, device, autocas
                 best, best_state, stale = {**figures, "best_step": step}, copy.deepcopy(vae.state_dict()), 0
             else:
                 stale += 1
-            if stale == schedule.patience or (stage == 1 and figures["nmse"] < CONVERGED):
+            if stale == schedule.patience or figures["nmse"] < CONVERGED:
                 break
         if step == steps:
             break
@@ -247,9 +249,9 @@ def add_codec_arguments(parser):
 def describe_stage(record):
     """One printed line per stage."""
     line = f"stage {record['stage']}: {record['steps']} steps, {record['seconds']:.1f} s, held-out NMSE {record['nmse']:.2e}"
-    if record["stage"] == 1:
-        return line + (" (nothing to learn: the warm start is exact)" if record["steps"] == 0 and record["nmse"] < CONVERGED else "")
-    return line + f", KL {record['kl']:.3f} nats, active {record['active']:.0%}, sigma {record['sigma']:.4f}, best at step {record['best_step']}"
+    if record["stage"] == 2:
+        line += f", KL {record['kl']:.3f} nats, active {record['active']:.0%}, sigma {record['sigma']:.4f}, best at step {record['best_step']}"
+    return line + (" (nothing to learn: the warm start is exact)" if record["steps"] == 0 and record["nmse"] < CONVERGED else "")
 
 
 def codec_settings(arguments, parser):
@@ -295,6 +297,7 @@ def gather(value):
         return [value]
     if not distributed.is_initialized():
         distributed.init_process_group("gloo")
+        atexit.register(distributed.destroy_process_group)     # else its threads may abort the interpreter's end
     values = [None] * size
     distributed.all_gather_object(values, value)
     return values

@@ -205,7 +205,7 @@ class VAE(nn.Module):
         try:
             config = json.loads(metadata["lsmerge.vae"])
             record = json.loads(metadata.get("lsmerge.training", "{}"))
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, RecursionError):
             raise ValueError("not a VAE of this project (no configuration in the header)") from None
         known = {field.name for field in fields(VAEConfig)}
         if not isinstance(config, dict) or set(config) != known:
@@ -220,7 +220,7 @@ class VAE(nn.Module):
         for name, shape in expected.items():
             if tuple(tensors[name].shape) != shape:
                 raise ValueError(f"tensor {name!r} has shape {tuple(tensors[name].shape)}, its configuration needs {shape}")
-            if not torch.isfinite(tensors[name]).all():
+            if not torch.isfinite(tensors[name].float()).all():
                 raise ValueError(f"tensor {name!r} holds NaN or Inf")
         vae.load_state_dict(tensors)
         return vae, record

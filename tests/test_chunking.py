@@ -149,57 +149,6 @@ def test_mode_follows_the_umask_and_links_are_written_through(tmp_path):
     assert (tmp_path / "link.safetensors").is_symlink() and stat.S_IMODE((tmp_path / "real.safetensors").stat().st_mode) == 0o640
 
 
-def header_file(path, header, data=b"\0" * 16, length=None):
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
-    return path
-
-
-GOOD = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
-BAD_FILES = {
-    "empty": b"", "short": b"\1\2", "zeros": b"\0" * 8, "pickle": b"\x80\x02}q\x00.", "zip": b"PK\x03\x04" + b"\0" * 60,
-    "gguf": b"GGUF" + b"\3" * 60, "lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "html": b"<!DOCTYPE html><html></html>",
-    "json": b'{"metadata": {}, "weight_map": {}}', "huge": (2 ** 64 - 1).to_bytes(8, "little") + b"{}",
-}
-BAD_HEADERS = {
-    "not json": b"{nope", "not utf-8": b'{"\xff": 1}', "a list": [], "nothing": {}, "nested": b"[" * 100_000, "NaN": b'{"w": NaN}',
-    "twice": b'{"w": {"dtype":"F32","shape":[4],"data_offsets":[0,16]}, "w": {"dtype":"F32","shape":[4],"data_offsets":[0,16]}}',
-    "no dtype": {"w": {"shape": [4], "data_offsets": [0, 16]}}, "lower case": {"w": GOOD | {"dtype": "f32"}},
-    "float shape": {"w": GOOD | {"shape": [4.0]}}, "bool shape": {"w": GOOD | {"shape": [True, 4]}}, "negative": {"w": GOOD | {"shape": [-4]}},
-    "three offsets": {"w": GOOD | {"data_offsets": [0, 8, 16]}}, "backwards": {"w": GOOD | {"data_offsets": [16, 0]}},
-    "hole": {"w": GOOD | {"shape": [3], "data_offsets": [4, 16]}}, "overlap": {"w": GOOD, "v": GOOD}, "trailing": {"w": GOOD | {"shape": [3], "data_offsets": [0, 12]}},
-    "truncated": {"w": GOOD | {"shape": [8], "data_offsets": [0, 32]}}, "overflow": {"w": GOOD | {"shape": [2 ** 32, 2 ** 32]}},
-    "metadata": {"__metadata__": {"n": 1}, "w": GOOD}, "unnamed": {"": GOOD}, "quantised": {"model.layers.0.q.qweight": GOOD},
-}
-
-
-@pytest.mark.parametrize("case", [*BAD_FILES, *BAD_HEADERS])
-def test_a_bad_file_is_refused_with_its_name(tmp_path, case):
-    path = tmp_path / "bad.safetensors"
-    path.write_bytes(BAD_FILES[case]) if case in BAD_FILES else header_file(path, BAD_HEADERS[case])
-    with pytest.raises(ck.CheckpointError, match="bad.safetensors: .*; fix: ") as caught:
-        ck.Checkpoint(path)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_fuzzed_header_is_refused_or_read_but_never_crashes(tmp_path):
-    save_file({"a": torch.randn(4, 4), "b": torch.arange(3)}, tmp_path / "x.safetensors", {"format": "pt"})
-    good, rng = (tmp_path / "x.safetensors").read_bytes(), random.Random(0)
-    size, refused = 8 + int.from_bytes(good[:8], "little"), 0
-    for _ in range(2000):
-        data = bytearray(good)
-        for _ in range(rng.randint(1, 3)):
-            data[rng.randrange(size)] = rng.randrange(256)
-        (tmp_path / "y.safetensors").write_bytes(data)
-        try:
-            file = ck.Checkpoint(tmp_path / "y.safetensors")
-            for name in file.entries:
-                file.read_tensor(name)
-        except ck.CheckpointError:
-            refused += 1
-    assert 1000 < refused < 2000                           # most mutations hurt; a changed letter of a name does not
-
-
 def test_a_file_that_shrinks_is_an_error(tmp_path):
     save_file({"w": torch.randn(1000)}, tmp_path / "x.safetensors")
     file = ck.Checkpoint(tmp_path / "x.safetensors")
