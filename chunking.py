@@ -155,7 +155,8 @@ def read_header(path):
             raise CheckpointError(path, f"not a safetensors file, or cut short ({size} bytes, header of {length})", AGAIN)
         file.seek(8)
         header = parse_json(path, file.read(length), "the header")
-    metadata, position = header.pop("__metadata__", None) or {}, 8 + length
+    metadata, position = header.pop("__metadata__", None), 8 + length
+    metadata = {} if metadata is None else metadata
     need(isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()), path,
          "__metadata__ is not a table of strings")
     need(header, path, "holds no tensors", "pass a checkpoint with weights")
@@ -325,6 +326,9 @@ FOREIGN = ("use_dora", "modules_to_save", "lora_bias", "use_qalora", "target_par
 
 
 def is_adapter(path): return os.path.isfile(os.path.join(path, "adapter_config.json"))
+
+
+def open_checkpoint(path): return (Adapter if is_adapter(path) else Checkpoint)(path)
 
 
 class Adapter(Checkpoint):
@@ -589,8 +593,13 @@ def write_folder(path, copies, write, name="model.safetensors"):
             shutil.copyfile(file, copy := os.path.join(staging, os.path.basename(file)))
             sync(copy)
         write(os.path.join(staging, name))
+        if os.path.exists(old := os.path.join(path, name)):
+            os.chmod(os.path.join(staging, name), stat.S_IMODE(os.stat(old).st_mode))
         os.chmod(staging, stat.S_IMODE(os.stat(path).st_mode) if os.path.exists(path) else umask_mode(0o777))
         os.rename(staging, path) if not os.path.exists(path) else _exchange(staging, path)
+    except OSError as error:
+        error.filename = path if str(error.filename or staging).startswith(staging) else error.filename
+        raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)         # after an exchange: the old folder
     sync(os.path.dirname(path))
@@ -836,7 +845,7 @@ def main(argv=None):
     parser.add_argument("checkpoint")
     parser.add_argument("--json", action="store_true", help="one JSON record per tensor instead of the tables")
     arguments = parser.parse_args(argv)
-    records = describe(Checkpoint(arguments.checkpoint))
+    records = describe(open_checkpoint(arguments.checkpoint))
     print(json.dumps(records, allow_nan=False)) if arguments.json else print_tables(records)
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import align as ot
 from chunking import (PIECE, Adapter, Checkpoint, CheckpointError, FactorFile, Folded, Parser, Place, TensorFile, check_output, command,
-                      companions, is_adapter, is_selected, measure, need, place, plan_file, spans, tensors_sha256, write_checkpoint,
+                      companions, is_adapter, is_selected, measure, need, open_checkpoint, place, plan_file, spans, tensors_sha256, write_checkpoint,
                       write_folder, write_tensors)
 from lsmerge import (GATE_WINDOWS, Alignment, Codec, Parent, Tally, cast, convex_weights, greedy_soup, inner, lerp, ls_merge, round_trip,
                      slerp_weights, task_weights)
@@ -455,8 +455,8 @@ def write_report(path, report):
 def parse(argv):
     parser = Parser(prog="merge.py", description="Merge checkpoints in the latent space of a weight VAE (LS-Merge).")
     add = parser.add_argument
-    add("models", nargs="+", metavar="MODEL", help="TARGET [SOURCE ...]: .safetensors files, folders or "
-        "indexes of shards; the result has the target's names, shapes and dtypes")
+    add("models", nargs="+", metavar="MODEL", help="TARGET [SOURCE ...]: .safetensors files, folders, indexes "
+        "of shards, or folders of LoRA adapters; the result has the target's names, shapes and dtypes")
     add("-o", "--output", metavar="PATH", help="(merged.safetensors; merged/ if TARGET is a folder)")
     add("--lam", metavar="L[,L...]", help="weight of each source in [0, 1], the target has the rest; 0 = the target's round "
         "trip (0.5 for one source of equal shapes, 1/(N+1) each for N, 0.1 in all across shapes)")
@@ -555,7 +555,7 @@ def open_parents(a):
                 *([Checkpoint(a.base)] if a.operator == "task-arithmetic" else [])]
     need(not any(adapters) or all(adapters), a.models[adapters.index(True)] if any(adapters) else "", "is a LoRA adapter, other parents are whole "
          "models", "give its base with --base")
-    parents = [(Adapter if lora else Checkpoint)(path) for path, lora in zip(a.models, adapters)]
+    parents = [open_checkpoint(path) for path in a.models]
     for name in parents[0].entries if all(adapters) else []:
         for other in parents[1:]:
             need(name not in other.entries or other.rank(name) == parents[0].rank(name), other.path, f"is of rank {other.rank(name) if name in other.entries else 0}, the target's "

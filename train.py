@@ -20,8 +20,8 @@ from torch import distributed
 from tqdm import tqdm
 
 from align import Moments
-from chunking import (Checkpoint, CheckpointError, Parser, check_output, chunk, command, is_selected,
-                      measure, scale, to_windows, write_tensors)
+from chunking import (CheckpointError, Parser, check_output, chunk, command, is_selected,
+                      measure, open_checkpoint, scale, to_windows, write_tensors)
 from vae import VAE, VAEConfig, masked_mse, sample, vae_loss
 
 
@@ -333,10 +333,11 @@ def main(argv=None):
     config, schedule = codec_settings(arguments, parser)
     parser.check_select(arguments.select)
     device = pick_device(arguments.device)
-    checkpoints = [Checkpoint(path) for path in arguments.checkpoints]
-    check_output(arguments.output, arguments.checkpoints, arguments.force)
+    checkpoints = [open_checkpoint(path) for path in arguments.checkpoints]
+    inputs = [file for checkpoint in checkpoints for file in checkpoint.files]
+    check_output(arguments.output, inputs, arguments.force)
     if arguments.log:
-        check_output(arguments.log, [*arguments.checkpoints, *filter(os.path.exists, [arguments.output])], force=True)
+        check_output(arguments.log, [*inputs, *filter(os.path.exists, [arguments.output])], force=True)
     parents = [(c, [measure(c, e.name) for e in c.entries.values() if is_selected(e, arguments.select)]) for c in checkpoints]
     for checkpoint, slots in parents:
         if not slots:

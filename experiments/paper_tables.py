@@ -1,6 +1,7 @@
 """The paper's tables in miniature, each beside the null controls that say what its numbers mean.
 
     python experiments/paper_tables.py --table 5 --figure 4 [--quick]
+    python experiments/paper_tables.py --table 2 --table 3 --table 4 --table 6      # see merging_tables.py
 
 In:    the models of make_models.py. Target: base. Sources: large (deeper and wider) and base-seed2 (equal shapes, another
        origin, so that nothing but the data is shared).
@@ -372,19 +373,8 @@ def few_samples(base, source, seeds, documents, chunk=640, lambdas=(0.1, 1.0)):
     return [{**row, **few} for row in records(grid, facts_of(codec, stages, [base, source])) if row["row"] != "base"]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="append", default=[], choices=("5",), help="may be given again")
-    parser.add_argument("--figure", action="append", default=[], choices=("4",), help="may be given again")
-    parser.add_argument("--models", type=Path, default=HERE / "models", help="folder of the checkpoints")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the JSON lines, appended to")
-    parser.add_argument("--seeds", type=int, default=5, help="for whatever is random (%(default)s)")
-    parser.add_argument("--documents", type=int, help="per domain and split, at most; fewer is faster and less sure (all)")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK} documents per domain; nothing is written")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    args = parser.parse_args()
-    if not args.table + args.figure:
-        parser.error("nothing to do: give --table or --figure")
+def measure_transfer(args):
+    """Table 5 and Figure 4: one grid of cells for both."""
     began = time.perf_counter()
     rows, chosen = transfer_grid(args.models, args.seeds, QUICK if args.quick else args.documents, args.quiet)
     if "5" in args.table:
@@ -395,6 +385,28 @@ def main():
         print_figure4(rows)
         args.quick or append(args.results / "figure4.jsonl", [r for r in rows if not r["few"]])
     print(f"\n{len(rows)} models measured in {time.perf_counter() - began:.0f} s on {torch.get_num_threads()} threads")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="append", default=[], choices=("2", "3", "4", "5", "6"), help="may be given again")
+    parser.add_argument("--figure", action="append", default=[], choices=("4",), help="may be given again")
+    parser.add_argument("--models", type=Path, default=HERE / "models", help="folder of the checkpoints")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the JSON lines, appended to")
+    parser.add_argument("--seeds", type=int, default=5, help="for whatever is random (%(default)s)")
+    parser.add_argument("--documents", type=int, help="per domain and split, at most; fewer is faster and less sure (all)")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK} documents per domain; nothing is written")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    args = parser.parse_args()
+    if not args.table + args.figure:
+        parser.error("nothing to do: give --table or --figure")
+    for table in dict.fromkeys(t for t in args.table if t != "5"):
+        from merging_tables import measure, print_table            # it imports this file: not before its own end
+        rows = measure(table, args.models, args.seeds, args.documents, args.quick, args.quiet)
+        print_table(table, rows)
+        args.quick or append(args.results / f"table{table}.jsonl", rows)
+    if "5" in args.table or args.figure:
+        measure_transfer(args)
 
 
 if __name__ == "__main__":
