@@ -16,7 +16,7 @@ a final norm on the stream, and a nonlinearity in the heads.
 
 Not tried or not kept: token down-sampling, learned positions, dropout, a log transform of the weights.
 """
-import json, math
+import functools, json, math
 from dataclasses import asdict, dataclass, fields
 from typing import NamedTuple
 
@@ -99,6 +99,8 @@ class Block(nn.Module):
         return h_BTD + self.down(F.silu(gate) * up)
 
 
+@functools.lru_cache(maxsize=8)      # two small tables, but for every block and batch anew they cost a fiftieth of the time
+@torch.inference_mode(False)         # made within a merge, they must still serve a training
 def rotation(T, K, device, dtype, base=10_000.0):
     """cos and sin of RoPE, each (T, 1, K / 2): pair p of position t turns by t / base^(2 p / K).  paper's release: RoPE."""
     angle_TK = torch.outer(torch.arange(T), base ** (-torch.arange(0, K, 2) / K))[:, None]
