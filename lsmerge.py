@@ -169,9 +169,14 @@ class Alignment:
 
 def projected(source, target, j0, j1):
     """Line 3: the source's latents on the target's slots [j0, j1), (J, Z). The identity where all sizes agree."""
-    i0, i1 = ot.source_range(j0, j1, source.N, target.N)
-    z_source_JZ = ot.project_rows(source.latents(i0, i1), i0, source.N, j0, j1, target.N)
-    return ot.project(z_source_JZ, j1 - j0, target.codec.Z)
+    def rows(k0, k1, n):
+        i0, i1 = ot.source_range(k0, k1, source.N, n)
+        return ot.project_rows(source.latents(i0, i1), i0, source.N, k0, k1, n)
+    # Under a slot may lie more of a huge source than a piece: then the mean of m equal parts of the slot, one at a time.
+    m = -(-source.N * (j1 - j0) * source.codec.C // (target.N * PIECE))
+    z_JZ = rows(j0, j1, target.N) if m == 1 else torch.cat(
+        [sum(rows(k, k + 1, target.N * m) for k in range(j * m, j * m + m)) / m for j in range(j0, j1)])
+    return ot.project(z_JZ, j1 - j0, target.codec.Z)
 
 
 class Transport:
