@@ -835,7 +835,7 @@ def command(run):
             raise
         print("error: out of memory; fix: smaller --chunk, --tokens, --width or --batch, or another machine", file=sys.stderr)
     except KeyboardInterrupt:
-        print("error: interrupted, no output was written; fix: run it again", file=sys.stderr)
+        print("error: interrupted, no output was written; fix: run it again (a training: with --resume)", file=sys.stderr)
         return 130
     return 1
 

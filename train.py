@@ -12,7 +12,7 @@ from scratch with the KL collapses before it has learnt anything worth regularis
 What enters: windows of standardised weights, read from the files as they are needed (a batch is all that is held in
 float32). What leaves: a VAE file (safetensors; configuration and training record in its header).
 """
-import atexit, contextlib, copy, json, math, os, sys, time
+import atexit, contextlib, copy, hashlib, json, math, os, sys, time
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -20,7 +20,7 @@ from torch import distributed
 from tqdm import tqdm
 
 from align import Moments
-from chunking import (CheckpointError, Parser, check_output, chunk, command, is_selected,
+from chunking import (Checkpoint, CheckpointError, Parser, check_output, chunk, command, is_selected,
                       measure, open_checkpoint, scale, to_windows, write_tensors)
 from vae import VAE, VAEConfig, masked_mse, sample, vae_loss
 
@@ -164,67 +164,128 @@ def stage_loss(vae, teacher, stage, x_BTC, real_BTC, beta, generator):
     return loss._replace(total=loss.total + masked_mse(decoded_BTC, taught_BTC, real_BTC) / 2)
 
 
-def run_stage(vae, teacher, windows, stage, schedule, generator, device, autocast, quiet, log):
-    """One stage: AdamW, cosine, clipping; the state with the best held-out objective is kept, the start included, so
-    that training can never leave a codec worse than it found it. Returns the stage's record."""
-    steps, began = (schedule.steps1, schedule.steps2)[stage - 1], time.perf_counter()
+@dataclass
+class Run:
+    """What the stages share. `state`: file that is rewritten at every check, so that a run can go on where it stopped."""
+    vae: VAE
+    windows: Windows
+    schedule: Schedule
+    generator: torch.Generator
+    device: str
+    autocast: object
+    quiet: bool
+    log: object
+    state: str | None = None
+    plan: str = ""              # what the state must agree with: configuration, schedule, seed, data
+
+    def keep(self, progress, optimiser, best_state, teacher):
+        """Write everything that the rest of the run depends on; a full disk leaves the last state as it was."""
+        parts = {"vae": self.vae.state_dict(), "best": best_state, "teacher": teacher.state_dict() if teacher else {}}
+        tensors = {f"{part}.{name}": tensor for part, group in parts.items() for name, tensor in group.items()}
+        tensors |= {f"adam.{i}.{key}": value for i, group in optimiser.state_dict()["state"].items() for key, value in group.items()}
+        write_tensors(self.state, tensors | {"generator": self.generator.get_state()},
+                      {"lsmerge.state": json.dumps(progress), "lsmerge.plan": self.plan})
+
+    def load(self):
+        """(progress, best state, teacher, Adam's moments) of the last check; the network and the generator take theirs."""
+        file = Checkpoint(self.state)
+        if file.metadata.get("lsmerge.plan") != self.plan or "lsmerge.state" not in file.metadata:
+            raise CheckpointError(self.state, "is of another run (inputs, flags or seed differ)", "give the same command, or drop --resume")
+        parts = {}
+        for name in file.entries:
+            part, _, rest = name.partition(".")
+            parts.setdefault(part, {})[rest] = file.read_tensor(name)
+        self.vae.load_state_dict(parts["vae"])
+        self.generator.set_state(parts["generator"][""])
+        teacher = copy.deepcopy(self.vae).requires_grad_(False) if "teacher" in parts else None
+        if teacher:
+            teacher.load_state_dict(parts["teacher"])
+        moments = {}
+        for name, value in parts.get("adam", {}).items():
+            moments.setdefault(int(name.split(".")[0]), {})[name.split(".")[1]] = value
+        return json.loads(file.metadata["lsmerge.state"]), parts["best"], teacher, moments
+
+
+def check_held_out(run, stage, step, best):
+    """Figures of `validate`, logged; a loss that is no number ends the run."""
+    figures = validate(run.vae, run.windows, stage, run.schedule.batch, run.device)
+    if not math.isfinite(figures["objective"]):
+        raise FloatingPointError(f"stage {stage}: the held-out loss is {figures['objective']} at step {step}, the last good "
+                                 f"NMSE was {best['nmse'] if best else math.nan:.3e}; fix: lower --lr")
+    run.log({"stage": stage, "step": step, **figures})
+    return figures
+
+
+def train_step(run, stage, teacher, step, steps, optimiser, best):
+    """One batch, one step of AdamW: warm-up and cosine, clipping."""
+    schedule, picks = run.schedule, torch.randint(len(run.windows.training), (run.schedule.batch,), generator=run.generator).tolist()
+    x_BTC, real_BTC = (t.to(run.device) for t in run.windows.read([run.windows.training[i] for i in picks]))
+    with run.autocast:
+        loss = stage_loss(run.vae, teacher, stage, x_BTC, real_BTC, beta_at(step, steps, run.vae.config.beta, schedule.warmup), run.generator)
+    if not math.isfinite(loss[0].item()):
+        raise FloatingPointError(f"stage {stage}: the loss is {loss[0].item()} at step {step}, the last good held-out "
+                                 f"NMSE was {best['nmse']:.3e}; fix: lower --lr")
+    for group in optimiser.param_groups:
+        group["lr"] = learning_rate(step, steps, schedule.lr, schedule.warmup)
+    optimiser.zero_grad(set_to_none=True)
+    loss[0].backward()
+    torch.nn.utils.clip_grad_norm_(run.vae.parameters(), schedule.clip)
+    optimiser.step()
+
+
+def run_stage(run, stage, teacher, first=None, resumed=None):
+    """One stage; the state with the best held-out objective is kept, the start included, so that training can never
+    leave a codec worse than it found it. Returns the stage's record. `resumed`: what Run.load returned."""
+    vae, schedule, steps, began = run.vae, run.schedule, (run.schedule.steps1, run.schedule.steps2)[stage - 1], time.perf_counter()
     optimiser = torch.optim.AdamW(vae.parameters(), lr=schedule.lr, betas=(0.9, 0.95), weight_decay=schedule.weight_decay)
-    best, best_state, done, stale, every = None, None, 0, 0, max(1, steps // schedule.checks)
-    bar = tqdm(range(steps + 1), desc=f"stage {stage}", disable=True if quiet else None, leave=False)
+    start, best, best_state, stale, every = 0, None, None, 0, max(1, steps // schedule.checks)
+    if resumed:
+        (_, start, best, stale, _), best_state, _, moments = resumed
+        optimiser.load_state_dict({"state": moments, "param_groups": optimiser.state_dict()["param_groups"]})
+    bar = tqdm(range(start, steps + 1), desc=f"stage {stage}", disable=True if run.quiet else None, leave=False)
     for step in bar:
-        if step % every == 0 or step == steps:
-            figures = validate(vae, windows, stage, schedule.batch, device)
-            if not math.isfinite(figures["objective"]):
-                raise FloatingPointError(f"stage {stage}: the held-out loss is {figures['objective']} at step {step}, the last good "
-                                         f"NMSE was {best['nmse'] if best else math.nan:.3e}; fix: lower --lr")
-            log({"stage": stage, "step": step, **figures})
+        if (step % every == 0 or step == steps) and not (resumed and step == start):
+            figures = check_held_out(run, stage, step, best)
             bar.set_postfix(NMSE=f"{figures['nmse']:.2e}", KL=f"{figures.get('kl', 0):.3f}")
-            if best is None or figures["objective"] < best["objective"]:
-                best, best_state, stale = {**figures, "best_step": step}, copy.deepcopy(vae.state_dict()), 0
-            else:
-                stale += 1
-            if stale == schedule.patience or figures["nmse"] < CONVERGED:
+            better = best is None or figures["objective"] < best["objective"]
+            if better:
+                best, best_state = {**figures, "best_step": step}, copy.deepcopy(vae.state_dict())
+            stale = 0 if better else stale + 1
+            if step == steps or stale == schedule.patience or figures["nmse"] < CONVERGED:
                 break
-        if step == steps:
-            break
-        picks = torch.randint(len(windows.training), (schedule.batch,), generator=generator).tolist()
-        x_BTC, real_BTC = (t.to(device) for t in windows.read([windows.training[i] for i in picks]))
-        with autocast:
-            loss = stage_loss(vae, teacher, stage, x_BTC, real_BTC,
-                              beta_at(step, steps, vae.config.beta, schedule.warmup), generator)
-        if not math.isfinite(loss[0].item()):
-            raise FloatingPointError(f"stage {stage}: the loss is {loss[0].item()} at step {step}, the last good held-out "
-                                     f"NMSE was {best['nmse']:.3e}; fix: lower --lr")
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, steps, schedule.lr, schedule.warmup)
-        optimiser.zero_grad(set_to_none=True)
-        loss[0].backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), schedule.clip)
-        optimiser.step()
-        done = step + 1
+            if run.state:
+                run.keep((stage, step, best, stale, first), optimiser, best_state, teacher)
+        train_step(run, stage, teacher, step, steps, optimiser, best)
     vae.load_state_dict(best_state)
-    return {**best, "stage": stage, "steps": done, "seconds": round(time.perf_counter() - began, 2)}
+    return {**best, "stage": stage, "steps": step, "seconds": round(time.perf_counter() - began, 2)}
 
 
-def train_vae(parents, config, schedule=Schedule(), seed=0, device="cpu", dtype=torch.float32, quiet=True, log=lambda record: None):
+def train_vae(parents, config, schedule=Schedule(), seed=0, device="cpu", dtype=torch.float32, quiet=True, log=lambda record: None,
+              state=None, resume=False):
     """The curriculum, whole. Returns (vae, list of the stages' records).
 
     parents: list of (Checkpoint, [TensorSlot, ...]); several checkpoints share one VAE.
+    state:   a file for the state at the last check; with `resume` the run goes on from there, to the same bits
     Raises:  FloatingPointError (non-finite loss), CheckpointError
     """
     generator = torch.Generator().manual_seed(seed)
     vae = VAE(config, generator).to(device)
     windows = Windows(parents, config, schedule.holdout, generator)
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16) if dtype == torch.bfloat16 else contextlib.nullcontext()
-    run = lambda stage, teacher: run_stage(vae, teacher, windows, stage, schedule, generator, device, autocast, quiet, log)
-
-    first = run(1, None)                                   # stage 1: KL off, deterministic, full capacity
-    latents = stream_moments(vae, windows, schedule.batch, device)
-    # The teacher of stage 2. Where stage 1 is exact (init="pca"), its output is the input, and matching it is what the
-    # reconstruction term already does.
-    teacher = None if first["nmse"] < CONVERGED else copy.deepcopy(vae).requires_grad_(False)
-    vae.set_neck(latents.mean_Z.float(), latents.cov_ZZ)
-    second = run(2, teacher)                               # stage 2: compact neck, KL on, distillation
+    data = [[(slot.name, slot.shape, slot.mean, slot.scale) for slot in slots] for _, slots in parents]
+    plan = json.dumps([asdict(config), asdict(schedule), seed, str(dtype), hashlib.sha256(repr(data).encode()).hexdigest()])
+    run = Run(vae, windows, schedule, generator, device, autocast, quiet, log, state, plan)
+    resumed = run.load() if resume else None
+    if resumed and resumed[0][0] == 2:
+        first, teacher = resumed[0][4], resumed[2]
+    else:
+        first = run_stage(run, 1, None, resumed=resumed)   # stage 1: KL off, deterministic, full capacity
+        latents, resumed = stream_moments(vae, windows, schedule.batch, device), None
+        # The teacher of stage 2. Where stage 1 is exact (init="pca"), its output is the input, and matching it is what the
+        # reconstruction term already does.
+        teacher = None if first["nmse"] < CONVERGED else copy.deepcopy(vae).requires_grad_(False)
+        vae.set_neck(latents.mean_Z.float(), latents.cov_ZZ)
+    second = run_stage(run, 2, teacher, first, resumed)    # stage 2: compact neck, KL on, distillation
     return vae.eval(), [first, second]
 
 
@@ -327,6 +388,7 @@ def main(argv=None):
     parser.add_argument("-o", "--output", default="vae.safetensors", help="the VAE file (%(default)s)")
     parser.add_argument("--select", metavar="REGEX", help="which tensors (default: floats of >= 2 dimensions in numbered layers)")
     parser.add_argument("--log", metavar="FILE.jsonl", help="append one JSON line per validation")
+    parser.add_argument("--resume", action="store_true", help="go on from the last state beside the output (OUTPUT.state), to the same bits")
     add_codec_arguments(parser)
     add_machine_arguments(parser)
     arguments = parser.parse_intermixed_args(argv)
@@ -336,6 +398,9 @@ def main(argv=None):
     checkpoints = [open_checkpoint(path) for path in arguments.checkpoints]
     inputs = [file for checkpoint in checkpoints for file in checkpoint.files]
     check_output(arguments.output, inputs, arguments.force)
+    state = arguments.output + ".state"
+    if os.path.exists(state) and not arguments.resume:
+        check_output(state, inputs, arguments.force)       # the state of an unfinished run is an output, too
     if arguments.log:
         check_output(arguments.log, [*inputs, *filter(os.path.exists, [arguments.output])], force=True)
     parents = [(c, [measure(c, e.name) for e in c.entries.values() if is_selected(e, arguments.select)]) for c in checkpoints]
@@ -349,10 +414,12 @@ def main(argv=None):
             if stream:
                 print(json.dumps(record, allow_nan=False), file=stream, flush=True)
         vae, stages = train_vae(parents, config, schedule, arguments.seed, device, getattr(torch, arguments.dtype),
-                                arguments.quiet, log)
+                                arguments.quiet, log, state, arguments.resume)
     for record in stages:
         print(describe_stage(record))
     write_tensors(arguments.output, *vae_file(vae, stages, seed=arguments.seed, select=arguments.select, schedule=asdict(schedule)))
+    if os.path.exists(state):
+        os.unlink(state)
     print(f"wrote {arguments.output} ({sum(p.numel() for p in vae.parameters()):,} parameters)")
 
 

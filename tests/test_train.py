@@ -106,6 +106,55 @@ def test_command(models, tmp_path, capsys):
     assert (tmp_path / "v.safetensors").read_bytes() == first
 
 
+RANDOM = ["--init", "random", "--chunk", "16", "--tokens", "8", "--width", "32", "--blocks", "1", "--ratio", "2", "--lr", "1e-3",
+          "--steps1", "40", "--steps2", "40", "--batch", "4"]
+
+
+@pytest.mark.parametrize("stage, step", [(1, 2), (1, 24), (1, 40), (2, 0), (2, 22)])
+def test_a_resumed_run_ends_with_the_same_bytes(models, tmp_path, monkeypatch, stage, step, capsys):
+    """Interrupted at a check of either stage: the file is that of a run that was left alone, and the state is gone."""
+    def run(name, *flags):
+        return ck.command(lambda: train.main([str(models["a"]), "-o", str(tmp_path / name), "--quiet", *RANDOM, *flags]))
+    assert run("whole") == 0
+    real = train.validate
+    calls = []
+    def stopped(vae, windows, at, *rest):
+        calls.append(at)
+        if calls.count(stage) == step // 2 + 1 and at == stage:
+            raise KeyboardInterrupt
+        return real(vae, windows, at, *rest)
+    monkeypatch.setattr(train, "validate", stopped)
+    assert run("cut") == 130 and not (tmp_path / "cut").exists() and (tmp_path / "cut.state").exists()
+    monkeypatch.setattr(train, "validate", real)
+    assert run("cut") == 1 and "--force" in capsys.readouterr().err              # an unfinished run is not thrown away
+    assert run("cut", "--resume", "--seed", "1") == 1 and "another run" in capsys.readouterr().err
+    assert run("cut", "--resume") == 0
+    assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes() and not (tmp_path / "cut.state").exists()
+
+
+def test_resume_without_a_state_is_one_line(models, tmp_path, capsys):
+    assert ck.command(lambda: train.main([str(models["a"]), "-o", str(tmp_path / "v"), "--resume", "--quiet"])) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "v.state" in error and error.count("\n") == 1
+
+
+def test_a_step_follows_its_schedule_and_clips(models):
+    """One step of AdamW by hand on one parameter: the clipped gradient's sign times the warmed-up rate, less the decay."""
+    config, schedule = VAEConfig(**{**TINY.__dict__, "init": "random"}), train.Schedule(steps1=100, lr=1e-3, batch=4, clip=1e-3, weight_decay=0.1)
+    generator = torch.Generator().manual_seed(0)
+    vae = VAE(config, generator)
+    windows = train.Windows(parents(models["a"]), config, 0.1, generator)
+    run = train.Run(vae, windows, schedule, generator, "cpu", torch.enable_grad(), True, None)
+    optimiser = torch.optim.AdamW(vae.parameters(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.1)
+    before = vae.embed.weight.detach().clone()
+    train.train_step(run, 1, None, 4, 100, optimiser, None)
+    norm = sum(p.grad.square().sum() for p in vae.parameters() if p.grad is not None).sqrt()
+    assert norm.item() == pytest.approx(1e-3, rel=1e-3)
+    rate, grad = 1e-3 * 5 / 10, vae.embed.weight.grad
+    expected = before * (1 - rate * 0.1) - rate * grad / (grad.abs() + 1e-8)
+    torch.testing.assert_close(vae.embed.weight.detach(), expected, rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("flags", [["--ratio", "0"], ["--ratio", "nan"], ["--chunk", "0"], ["--heads", "3", "--width", "128"], ["--heads", "0"], ["--width", "32"], ["--batch", "0"],
                                    ["--steps1", "-1"], ["--holdout", "1"], ["--lr", "0"], ["--init", "zeros"], ["--select", "("]])
 def test_usage_errors(models, tmp_path, flags, capsys):
