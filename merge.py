@@ -19,7 +19,7 @@ from chunking import (PIECE, Adapter, Checkpoint, CheckpointError, FactorFile, F
                       write_folder, write_tensors)
 from lsmerge import (GATE_WINDOWS, Alignment, Codec, Parent, Tally, cast, convex_weights, greedy_soup, inner, lerp, ls_merge, round_trip,
                      slerp_weights, task_weights)
-from train import add_machine_arguments, agree, describe_stage, gather, pick_device, rank_and_size, train_vae, vae_file
+from train import Schedule, add_machine_arguments, agree, describe_stage, gather, pick_device, rank_and_size, train_vae, vae_file
 from vae import VAE, VAEConfig
 
 VERSION = "1.0"
@@ -281,16 +281,16 @@ def training_parents(job):
 
 def get_codecs(arguments, job):
     """([Codec of the target, of source 1, ...], SHA-256 of the VAE files): from files, or one VAE trained on all inputs."""
-    device, dtype, first = pick_device(arguments.device), getattr(torch, arguments.dtype), rank_and_size()[0] == 0
+    device, dtype, (rank, size) = pick_device(arguments.device), getattr(torch, arguments.dtype), rank_and_size()
     if arguments.vae:
         vae, digests = load_vae(arguments.vae)[0], [Checkpoint(arguments.vae).sha256()[0]]
     else:
-        train = lambda: train_vae(training_parents(job), VAEConfig(), seed=job.seed, device=device, quiet=arguments.quiet)
-        vae, stages = gather(agree(lambda: train() if first else None))[0]
+        schedule = Schedule(batch=-(-Schedule.batch // size) * size)       # the same for every process
+        vae, stages = train_vae(training_parents(job), VAEConfig(), schedule, job.seed, device, quiet=arguments.quiet)
         print(*map(describe_stage, stages), sep="\n")
         contents = vae_file(vae, stages, seed=job.seed, select=arguments.select)
         digests = [tensors_sha256(*contents)]
-        if arguments.save_vae and first:
+        if arguments.save_vae and rank == 0:
             write_tensors(arguments.save_vae, *contents)
     codecs = [Codec(vae, device, dtype)]
     if arguments.source_vae:

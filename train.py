@@ -148,20 +148,24 @@ def validate(vae, windows, stage, batch, device):
     return figures
 
 
-def stage_loss(vae, teacher, stage, x_BTC, real_BTC, beta, generator):
-    """The loss of one batch: (total, mse, kl). Stage 1 never touches the neck, so the neck gets no gradient there."""
-    real_BT = real_BTC.any(dim=-1)
+def stage_loss(vae, teacher, stage, x_BTC, real_BTC, beta, generator, ours=(1.0, 1.0), rank=0, size=1):
+    """The loss of one batch: (total, mse, kl). Stage 1 never touches the neck, so the neck gets no gradient there.
+
+    ours: the fraction of the whole batch's weights and chunks that this process holds: the processes' totals then add up to
+    the means over the whole batch, however the padding falls.
+    """
+    real_BT, (weights, chunks) = real_BTC.any(dim=-1), ours
     if stage == 1:
         mse = masked_mse(vae.decode_stream(vae.encode_stream(x_BTC, real_BT), real_BT), x_BTC, real_BTC)
-        return mse / 2, mse, torch.zeros(())
+        return weights * mse / 2, mse, torch.zeros(())
     posterior = vae.encode(x_BTC, real_BT)
-    decoded_BTC = vae.decode(sample(posterior, generator), real_BT)
-    loss = vae_loss(decoded_BTC, posterior, x_BTC, real_BTC, beta, vae.config.true_ratio)
+    decoded_BTC = vae.decode(sample(posterior, generator, rank, size), real_BT)
+    loss = vae_loss(decoded_BTC, posterior, x_BTC, real_BTC, beta, vae.config.true_ratio, weights, chunks)
     if teacher is None:
         return loss
     with torch.no_grad():
         taught_BTC = teacher.decode_stream(teacher.encode_stream(x_BTC, real_BT), real_BT)
-    return loss._replace(total=loss.total + masked_mse(decoded_BTC, taught_BTC, real_BTC) / 2)
+    return loss._replace(total=loss.total + weights * masked_mse(decoded_BTC, taught_BTC, real_BTC) / 2)
 
 
 @dataclass
@@ -217,11 +221,15 @@ def check_held_out(run, stage, step, best):
 
 
 def train_step(run, stage, teacher, step, steps, optimiser, best):
-    """One batch, one step of AdamW: warm-up and cosine, clipping."""
-    schedule, picks = run.schedule, torch.randint(len(run.windows.training), (run.schedule.batch,), generator=run.generator).tolist()
+    """One batch, one step of AdamW: warm-up and cosine, clipping. Under torchrun each process takes its part of the batch."""
+    schedule, (rank, size) = run.schedule, rank_and_size()
+    picks = torch.randint(len(run.windows.training), (schedule.batch,), generator=run.generator).tolist()[rank::size]
     x_BTC, real_BTC = (t.to(run.device) for t in run.windows.read([run.windows.training[i] for i in picks]))
+    counts = gather((int(real_BTC.sum()), int(real_BTC.any(dim=-1).sum())))
+    ours = [mine / sum(every) for mine, every in zip(counts[rank], zip(*counts))]
     with run.autocast:
-        loss = stage_loss(run.vae, teacher, stage, x_BTC, real_BTC, beta_at(step, steps, run.vae.config.beta, schedule.warmup), run.generator)
+        beta = beta_at(step, steps, run.vae.config.beta, schedule.warmup)
+        loss = stage_loss(run.vae, teacher, stage, x_BTC, real_BTC, beta, run.generator, ours, rank, size)
     if not math.isfinite(loss[0].item()):
         raise FloatingPointError(f"stage {stage}: the loss is {loss[0].item()} at step {step}, the last good held-out "
                                  f"NMSE was {best['nmse']:.3e}; fix: lower --lr")
@@ -229,6 +237,9 @@ def train_step(run, stage, teacher, step, steps, optimiser, best):
         group["lr"] = learning_rate(step, steps, schedule.lr, schedule.warmup)
     optimiser.zero_grad(set_to_none=True)
     loss[0].backward()
+    for parameter in run.vae.parameters() if size > 1 else []:
+        if parameter.grad is not None:
+            distributed.all_reduce(parameter.grad)
     torch.nn.utils.clip_grad_norm_(run.vae.parameters(), schedule.clip)
     optimiser.step()
 
@@ -253,7 +264,7 @@ def run_stage(run, stage, teacher, first=None, resumed=None):
             stale = 0 if better else stale + 1
             if step == steps or stale == schedule.patience or figures["nmse"] < CONVERGED:
                 break
-            if run.state:
+            if run.state and rank_and_size()[0] == 0:
                 run.keep((stage, step, best, stale, first), optimiser, best_state, teacher)
         train_step(run, stage, teacher, step, steps, optimiser, best)
     vae.load_state_dict(best_state)
@@ -394,7 +405,7 @@ def main(argv=None):
     arguments = parser.parse_intermixed_args(argv)
     config, schedule = codec_settings(arguments, parser)
     parser.check_select(arguments.select)
-    device = pick_device(arguments.device)
+    device, first = pick_device(arguments.device), rank_and_size()[0] == 0
     checkpoints = [open_checkpoint(path) for path in arguments.checkpoints]
     inputs = [file for checkpoint in checkpoints for file in checkpoint.files]
     check_output(arguments.output, inputs, arguments.force)
@@ -409,7 +420,9 @@ def main(argv=None):
             raise CheckpointError(checkpoint.path, "no tensor is selected", "give --select a pattern that matches its names")
         print(f"{checkpoint.path}: {len(slots)} tensors, {sum(s.numel for s in slots):,} weights")
     print(f"r = {config.true_ratio:g}: {config.chunk} weights -> {config.latent} latent numbers")
-    with open(arguments.log, "a") if arguments.log else contextlib.nullcontext() as stream:
+    if schedule.batch % rank_and_size()[1]:
+        parser.error(f"--batch {schedule.batch} cannot be shared by {rank_and_size()[1]} processes")
+    with open(arguments.log, "a") if arguments.log and first else contextlib.nullcontext() as stream:
         def log(record):
             if stream:
                 print(json.dumps(record, allow_nan=False), file=stream, flush=True)
@@ -417,6 +430,8 @@ def main(argv=None):
                                 arguments.quiet, log, state, arguments.resume)
     for record in stages:
         print(describe_stage(record))
+    if not first:
+        return
     write_tensors(arguments.output, *vae_file(vae, stages, seed=arguments.seed, select=arguments.select, schedule=asdict(schedule)))
     if os.path.exists(state):
         os.unlink(state)

@@ -228,9 +228,14 @@ class VAE(nn.Module):
         return vae, record
 
 
-def sample(posterior, generator):
-    """z = mu + sigma eps, eps ~ N(0, I): the only place where the codec is random, and only through a generator."""
-    eps_BTZ = torch.randn(posterior.mu_BTZ.shape, generator=generator, device=generator.device)
+def sample(posterior, generator, rank=0, size=1):
+    """z = mu + sigma eps, eps ~ N(0, I): the only place where the codec is random, and only through a generator.
+
+    rank, size: these windows are every size-th, from the rank-th on, of a batch that several processes share; each draws
+    the noise of the whole batch, so that the generators stay in step with each other and with that of one process alone.
+    """
+    B, T, Z = posterior.mu_BTZ.shape
+    eps_BTZ = torch.randn((B * size, T, Z), generator=generator, device=generator.device)[rank::size]
     return posterior.mu_BTZ + (0.5 * posterior.logvar_BTZ).exp() * eps_BTZ.to(posterior.mu_BTZ)
 
 
@@ -248,12 +253,13 @@ def kl_divergence(posterior, real_BT):
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean()
 
 
-def vae_loss(decoded_BTC, posterior, x_BTC, real_BTC, beta, ratio):
+def vae_loss(decoded_BTC, posterior, x_BTC, real_BTC, beta, ratio, weights=1.0, chunks=1.0):
     """paper: Eq. 1,  -E_q[log p(w | z)] + beta KL(q(z | w) || N(0, I)).
 
     ours: p(w | z) is a Gaussian of unit variance on standardised weights; divided by the number of weights, and up to
     a constant, Eq. 1 is  mse / 2 + (beta / r) kl,  as there are 1 / r latent numbers per weight.
+    weights, chunks: the fractions of a shared batch that are here (`train.stage_loss`).
     """
     mse = masked_mse(decoded_BTC, x_BTC, real_BTC)
     kl = kl_divergence(posterior, real_BTC.any(dim=-1))
-    return Loss(mse / 2 + beta / ratio * kl, mse, kl)
+    return Loss(weights * mse / 2 + chunks * beta / ratio * kl, mse, kl)

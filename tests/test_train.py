@@ -1,6 +1,8 @@
 """train.py: schedules at their corners, the stages keep to their parts of the network, seeds, refusals."""
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import chunking as ck
 import train
-from conftest import llama_tensors
+from conftest import ROOT, llama_tensors
 from vae import VAE, VAEConfig
 
 TINY = VAEConfig(chunk=16, tokens=8, width=32, blocks=1, heads=2)      # small for testing
@@ -130,6 +132,17 @@ def test_a_resumed_run_ends_with_the_same_bytes(models, tmp_path, monkeypatch, s
     assert run("cut", "--resume", "--seed", "1") == 1 and "another run" in capsys.readouterr().err
     assert run("cut", "--resume") == 0
     assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes() and not (tmp_path / "cut.state").exists()
+
+
+def test_two_processes_train_as_one(models, tmp_path):
+    """torchrun splits each batch: same losses, hence same weights, up to the order of sums. Tensors of 60 windows and 6."""
+    command = lambda *start: [sys.executable, *start, ROOT / "train.py", models["a"], models["big"], "--quiet", "--seed", "3", *RANDOM]
+    subprocess.run([*command(), "-o", tmp_path / "one"], check=True, capture_output=True)
+    subprocess.run([*command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"), "-o", tmp_path / "two"], check=True, capture_output=True)
+    one, two = load_file(tmp_path / "one"), load_file(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-4 * one[name].abs().max().item() + 1e-7, msg=lambda m: f"{name}: {m}")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
 
 
 def test_resume_without_a_state_is_one_line(models, tmp_path, capsys):
