@@ -13,7 +13,7 @@ Owned here: the bytes on disk (no other module opens a checkpoint), what a tenso
 depth, and the statistics of a tensor. Absent on purpose: pickle, mmap (a file truncated under a live mapping
 kills the process; a short `pread` is an error with a name), and any table of architectures: names are enough.
 """
-import argparse, ctypes, difflib, hashlib, itertools, json, math, os, re, shutil, signal, stat, sys, tempfile, warnings
+import argparse, ctypes, difflib, hashlib, itertools, json, math, os, re, shutil, signal, stat, sys, tempfile, threading, warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -245,6 +245,25 @@ def check_config(folder, entries):
             if value and isinstance(config.get(key), int) and config[key] != value]
 
 
+STOP = threading.Event()        # set where a run is given up: the threads that read notice
+
+
+def file_state(path):
+    found = os.stat(path)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def file_sha256(path):
+    """As `sha256sum` prints it."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while data := stream.read(PIECE):
+            if STOP.is_set():
+                raise InterruptedError
+            digest.update(data)
+    return digest.hexdigest()
+
+
 class Checkpoint:
     """A checkpoint opened for reading: `entries` (name -> Entry, natural order), `metadata`, `read`; `folder` (or None);
     `notes`, what a user should know. path: a .safetensors file, an index of shards, or a folder that holds either."""
@@ -255,13 +274,15 @@ class Checkpoint:
         files, self.index = locate(self.path)
         for file in files:                                 # to open a pipe is to wait for ever
             need(os.path.isfile(file), file, "is no regular file", "pass a .safetensors file, or a folder")
-        self._files = {file: open(file, "rb") for file in files}
-        self._seen = self._state()
+        self._open = {file: open(file, "rb") for file in files}
+        self.seen = {file: file_state(file) for file in files}              # what decides the result, as it was
+        self.files = [*files, *filter(None, [self.index])]                  # all that is read
         parts = [read_header(file) for file in files]
         entries, self.metadata = [entry for part, _ in parts for entry in part], parts[0][1]
         if self.index:
             self._check_index(entries)
         self.entries = {entry.name: entry for entry in sorted(entries, key=lambda entry: natural_key(entry.name))}
+        self.stored = self.entries                                          # what a file of this kind holds
         self.notes = check_config(self.folder, entries) if self.folder else []
         if self.index and self.folder and os.path.isfile(stale := os.path.join(self.folder, "model.safetensors")) and stale not in files:
             self.notes.append(f"{stale}: ignored, the index beside it names other files")
@@ -277,36 +298,20 @@ class Checkpoint:
         for name in places:
             need(name in seen, self.index, f"is not in {places[name]}", AGAIN, name)
 
-    weight_files = property(lambda self: list(self._files))
-    stored = property(lambda self: self.entries)                                    # what a file of this kind holds
-    files = property(lambda self: [*self._files, *filter(None, [self.index])])      # all that is read
-
-    def sha256(self):
-        """Digest of each weight file, as `sha256sum` prints it."""
-        digests = []
-        for file in self._files:
-            digest = hashlib.sha256()
-            with open(file, "rb") as stream:
-                while data := stream.read(PIECE):
-                    digest.update(data)
-            digests.append(digest.hexdigest())
-        return digests
-
-    def _state(self):
-        return [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in map(os.stat, self._files)]
-
     def read(self, name, start=0, stop=None):
         """Elements [start, stop) of the flattened tensor, in the stored dtype: (stop - start,)."""
         return self._read(self.entries[name], start, stop)
 
     def _read(self, entry, start=0, stop=None):
         stop = entry.numel if stop is None else min(stop, entry.numel)
+        if STOP.is_set():
+            raise InterruptedError
         if stop <= start:
             return torch.empty(0, dtype=entry.dtype)
         width, got = entry.dtype.itemsize, 0
         buffer = memoryview(bytearray((stop - start) * width))
         while got < len(buffer):                           # a read may return less than asked for (2 GiB at most)
-            step = os.preadv(self._files[entry.file].fileno(), [buffer[got:]], entry.start + start * width + got)
+            step = os.preadv(self._open[entry.file].fileno(), [buffer[got:]], entry.start + start * width + got)
             need(step, entry.file, "the file shrank while it was read", "keep inputs unchanged, run again", entry.name)
             got += step
         return torch.frombuffer(buffer, dtype=entry.dtype)
@@ -315,14 +320,21 @@ class Checkpoint:
 
     def check_unchanged(self):
         """Raises if a file was replaced or rewritten since it was opened."""
-        for file, now, then in zip(self._files, self._state(), self._seen):
-            need(now == then, file, "the file changed while it was read", "keep inputs unchanged, run again")
+        for file, then in self.seen.items():
+            need(file_state(file) == then, file, "the file changed while it was read", "keep inputs unchanged, run again")
 
 
 # --- LoRA adapters (Hu et al. 2022; PEFT's folders): W + s B A with s = alpha / r, rules as in PEFT --------------------
 # Fields of adapter_config.json that change what an adapter does, beyond what is understood here.
 FOREIGN = ("use_dora", "modules_to_save", "lora_bias", "use_qalora", "target_parameters", "trainable_token_indices", "layer_replication",
            "alora_invocation_tokens", "arrow_config", "use_bdlora")
+
+
+def is_regex(text):
+    try:
+        return bool(re.compile(text))
+    except re.error:
+        return False
 
 
 def is_adapter(path): return os.path.isfile(os.path.join(path, "adapter_config.json"))
@@ -344,31 +356,36 @@ class Adapter(Checkpoint):
         need(config.get("peft_type") == "LORA", self._config, f"the adapter is a {config.get('peft_type')!r}, not a LORA", "merge plain LoRA adapters")
         bad = [key for key in FOREIGN if config.get(key)] + ["bias"] * (config.get("bias") not in (None, "none"))
         need(not bad, self._config, f"{bad[0] if bad else ''} is set, which is not supported", "merge plain LoRA adapters")
+        # PiSSA, OLoRA and their like subtract their start from the base: W + s B A would not be the model that was trained.
+        start = config.get("init_lora_weights")
+        need(not isinstance(start, str) or start in ("gaussian", "eva", "orthogonal"), self._config, f"init_lora_weights {start!r} changes the base",
+             "convert it to a plain LoRA with PEFT")
+        patterns = [config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")]
+        need(all(isinstance(table, dict) and all(map(is_regex, table)) for table in patterns), self._config, "rank_pattern or alpha_pattern is no "
+             "table of regular expressions", AGAIN)
         self.transposed = bool(config.get("fan_in_fan_out"))
         for name, entry in self.entries.items():
             found = re.fullmatch(r"base_model\.model\.(.+)\.lora_(A|B)\.weight", name)
-            need(found and entry.is_float and len(entry.shape) == 2, entry.file, "is no factor of a linear map (DoRA, a bias, an embedding, "
+            need(found and entry.is_float and len(entry.shape) == 2 and entry.numel, entry.file, "is no factor of a linear map (DoRA, a bias, an embedding, "
                  "a convolution or a saved module)", "merge plain LoRA adapters", name)
             parts.setdefault(found[1], {})[found[2]] = entry
-        self._stored = self.entries
         for module, pair in parts.items():
             name = next(iter(pair.values())).name
             need(len(pair) == 2, self.path, "its other factor is missing", AGAIN, name)
-            rank = self._pattern(config.get("rank_pattern"), module, config.get("r"))
-            alpha = self._pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+            rank = self._pattern(patterns[0], module, config.get("r"))
+            alpha = self._pattern(patterns[1], module, config.get("lora_alpha"))
             need(type(rank) is int and rank > 0 and isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha, self._config,
                  "r or lora_alpha is no number above 0", AGAIN, name)
             need(pair["A"].shape[0] == pair["B"].shape[1] == rank, self.path, f"factors {pair['B'].shape} and {pair['A'].shape} are not of rank {rank}", AGAIN, name)
             self._factors[module + ".weight"] = pair["A"], pair["B"], alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         self.entries = {name: Entry(name, torch.float32, (b.shape[0], a.shape[1]), a.file, 0) for name, (a, b, _) in self._factors.items()}
-
-    stored = property(lambda self: self._stored)
-    files = property(lambda self: [*self._files, self._config])
+        self.files.append(self._config)
+        self.seen[self._config] = file_state(self._config)
 
     @staticmethod
     def _pattern(table, module, default):
         """The value of the first key that, as a regular expression, matches the end of the module's name."""
-        return next((value for key, value in (table or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
+        return next((value for key, value in table.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
     def factors(self, name):
         """(B, A, s), float64, of a product."""
@@ -397,11 +414,8 @@ class Folded(Checkpoint):
             shape = delta.shape[::-1] if self.adapter.transposed else delta.shape
             need(self.entries[name].shape == shape, self.adapter.path, f"adds {shape}, the base has {self.entries[name].shape}",
                  "pass the base that the adapter was trained on", name)
-
-    files = property(lambda self: [*super().files, *self.adapter.files])
-    weight_files = property(lambda self: [*super().weight_files, *self.adapter.weight_files])
-
-    def sha256(self): return super().sha256() + self.adapter.sha256()
+        self.seen |= self.adapter.seen
+        self.files += self.adapter.files
 
     def read(self, name, start=0, stop=None):
         own = super().read(name, start, stop)
@@ -409,27 +423,29 @@ class Folded(Checkpoint):
             return own
         return (own.double() + self.adapter.read(name, start, stop, self.adapter.transposed)).to(own.dtype)
 
-    def check_unchanged(self):
-        super().check_unchanged()
-        self.adapter.check_unchanged()
-
 
 class FactorFile:
     """Stands before a TensorFile: takes the pieces of merged products, writes factors of the target's rank.
 
     The best of them (Eckart-Young) within the span of all parents' B, where an affine merge lies anyway; so that a product
     M, however large, is never held, only Q^T M:   Q R = [B_1 B_2 ...],   U S V^T = Q^T M,   B = Q U sqrt(S) / s,   A = sqrt(S) V^T
+    N adapters of rank r span up to N r directions: what is cut off is in `lost`, [(|cut|^2, |M|^2), ...].
     """
 
-    def __init__(self, file, adapters):
-        self.file, self.adapters, self._open = file, adapters, {}
+    def __init__(self, file, adapters, spanned):
+        self.file, self.adapters, self.spanned, self.lost, self._open = file, adapters, spanned, [], {}
+
+    def copy(self, name):
+        """The target's own factors, bit for bit."""
+        for entry in self.adapters[0]._factors[name][:2]:
+            self.file.put(entry.name, 0, self.adapters[0]._read(entry))
 
     def put(self, name, start, piece):
         """Pieces of one product come in order, from one thread."""
-        target, (rows, columns) = self.adapters[0], self.adapters[0].entries[name].shape
-        if start == 0:
-            spanned = [a.factors(name)[0] for a in self.adapters if name in a.entries and a.entries[name].shape == (rows, columns)]
-            basis = torch.linalg.qr(torch.cat(spanned, 1)).Q if len(spanned) == len(self.adapters) else torch.eye(rows, dtype=torch.float64)
+        rows, columns = self.adapters[0].entries[name].shape
+        if start == 0:                                     # across shapes nothing is known of the span
+            known = [a.factors(name)[0] for a in self.adapters if name in a.entries]
+            basis = torch.linalg.qr(torch.cat(known, 1)).Q if self.spanned else torch.eye(rows, dtype=torch.float64)
             self._open[name] = basis, torch.zeros(basis.shape[1], columns, dtype=torch.float64)
         basis, core = self._open[name]
         first, last = start // columns, -(-(start + len(piece)) // columns)
@@ -437,13 +453,17 @@ class FactorFile:
         block[start - first * columns:][:len(piece)] = piece.double()
         core += basis[first:last].T @ block.reshape(-1, columns)
         if start + len(piece) == rows * columns:
-            a, b, scale = target._factors[name]
-            u, s, v = torch.linalg.svd(self._open.pop(name)[1], full_matrices=False)
-            r, root = a.shape[0], s.sqrt()
-            factor_b, factor_a = torch.zeros(rows, r, dtype=torch.float64), torch.zeros(r, columns, dtype=torch.float64)
-            factor_b[:, :len(s)], factor_a[:len(s)] = (basis @ (u * root))[:, :r] / scale, (root[:, None] * v)[:r]
-            for entry, factor in ((a, factor_a), (b, factor_b)):
-                self.file.put(entry.name, 0, factor.reshape(-1).to(entry.dtype))
+            self._finish(name, *self._open.pop(name))
+
+    def _finish(self, name, basis, core):
+        a, b, scale = self.adapters[0]._factors[name]
+        u, s, v = torch.linalg.svd(core, full_matrices=False)
+        r, root = a.shape[0], s.sqrt()
+        factor_b, factor_a = torch.zeros(b.shape, dtype=torch.float64), torch.zeros(a.shape, dtype=torch.float64)
+        factor_b[:, :len(s)], factor_a[:len(s)] = (basis @ (u * root))[:, :r] / scale, (root[:, None] * v)[:r]
+        self.lost.append((s[r:].square().sum().item(), s.square().sum().item()))
+        for entry, factor in ((a, factor_a), (b, factor_b)):
+            self.file.put(entry.name, 0, factor.reshape(-1).to(entry.dtype))
 
 
 # --- Writing. The library's save_file wants all tensors at once, orders the metadata at random and ignores the umask. ---
@@ -500,12 +520,12 @@ def sync(path):
         os.close(handle)
 
 
-def write_checkpoint(path, entries, fill, metadata, accept=lambda: None):
+def write_checkpoint(path, entries, fill, metadata):
     """Write a safetensors file; the old one, if any, stays as it is until everything is right.
 
     Args:    entries   what the file shall hold (names, dtypes, shapes)
-             fill      called with the open TensorFile: puts every element of every tensor
-             accept    called when all is written: what it raises (a failed gate) leaves the old file untouched
+             fill      called with the open TensorFile: puts every element of every tensor; what it raises (a failed gate)
+                       leaves the old file untouched
     Raises:  CheckpointError, OSError; on any exception the temporary file is removed
     """
     path = os.path.realpath(path)                          # a symbolic link is written through, not replaced
@@ -520,7 +540,6 @@ def write_checkpoint(path, entries, fill, metadata, accept=lambda: None):
         fill(file)
         assert sum(file.written) == sum(entry.numel for entry in entries), "pieces do not cover the file"
         os.fsync(handle)
-        accept()
         _reopen(temporary, path, entries)
         os.fchmod(handle, stat.S_IMODE(os.stat(path).st_mode) if os.path.exists(path) else umask_mode(0o666))
         os.replace(temporary, path)
@@ -575,7 +594,7 @@ MODEL_FILE = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.j
 
 
 def companions(folder):
-    """Files of a model folder that go with the weights: configuration, tokenizer, templates, code, licence."""
+    """Files of a model folder that go with the weights: configuration, tokenizer, templates, code, licence. No subfolders."""
     return [os.path.join(folder, name) for name in sorted(os.listdir(folder))
             if not NO_COMPANION.search(name) and os.path.isfile(os.path.join(folder, name))]
 
@@ -596,6 +615,7 @@ def write_folder(path, copies, write, name="model.safetensors"):
         if os.path.exists(old := os.path.join(path, name)):
             os.chmod(os.path.join(staging, name), stat.S_IMODE(os.stat(old).st_mode))
         os.chmod(staging, stat.S_IMODE(os.stat(path).st_mode) if os.path.exists(path) else umask_mode(0o777))
+        refuse_strangers(path, os.listdir(staging))        # again: a run takes its time
         os.rename(staging, path) if not os.path.exists(path) else _exchange(staging, path)
     except OSError as error:
         error.filename = path if str(error.filename or staging).startswith(staging) else error.filename
@@ -609,9 +629,20 @@ def _exchange(new, old):
     """Swap two folders in one step (Linux: renameat2 with RENAME_EXCHANGE); where that is missing, in two renames."""
     swap = getattr(ctypes.CDLL(None), "renameat2", lambda *_: -1)
     if swap(-100, os.fsencode(new), -100, os.fsencode(old), 2) != 0:
-        os.rename(old, new + ".old")
-        os.rename(new, old)
-        os.rename(new + ".old", new)
+        os.rename(old, aside := new + ".old")
+        try:
+            os.rename(new, old)
+        except OSError:
+            os.rename(aside, old)
+            raise
+        os.rename(aside, new)
+
+
+def refuse_strangers(path, names):
+    """A folder that holds anything but a model, and so more than a new result may replace."""
+    held = sorted(os.listdir(path)) if os.path.isdir(path) else []
+    others = [n for n in held if os.path.isdir(os.path.join(path, n)) or n not in names and not MODEL_FILE.fullmatch(n)]
+    need(not others, path, f"the folder also holds {', '.join(others[:5])}", "move that away, or choose another -o")
 
 
 def check_output(path, inputs, force, folder=None):
@@ -621,16 +652,17 @@ def check_output(path, inputs, force, folder=None):
     """
     real = os.path.realpath(path)
     parent, exists = os.path.dirname(real), os.path.exists(real)
-    twins = [f for f in inputs if exists and (os.path.samefile(real, f) or os.path.realpath(f).startswith(real + os.sep))]
+    # Where an input lies, and where it is said to lie: a folder of links, as the Hugging Face cache has, leads elsewhere.
+    places = lambda f: (os.path.realpath(f), os.path.join(os.path.realpath(os.path.dirname(f)), os.path.basename(f)))
+    twins = [f for f in inputs if exists and (os.path.samefile(real, f) or any(p.startswith(real + os.sep) for p in places(f)))]
     need(not twins, path, f"the output is the input {', '.join(map(str, twins[:3]))}", "choose another -o")
     if folder is None:
         need(os.path.isfile(real) or not exists, path, "the output is no regular file", "give the name of a file")
     else:
         need(os.path.isdir(real) or not exists, path, "the output is no folder", "a folder as TARGET gives a folder: choose another -o")
-        held = sorted(os.listdir(real)) if exists else []
-        exists = bool(held)
-        others = [n for n in held if os.path.isdir(os.path.join(real, n)) or n not in folder and not MODEL_FILE.fullmatch(n)]
-        need(not others or not force, path, f"the folder also holds {', '.join(others[:5])}", "move that away, or choose another -o")
+        exists = exists and bool(os.listdir(real))
+        if force:
+            refuse_strangers(real, folder)
     need(force or not exists, path, "the output exists", "choose another -o, or pass --force")
     need(os.path.isdir(parent), path, "its folder does not exist", "create the folder first")
     need(os.access(parent, os.W_OK), path, "its folder is not writable", "choose another -o")
@@ -808,17 +840,16 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
     def check_select(self, pattern):
-        try:
-            re.compile(pattern or "")
-        except re.error as error:
-            self.error(f"--select {pattern!r} is not a regular expression ({error})")
+        if not is_regex(pattern or ""):
+            self.error(f"--select {pattern!r} is not a regular expression")
 
 
 def command(run):
     """Run a command. What a file, a disk or the data can cause is one line on stderr and exit code 1; 130 interrupted,
-    143 terminated. Both signals unwind the stack, so that `write_checkpoint` removes its temporary file."""
+    143 terminated. Signals unwind the stack, so that `write_checkpoint` removes its temporary file."""
     sys.stdout.reconfigure(errors="backslashreplace")      # a path may hold bytes that are no text
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for sent in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(sent, lambda number, _: sys.exit(128 + number))
     if os.environ.get("RANK", "0") != "0":                 # under torchrun the first process speaks for all
         sys.stdout = sys.stderr = open(os.devnull, "w")
     try:

@@ -29,6 +29,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Callable, NamedTuple
 
+import numpy as np
 import torch
 
 import align as ot
@@ -93,7 +94,9 @@ class Parent(NamedTuple):
         C, T = self.codec.C, self.codec.T
         begin = first // T * T
         # Seeded by the place, so that the same draw comes back whenever these chunks are asked for again.
-        generator = torch.Generator().manual_seed(((self.seed * 1009 + self.index) * 2 ** 31 + begin) % 2 ** 62) if self.samples else None
+        # (Mixed by numpy, since torch's generator looks at the low 32 bits of a seed only.)
+        mixed = np.random.SeedSequence([self.seed, self.index, begin]).generate_state(1)[0]
+        generator = torch.Generator().manual_seed(int(mixed)) if self.samples else None
         z_NZ = self.codec.encode(self.read(begin * C, -(-last // T) * T * C), self.slot, self.samples, generator, self.prior)
         return z_NZ[first - begin:last - begin]
 
@@ -325,7 +328,8 @@ def ls_merge(target, sources, weights, slerp=False, how=Alignment(), residual=Fa
     """
     C, L, slot, tally = target.codec.C, target.slot.numel, target.slot, Tally() if tally is None else tally
     step, parents = piece_chunks(target, sources, how), [target, *sources]
-    begin = lambda: [Transport(target, s, how, step, torch.Generator().manual_seed(seed + i)) for i, s in enumerate(sources)]
+    begin = lambda: [Transport(target, s, how, step, torch.Generator().manual_seed((seed + i * 0x9E3779B1) % 2 ** 32))
+                     for i, s in enumerate(sources)]
 
     def codes(j0, j1):
         z_target_JZ = target.latents(j0, j1)                                                # line 2

@@ -6,16 +6,16 @@ Decides which tensors meet (`plan_merge`), gets a VAE (from a file, or trained o
 tensors into a new file (`ls_merge`, one tensor after another), checks itself on the user's own weights (`gates`), and
 reports. Nothing mathematical here. lambda = 0 is the target's round trip, lambda = 1 the source's.
 """
-import contextlib, json, math, os, re, shlex, subprocess, sys, tempfile, threading, time
+import contextlib, functools, json, math, os, re, shlex, subprocess, sys, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
 
 import align as ot
-from chunking import (PIECE, Adapter, Checkpoint, CheckpointError, FactorFile, Folded, Parser, Place, TensorFile, check_output, command,
-                      companions, is_adapter, is_selected, measure, need, open_checkpoint, place, plan_file, spans, tensors_sha256, write_checkpoint,
+from chunking import (STOP, Adapter, Checkpoint, CheckpointError, FactorFile, Folded, Parser, Place, TensorFile, check_output, command,
+                      companions, file_sha256, is_adapter, is_selected, measure, need, open_checkpoint, place, plan_file, spans, tensors_sha256, write_checkpoint,
                       write_folder, write_tensors)
 from lsmerge import (GATE_WINDOWS, Alignment, Codec, Parent, Tally, cast, convex_weights, greedy_soup, inner, lerp, ls_merge, round_trip,
                      slerp_weights, task_weights)
@@ -94,7 +94,7 @@ def shared(mine, theirs):
     """Leading elements that two tensors have in common: all where shapes agree, whole rows of two vocabularies, else 0."""
     if theirs is None or not theirs.is_float or mine.shape[1:] != theirs.shape[1:] or len(mine.shape) != len(theirs.shape):
         return 0
-    return min(mine.numel, theirs.numel) if mine.shape == theirs.shape or place(mine.name).role in ("embed", "head") else 0
+    return min(mine.numel, theirs.numel) if mine.shape == theirs.shape or place(mine.name).role.split(".")[0] in ("embed", "head") else 0
 
 
 def rest_task(entry, sources, names, tied):
@@ -117,6 +117,9 @@ def plan_merge(target, sources, pattern=None, align="auto", by="depth", control=
     """
     encoded = [e.name for e in target.entries.values() if is_selected(e, pattern)]
     need(encoded, target.path, "no tensor is selected", "give --select a pattern that matches its names")
+    tied = twins(target)
+    for pair in tied.items():
+        need(not set(encoded) & {*pair}, target.path, f"is tied to {pair[1]!r}, which encoding would undo", "narrow --select", pair[0])
     prefixes = [spelling(target, source, encoded) for source in sources]
     names = [lambda name, mine=mine, theirs=theirs: theirs + name[len(mine):] if name.startswith(mine) else name for mine, theirs in prefixes]
     fits = lambda source, mine, theirs: theirs in source.entries and (
@@ -130,7 +133,7 @@ def plan_merge(target, sources, pattern=None, align="auto", by="depth", control=
         need(any(paired.values()), source.path, "no tensor pairs with one of the target by layer and role",
              "names are unknown or ambiguous: see chunking.ROLES, or narrow --select")
     mixed = kind == "same-shape" and method == "none" and not control
-    tasks, chosen, tied = [], set(encoded), twins(target) if mixed else {}
+    tasks, chosen = [], set(encoded)
     for name, entry in target.entries.items():
         if name in chosen:
             partners = tuple((i, paired[name]) for i, paired in enumerate(pairs) if paired[name])
@@ -172,7 +175,7 @@ class Job:
     residual: bool = False
     seed: int = 0
     samples: int = 0
-    stopped: threading.Event = field(default_factory=threading.Event)
+    select: str | None = None
 
     def weights(self, task):
         """The parents' weights for this tensor; a source without a partner leaves its share to the target."""
@@ -180,14 +183,13 @@ class Job:
             return task_weights(self.lam)
         return convex_weights([self.lam[index] for index, _ in task.partners])
 
-    def reader(self, index, name):
-        """(start, stop) -> those elements of a parent's tensor. Where a run is given up, its threads notice here."""
-        checkpoint = [self.target, *self.sources][index]
-        def read(start, stop):
-            if self.stopped.is_set():
-                raise InterruptedError
-            return checkpoint.read(name, start, stop)
-        return read
+    def alone(self, task):
+        """Only the target is left."""
+        return task.action == "copied" or not any(self.weights(task)[1:])
+
+    def kept(self, task):
+        """The target's own bytes: nothing is encoded, or all that the codec lost comes back."""
+        return self.alone(task) and (task.action != "encoded" or self.space == "weight" or self.residual and not self.samples)
 
     def share(self):
         """Numbers of the tensors that fall to this process (torchrun), the largest first: each to whoever has least so far."""
@@ -202,30 +204,34 @@ class Job:
 
 
 @contextlib.contextmanager
-def workers():
+def workers(most=WORKERS):
     """A pool of one thread per core, each with a tensor of its own: reading, computing and writing overlap, and no core waits
     for another after each of many small operations, as within torch's. (The bytes then do not depend on their number.)"""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(min(threads, WORKERS))
+    count = min(threads, most)
+    torch.set_num_threads(threads // count)
+    pool = ThreadPoolExecutor(count)
     try:
         yield pool
+    except BaseException:
+        STOP.set()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
+        STOP.clear()
 
 
 def merge_tensor(job, codecs, number, put):
     """Merge one tensor, piece by piece into `put`; its Tally.  `codecs`: the target's, then one per source."""
     task, tally = job.tasks[number], Tally()
     name, entry, weights = task.name, job.target.entries[task.name], job.weights(task)
-    readers = [job.reader(0, name), *(job.reader(i + 1, other) for i, other in task.partners)]
-    alone = task.action == "copied" or not any(weights[1:])             # only the target is left
+    readers = [functools.partial(job.target.read, name), *(functools.partial(job.sources[i].read, other) for i, other in task.partners)]
     if task.action == "encoded" and job.space == "latent":
         seed = job.seed * 1_000_003 + number
         parents = [Parent(read, slot, codecs[k], k, job.samples, seed)
                    for read, slot, k in zip(readers, task.slots, task.indices)]
-        if not (alone and job.residual and not job.samples):
+        if not job.kept(task):
             for start, piece in ls_merge(parents[0], parents[1:], weights, job.operator == "slerp", job.how, job.residual, seed, tally):
                 put(name, start, piece)
             return tally
@@ -237,7 +243,7 @@ def merge_tensor(job, codecs, number, put):
     for start, stop in [*spans(common), *rest]:
         mine = task.action == "copied" or start >= common > 0
         raw = [read(start, stop) for read in readers[:1 if mine else None]]
-        piece = raw[0] if alone or mine else cast(lerp([part.double() for part in raw], weights), entry)
+        piece = raw[0] if mine or job.alone(task) else cast(lerp([part.double() for part in raw], weights), entry)
         if task.action == "encoded":
             known = zip(task.indices, task.slots, raw)
             tally.add_distances(piece, {k: part.double() for k, slot, part in known if slot.shape == entry.shape}, weights)
@@ -250,13 +256,17 @@ def merge_share(job, codecs, file, bar):
     def put(name, start, piece):
         file.put(name, start, piece)
         bar.update(piece.numel())
+
+    def one(number):
+        task = job.tasks[number]
+        if isinstance(file, FactorFile) and job.kept(task):
+            file.copy(task.name)
+            return merge_tensor(job, codecs, number, lambda *_: None)
+        return merge_tensor(job, codecs, number, put)
     mine = job.share()
-    with workers() as pool:
-        try:
-            return dict(zip(mine, pool.map(lambda number: merge_tensor(job, codecs, number, put), mine)))
-        except BaseException:
-            job.stopped.set()
-            raise
+    # A transport problem of Sinkhorn's fills its memory limit: one at a time.
+    with workers(1 if job.how.method == "sinkhorn" else WORKERS) as pool:
+        return dict(zip(mine, pool.map(one, mine)))
 
 
 # --- The codec -------------------------------------------------------------------------------------------------------
@@ -283,7 +293,7 @@ def get_codecs(arguments, job):
     """([Codec of the target, of source 1, ...], SHA-256 of the VAE files): from files, or one VAE trained on all inputs."""
     device, dtype, (rank, size) = pick_device(arguments.device), getattr(torch, arguments.dtype), rank_and_size()
     if arguments.vae:
-        vae, digests = load_vae(arguments.vae)[0], [Checkpoint(arguments.vae).sha256()[0]]
+        vae, digests = load_vae(arguments.vae)[0], [file_sha256(file) for file in Checkpoint(arguments.vae).files]
     else:
         schedule = Schedule(batch=-(-Schedule.batch // size) * size)       # the same for every process
         vae, stages = train_vae(training_parents(job), VAEConfig(), schedule, job.seed, device, quiet=arguments.quiet)
@@ -295,7 +305,7 @@ def get_codecs(arguments, job):
     codecs = [Codec(vae, device, dtype)]
     if arguments.source_vae:
         codecs.append(Codec(load_vae(arguments.source_vae)[0], device, dtype))
-        digests += Checkpoint(arguments.source_vae).sha256()
+        digests += [file_sha256(file) for file in Checkpoint(arguments.source_vae).files]
     return codecs[:1] + codecs[-1:] * len(job.sources), digests
 
 
@@ -369,8 +379,8 @@ def print_report(report, job):
     print(f"tensors: {t['encoded']} encoded + {t['averaged']} averaged + {t['copied']} copied = {t['total']}; weights encoded: "
           f"{t['weights_encoded']:,} of {t['weights_total']:,} ({t['weights_encoded'] / max(1, t['weights_total']):.1%})")
     for why in dict.fromkeys(task.why for task in job.tasks if task.why):
-        names = [task.name for task in job.tasks if task.why == why]
-        print(f"  copied, {why}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}")
+        names, action = zip(*((task.name, task.action) for task in job.tasks if task.why == why))
+        print(f"  {action[0]}, {why}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}")
     print(f"distance over the target's norm: to the target {show(d['to_target'])}, "
           + "".join(f"to source {i + 1} {show(v)}, " for i, v in enumerate(d["to_source"])) + f"to the plain average {show(d['to_average'])}")
     if report["alignment"]:
@@ -388,10 +398,10 @@ def metadata_of(job, digests, vae):
     """Provenance in the result's header: strings; no time and no path, so that equal runs give equal bytes. `digests`: per
     parent, the SHA-256 of its weight files; `vae`: of the VAE files."""
     facts = {"version": VERSION, "operator": job.operator, "space": job.space, "align": job.how.method, "control": job.how.control or "",
-             "lambda": ",".join(f"{value:g}" for value in job.lam), "residual": "yes" if job.residual else "", "seed": str(job.seed),
-             "samples": str(job.samples or ""),
+             "lambda": ",".join(map(repr, job.lam)), "residual": "yes" if job.residual else "", "seed": str(job.seed),
+             "samples": str(job.samples or ""), "select": job.select or "", "epsilon": str(job.how.epsilon) if job.how.method == "sinkhorn" else "",
              "sha256.target": ",".join(digests[0]), "sha256.vae": ",".join(vae)}
-    facts |= {f"sha256.source{i}": ",".join(files) for i, files in enumerate(digests) if i}
+    facts |= {f"sha256.{f'source{i}' if i <= len(job.lam) else 'base'}": ",".join(files) for i, files in enumerate(digests) if i}
     return {f"lsmerge.{key}": value for key, value in facts.items() if value}
 
 
@@ -415,7 +425,7 @@ def matmul_rate(dtype):
 
 def print_plan(kind, job, a):
     """--dry-run: who meets whom, how much, how long."""
-    actions, digests = by_action(job), [["0" * 64] * len(c.weight_files) for c in (job.target, *job.sources)]
+    actions, digests = by_action(job), [["0" * 64] * len(c.seen) for c in (job.target, *job.sources)]
     encoded, vae_digests = actions["encoded"], ["0" * 64] * (1 + bool(a.source_vae)) if job.space == "latent" else []
     for task in encoded:
         print(f"  {task.name} {list(task.slots[0].shape)}" + "".join(f" <- {job.sources[i].path}: {name}" for i, name in task.partners))
@@ -433,7 +443,11 @@ def print_plan(kind, job, a):
         passes += sum(task.slots[0].numel for task in encoded)
         flops = sum(p.numel() for p in vae.parameters()) * passes / C      # 2 per parameter, halved: encoder or decoder
         print(f"estimated: {flops / matmul_rate(getattr(torch, a.dtype)):.0f} s for the codec{'' if a.vae else ', after training a VAE'}")
-    print(f"estimated peak of anonymous memory: {(PeakMemory.now() or 200) + OVERHEAD + min(torch.get_num_threads(), WORKERS) * PER_PARENT * parents:.0f} MiB")
+    threads, transport = min(torch.get_num_threads(), WORKERS), 0
+    if job.how.method == "sinkhorn":                       # cost, kernel and a scratch of half their size, one problem at a time
+        pairs = [[slot.n_chunks(VAEConfig().chunk) for slot in task.slots] for task in encoded]
+        threads, transport = 1, max(2.5 * min(ot.LIMIT_BYTES, 8 * mine * other) / 2 ** 20 for mine, *others in pairs for other in others)
+    print(f"estimated peak of anonymous memory: {(PeakMemory.now() or 200) + OVERHEAD + threads * PER_PARENT * parents + transport:.0f} MiB")
 
 
 def write_report(path, report):
@@ -536,13 +550,17 @@ def check_operator(a, parser, sources):
         parser.error("--operator task-arithmetic needs --base")
     if (a.eval is None) == (a.operator == "greedy-soup"):
         parser.error("--operator greedy-soup and --eval go together")
+    try:
+        shlex.split(a.eval or "")
+    except ValueError as error:
+        parser.error(f"--eval {a.eval!r}: {error}")
     if a.dry_run and a.eval:
         parser.error("--dry-run evaluates nothing: drop it, or --eval")
 
 
-def default_lam(kind, count):
-    """paper: the best lambda across shapes lies in 0.05 .. 0.20; ours: a uniform share for equal shapes."""
-    return [0.1 / count if kind == "cross-shape" else 1 / (count + 1)] * count
+def default_lam(kind, count, operator):
+    """paper: the best lambda across shapes lies in 0.05 .. 0.20; ours: a uniform share for equal shapes; a soup is uniform."""
+    return [0.1 / count if kind == "cross-shape" and operator != "soup" else 1 / (count + 1)] * count
 
 
 def open_parents(a):
@@ -571,10 +589,11 @@ def open_job(a):
     copies = companions(folder) if folder else []
     if isinstance(target, Adapter):
         a.weights_name = "adapter_model.safetensors"
-    inputs = [f for c in (target, *sources) for f in c.files] + [*copies, *filter(None, (a.vae, a.source_vae))]
+    vaes = [Checkpoint(path) for path in (a.vae, a.source_vae) if path]
+    inputs = [f for c in (target, *sources, *vaes) for f in c.files] + copies
     outputs = [] if a.dry_run else [path for path in (a.output, a.save_vae, a.report) if path]
     for i, path in enumerate(outputs):
-        check_output(path, inputs, a.force or path == a.report,
+        check_output(path, inputs, a.force,
                      {a.weights_name, *map(os.path.basename, copies)} if folder and path == a.output else None)
         need(os.path.realpath(path) not in map(os.path.realpath, outputs[:i]), path, "two outputs in one file", "give each its own")
         need(not os.path.realpath(path).startswith(os.path.realpath(a.output) + os.sep), path, "lies in the result's folder, which is "
@@ -588,18 +607,18 @@ def open_job(a):
     how = Alignment(method, a.control, a.epsilon or ot.EPSILON)
     a.copies = copies if folder else None
     samples = a.samples if a.samples is not None else 0 if sources or a.roundtrip else SAMPLES
-    lam = a.lam or default_lam(kind, len(a.models) - 1)
-    return kind, Job(target, sources, tasks, lam, a.operator, a.space, how, a.residual, a.seed, samples)
+    lam = a.lam or default_lam(kind, len(a.models) - 1, a.operator)
+    return kind, Job(target, sources, tasks, lam, a.operator, a.space, how, a.residual, a.seed, samples, a.select)
 
 
 def measure_share(job):
-    """({number: Task with its statistics} of this process's tensors, {parent: SHA-256 of its weight files})."""
+    """({number: Task with its statistics} of this process's tensors, {file: its SHA-256} of its files)."""
     rank, size = rank_and_size()
-    parents = list(enumerate([job.target, *job.sources]))[rank::size]
+    files = sorted({file for checkpoint in (job.target, *job.sources) for file in checkpoint.seen})[rank::size]
     with workers() as pool:
-        digests = pool.map(lambda parent: parent[1].sha256(), parents)
+        digests = pool.map(file_sha256, files)
         tasks = pool.map(lambda n: (n, measure_task(job.tasks[n], job.target, job.sources)), job.share())
-        return dict(tasks), dict(zip((i for i, _ in parents), digests))
+        return dict(tasks), dict(zip(files, digests))
 
 
 def print_notes(job, digests, folder):
@@ -608,33 +627,43 @@ def print_notes(job, digests, folder):
             print(f"note: {note}")
         if index and digests[index] == digests[0]:
             print(f"note: {checkpoint.path} is the target itself, byte for byte: the result is its round trip")
+    inner = [n for n in os.listdir(job.target.folder or ".") if os.path.isdir(os.path.join(job.target.folder, n)) and n[0] != "."] if job.target.folder else []
+    if inner:
+        print(f"note: subfolders of {job.target.folder} are not copied: {', '.join(sorted(inner)[:5])}")
     left = [name for name in os.listdir(folder) if name.startswith(".lsmerge-") and name.endswith(".tmp")]
     if left:
         print(f"note: {folder} holds {', '.join(left)} of another run: delete them if it is no longer going on")
 
 
-def write_output(path, a, job, codecs, metadata, accept):
+def write_output(path, a, kind, job, codecs, metadata, accept=None):
     """Merge into a file or folder. Under torchrun the first process makes the file, all fill it, the first one ends it."""
     entries = list(job.target.stored.values())
     bar = tqdm(total=sum(e.numel for e in job.target.entries.values()), unit="weights", unit_scale=True, leave=False,
                disable=True if a.quiet or rank_and_size()[0] else None)
     def fill(file):
-        sink = FactorFile(file, [job.target, *job.sources]) if isinstance(job.target, Adapter) else file
-        found = gather((agree(lambda: merge_share(job, codecs, sink, bar)), file.written))
-        file.written = [n for _, written in found for n in written]
-        return {number: tally for tallies, _ in found for number, tally in tallies.items()}
-    tallies = {}
+        sink = FactorFile(file, [job.target, *job.sources], kind == "same-shape") if isinstance(job.target, Adapter) else file
+        tallies = agree(lambda: merge_share(job, codecs, sink, bar))
+        os.fsync(file.handle)                              # of every process: the file may lie on other machines' disks
+        found = gather((tallies, file.written, sink.lost if sink is not file else []))
+        file.written = [n for _, written, _ in found for n in written]
+        lost = [sum(column) for column in zip(*(pair for _, _, cut in found for pair in cut))]
+        if lost and lost[1] > 0 and accept is not None:
+            print(f"factors of the target's rank hold all but {math.sqrt(lost[0] / lost[1]):.1%} of the merged products (Frobenius norm)")
+        return {number: tally for tallies, _, _ in found for number, tally in tallies.items()}
+
     def begin(file):
         gather(file.path)
-        tallies.update(fill(file))
+        tallies = fill(file)
+        if accept:
+            accept(tallies)
     if rank_and_size()[0]:
         fill(TensorFile(gather(None)[0], entries, metadata))
     else:
-        write = lambda path: write_checkpoint(path, entries, begin, metadata, lambda: accept(tallies))
+        write = lambda path: write_checkpoint(path, entries, begin, metadata)
         write(path) if a.copies is None else write_folder(path, a.copies, write, a.weights_name)
 
 
-def choose_soup(a, job, codecs, metadata):
+def choose_soup(a, kind, job, codecs, metadata):
     """lambda of the greedy soup: each candidate is merged into a scratch file beside the output, scored and removed."""
     count, first = len(job.sources) + 1, rank_and_size()[0] == 0
     bar = tqdm(total=2 * count - 1, unit="evaluation", leave=False, disable=True if a.quiet or not first else None)
@@ -642,7 +671,7 @@ def choose_soup(a, job, codecs, metadata):
         lam = [1 / len(kept) if index in kept else 0.0 for index in range(1, count)]
         with tempfile.TemporaryDirectory(prefix=".lsmerge-", suffix=".tmp", dir=os.path.dirname(os.path.realpath(a.output))) as scratch:
             path = os.path.join(scratch, "candidate" if a.copies is not None else "candidate.safetensors")
-            write_output(path, a, replace(job, lam=lam), codecs, metadata, lambda tallies: None)
+            write_output(path, a, kind, replace(job, lam=lam), codecs, metadata)
             value = gather(agree(lambda: run_evaluation(a.eval, path) if first else None))[0]
         bar.update()
         print(f"soup of {', '.join(a.models[index] for index in kept)}: {value:.6g}")
@@ -652,40 +681,34 @@ def choose_soup(a, job, codecs, metadata):
     return [1 / len(kept) if index in kept else 0.0 for index in range(1, count)]
 
 
-NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?(nan|inf)", re.I)
 
 
 def run_evaluation(line, path):
     """The last number that a command prints, given a checkpoint's path."""
-    done = subprocess.run([*shlex.split(line), path], capture_output=True, text=True)
-    numbers = [token for token in (word.strip(",;:()[]{}%") for word in done.stdout.split()) if NUMBER.fullmatch(token)]
+    done = subprocess.run([*shlex.split(line), path], capture_output=True, text=True, errors="replace")
+    numbers = [word for word in re.split(r"[\s=:,;()\[\]{}%]+", done.stdout) if NUMBER.fullmatch(word)]      # a path's digits are none
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
     need(done.returncode == 0, "--eval", f"{line!r} failed with exit code {done.returncode}: {last}", "run it by hand on one of the parents")
-    need(numbers and math.isfinite(float(numbers[-1])), "--eval", f"{line!r} printed no number", "print the score last")
+    need(numbers and math.isfinite(float(numbers[-1])), "--eval", f"{line!r} printed no number last", "print the score last")
     return float(numbers[-1])
 
 
-class Laps(dict):
-    """Seconds of each stage, from the end of the last."""
-
-    def __init__(self): self.clock = time.perf_counter()
-
-    def end(self, stage):
-        self[stage], self.clock = time.perf_counter() - self.clock, time.perf_counter()
-
-
 def run(a, memory):
-    seconds, report, bound = Laps(), {}, a.max_nmse or MAX_NMSE
+    seconds, clock, report, bound = {}, time.perf_counter(), {}, a.max_nmse or MAX_NMSE
+    def lap(stage):
+        nonlocal clock
+        seconds[stage], clock = time.perf_counter() - clock, time.perf_counter()
     kind, job = agree(lambda: open_job(a))
-    found = gather(agree(lambda: measure_share(job)))
-    tasks, digests = ([value for _, value in sorted(kv for part in parts for kv in part.items())] for parts in zip(*found))
-    job = replace(job, tasks=tasks)
+    measured, hashes = ({k: v for part in parts for k, v in part.items()} for parts in zip(*gather(agree(lambda: measure_share(job)))))
+    job = replace(job, tasks=[measured[number] for number in range(len(job.tasks))])
+    digests = [[hashes[file] for file in checkpoint.seen] for checkpoint in (job.target, *job.sources)]
     print_notes(job, digests, os.path.dirname(os.path.realpath(a.output)))
-    seconds.end("read and check")
+    lap("read and check")
     if a.dry_run:
         return print_plan(kind, job, a)
     codecs, vae_digests = get_codecs(a, job) if job.space == "latent" else (None, [])
-    seconds.end("codec")
+    lap("codec")
 
     def accept(tallies):
         for checkpoint in (job.target, *job.sources):
@@ -693,7 +716,7 @@ def run(a, memory):
         tally = Tally()
         for number in sorted(tallies):
             tally.absorb(tallies[number])
-        seconds.end("merge and write")
+        lap("merge and write")
         report.update(make_report(job, kind, tally, codecs, bound, seconds, memory.peak))
         if a.report:
             write_report(a.report, report)
@@ -703,9 +726,9 @@ def run(a, memory):
                 raise CheckpointError(a.output, f"not written: gate failed: {gate['name']}: {gate['value']:.3g} > {gate['bound']:.3g}",
                                       "train a better VAE (train.py, more steps or a lower --ratio), or raise --max-nmse")
     if job.operator == "greedy-soup":
-        job = replace(job, lam=choose_soup(a, job, codecs, metadata_of(job, digests, vae_digests)))
-        seconds.end("evaluate")
-    write_output(a.output, a, job, codecs, metadata_of(job, digests, vae_digests), accept)
+        job = replace(job, lam=choose_soup(a, kind, job, codecs, metadata_of(job, digests, vae_digests)))
+        lap("evaluate")
+    write_output(a.output, a, kind, job, codecs, metadata_of(job, digests, vae_digests), accept)
     if report:
         print_report(report, job)
         print(f"wrote {a.output}" + (f": {a.weights_name} and {len(a.copies)} companions of the target" if a.copies is not None else ""))

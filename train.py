@@ -14,6 +14,7 @@ float32). What leaves: a VAE file (safetensors; configuration and training recor
 """
 import atexit, contextlib, copy, hashlib, json, math, os, sys, time
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 
 import torch
 from torch import distributed
@@ -368,7 +369,8 @@ def gather(value):
     if size == 1:
         return [value]
     if not distributed.is_initialized():
-        distributed.init_process_group("gloo")
+        # Days: the others wait where one evaluates, or has the largest tensor.
+        distributed.init_process_group("gloo", timeout=timedelta(days=7))
         atexit.register(distributed.destroy_process_group)     # else its threads may abort the interpreter's end
     values = [None] * size
     distributed.all_gather_object(values, value)

@@ -125,6 +125,28 @@ def test_an_adapter_merged_with_itself_stays(models, tmp_path):
         torch.testing.assert_close(product, products(a)[name], rtol=0, atol=2e-6 * product.abs().max().item())
 
 
+def test_what_only_the_target_decides_keeps_its_factors(models, tmp_path, capsys):
+    """lambda = 0 with --residual, and a module that the source lacks: bit for bit; of the rest is said what was cut off."""
+    one, a = write_adapter(tmp_path / "one", 1)
+    two, _ = write_adapter(tmp_path / "two", 2)
+    assert run(one, two, "--vae", models["vae"], "--residual", "--lam", 0, "-o", tmp_path / "out") == 0
+    assert all(torch.equal(w, a[name]) for name, w in read_result(tmp_path / "out").items())
+    def without(_, tensors):
+        for name in [n for n in tensors if MODULES[0] in n]:
+            del tensors[name]
+    three, b = write_adapter(tmp_path / "three", 2, edit=without)
+    capsys.readouterr()
+    assert run(one, three, "--vae", models["vae"], "--align", "none", "--lam", 0.5, "-o", tmp_path / "out2") == 0
+    got, said = read_result(tmp_path / "out2"), capsys.readouterr().out
+    assert all(torch.equal(w, a[name]) for name, w in got.items() if MODULES[0] in name)
+    cut, whole = 0.0, 0.0
+    for module in MODULES[1:]:
+        s = torch.linalg.svdvals(0.5 * products(a)[module + ".weight"] + 0.5 * (2.0 * b[f"base_model.model.{module}.lora_B.weight"].double()
+                                 @ b[f"base_model.model.{module}.lora_A.weight"].double()))
+        cut, whole = cut + s[4:].square().sum(), whole + s.square().sum()
+    assert f"all but {(cut / whole).sqrt():.1%}" in said
+
+
 def test_an_adapter_for_a_file_result(models, tmp_path):
     one, a = write_adapter(tmp_path / "one", 1)
     assert run(one, "--roundtrip", "--vae", models["vae"], "-o", tmp_path / "out.safetensors") == 0
@@ -153,6 +175,10 @@ REFUSED = {
     "one factor": (drop("lora_B"), "other factor"),
     "wrong rank": (lambda c, _: c.update(r=5), "rank 5"),
     "alpha": (lambda c, _: c.update(lora_alpha=math.nan), "not valid JSON"),
+    "pissa": (lambda c, _: c.update(init_lora_weights="pissa_niter_4"), "pissa"),
+    "a list of patterns": (lambda c, _: c.update(rank_pattern=["q_proj"]), "rank_pattern"),
+    "a broken pattern": (lambda c, _: c.update(alpha_pattern={"(": 4}), "alpha_pattern"),
+    "an empty factor": (lambda _, t: t.update({f"base_model.model.{MODULES[0]}.lora_A.weight": torch.ones(4, 0)}), "no factor"),
     "no alpha": (lambda c, _: c.update(lora_alpha=None), "lora_alpha"),
     "unknown module": (lambda _, t: (add(P + "model.x.lora_A.weight", 4, 9)(_, t), add(P + "model.x.lora_B.weight", 9, 4)(_, t)), "model.x.weight"),
 }

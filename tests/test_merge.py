@@ -468,3 +468,55 @@ def test_pieces_do_not_show_across_shapes(models, tmp_path, monkeypatch, method)
     cut, _ = cross(models, tmp_path, "--align", method, "--lam", 0.3)
     # Windows of the source begin elsewhere; with an exact codec only rounding may show, which a map of 96 points amplifies.
     assert_models_close(cut, whole, rtol=1e-3 if method == "gaussian" else 1e-5)
+
+
+def test_a_tied_head_is_not_encoded_apart(models, tmp_path, capsys):
+    tensors = load_file(models["a"])
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, tmp_path / "t.safetensors")
+    for pattern in ("lm_head", "weight", "embed"):
+        assert run(tmp_path / "t.safetensors", models["b"], "--vae", models["vae"], "--select", pattern, "-o", tmp_path / "m.safetensors") == 1
+        assert "tied" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["t.safetensors"]
+
+
+def test_no_way_of_naming_an_input_lets_it_be_overwritten(models, tmp_path, capsys):
+    """A folder of links, as the Hugging Face cache has it, and a VAE given as its folder."""
+    (tmp_path / "blobs").mkdir(), (tmp_path / "snap").mkdir(), (tmp_path / "vae").mkdir()
+    (tmp_path / "blobs/x").write_bytes(models["a"].read_bytes())
+    (tmp_path / "snap/model.safetensors").symlink_to(tmp_path / "blobs/x")
+    (tmp_path / "vae/vae.safetensors").write_bytes(models["vae"].read_bytes())
+    for arguments in ([tmp_path / "snap", models["b"], "--vae", models["vae"], "-o", tmp_path / "snap"],
+                      [models["a"], models["b"], "--vae", tmp_path / "vae", "-o", tmp_path / "vae/vae.safetensors"]):
+        assert run(*arguments, "--force") == 1 and "input" in capsys.readouterr().err
+    assert (tmp_path / "snap/model.safetensors").is_symlink()
+    assert (tmp_path / "vae/vae.safetensors").read_bytes() == models["vae"].read_bytes()
+
+
+def test_what_appears_in_the_result_folder_meanwhile_is_not_lost(models, tmp_path, monkeypatch, capsys):
+    (tmp_path / "target").mkdir(), (tmp_path / "out").mkdir()
+    (tmp_path / "target/model.safetensors").write_bytes(models["a"].read_bytes())
+    (tmp_path / "out/model.safetensors").write_bytes(b"old")
+    real = merge.merge_share
+    def slowly(*arguments):
+        (tmp_path / "out/eval_results.txt").write_text("mine")
+        return real(*arguments)
+    monkeypatch.setattr(merge, "merge_share", slowly)
+    assert run(tmp_path / "target", models["b"], "--vae", models["vae"], "-o", tmp_path / "out", "--force") == 1
+    assert "eval_results.txt" in capsys.readouterr().err and sorted(os.listdir(tmp_path)) == ["out", "target"]
+    assert (tmp_path / "out/eval_results.txt").read_text() == "mine" and (tmp_path / "out/model.safetensors").read_bytes() == b"old"
+
+
+def test_an_existing_report_needs_force(models, tmp_path, capsys):
+    (tmp_path / "r.json").write_text("mine")
+    assert run(models["a"], models["b"], "--vae", models["vae"], "-o", tmp_path / "m.safetensors", "--report", tmp_path / "r.json") == 1
+    assert "--force" in capsys.readouterr().err and (tmp_path / "r.json").read_text() == "mine"
+
+
+def test_two_sources_do_not_share_a_controls_noise(models, tmp_path):
+    """lambda 1 on the one or the other source under the noise control: two draws."""
+    save_file(llama_tensors(9), tmp_path / "c.safetensors")
+    name, draws = "model.layers.0.mlp.gate_proj.weight", []
+    for lam in ("1,0", "0,1"):
+        got, _ = merged(models, tmp_path, models["a"], models["b"], tmp_path / "c.safetensors", "--control", "noise", "--lam", lam)
+        draws.append(got[name].flatten())
+    assert abs(torch.corrcoef(torch.stack(draws))[0, 1]) < 0.1
