@@ -202,23 +202,35 @@ def read_index(path):
     return [os.path.join(os.path.dirname(path), shard) for shard in shards], places
 
 
+def check_index(path, places, entries):
+    """Index and shards must say the same, in both directions."""
+    seen = {}
+    for entry in entries:
+        need(entry.name not in seen, entry.file, f"stands in {seen.get(entry.name)} as well", AGAIN, entry.name)
+        seen[entry.name] = os.path.basename(entry.file)
+        need(places.get(entry.name) == seen[entry.name], path,
+             f"is in {seen[entry.name]}, the index says {places.get(entry.name, 'nothing')}", AGAIN, entry.name)
+    for name in places:
+        need(name in seen, path, f"is not in {places[name]}", AGAIN, name)
+
+
 def locate(path):
-    """(weight files, index or None) of what a user names: a file, an index or a folder. The index comes first: a
-    `model.safetensors` beside it may be a stale one, and loaders disagree about which to take."""
+    """(index or None, weight files, the index's places) of what a user names: a file, an index or a folder. The index comes first:
+    a `model.safetensors` beside it may be a stale one, and loaders disagree about which to take."""
     if not os.path.lexists(path):
         folder = os.path.dirname(path) or "."
         near = difflib.get_close_matches(os.path.basename(path), os.listdir(folder) if os.path.isdir(folder) else [])
         raise CheckpointError(path, "no such file or folder", f"did you mean {', '.join(near)}?" if near else "check the path")
     if not os.path.isdir(path):
-        return (read_index(path)[0], path) if path.endswith(".json") else ([path], None)
+        return (path, *read_index(path)) if path.endswith(".json") else (None, [path], {})
     names = sorted(os.listdir(path))
     if "adapter_config.json" in names and "adapter_model.safetensors" in names:
-        return [os.path.join(path, "adapter_model.safetensors")], None
+        return None, [os.path.join(path, "adapter_model.safetensors")], {}
     indexes, weights = ([n for n in names if n.endswith(end) and n[0] != "."] for end in (".safetensors.index.json", ".safetensors"))
     for found, first in ((indexes, "model.safetensors.index.json"), (weights, "model.safetensors")):
         if first in found or len(found) == 1:
             chosen = os.path.join(path, first if first in found else found[0])
-            return (read_index(chosen)[0], chosen) if found is indexes else ([chosen], None)
+            return (chosen, *read_index(chosen)) if found is indexes else (None, [chosen], {})
     pickles = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt", ".gguf"))]
     need(not pickles or weights, path, f"holds no safetensors, only {', '.join(pickles[:3])}", "convert it to safetensors; pickles run code")
     raise CheckpointError(path, f"holds {len(weights)} weight files: {', '.join(weights[:10]) or 'none'}", "pass one of them, or an index")
@@ -271,32 +283,21 @@ class Checkpoint:
     def __init__(self, path):
         self.path = os.fspath(path)
         self.folder = self.path if os.path.isdir(self.path) else None
-        files, self.index = locate(self.path)
+        index, files, places = locate(self.path)
         for file in files:                                 # to open a pipe is to wait for ever
             need(os.path.isfile(file), file, "is no regular file", "pass a .safetensors file, or a folder")
         self._open = {file: open(file, "rb") for file in files}
         self.seen = {file: file_state(file) for file in files}              # what decides the result, as it was
-        self.files = [*files, *filter(None, [self.index])]                  # all that is read
+        self.files = [*files, *filter(None, [index])]                       # all that is read
         parts = [read_header(file) for file in files]
         entries, self.metadata = [entry for part, _ in parts for entry in part], parts[0][1]
-        if self.index:
-            self._check_index(entries)
+        if index:
+            check_index(index, places, entries)
         self.entries = {entry.name: entry for entry in sorted(entries, key=lambda entry: natural_key(entry.name))}
         self.stored = self.entries                                          # what a file of this kind holds
         self.notes = check_config(self.folder, entries) if self.folder else []
-        if self.index and self.folder and os.path.isfile(stale := os.path.join(self.folder, "model.safetensors")) and stale not in files:
+        if index and self.folder and os.path.isfile(stale := os.path.join(self.folder, "model.safetensors")) and stale not in files:
             self.notes.append(f"{stale}: ignored, the index beside it names other files")
-
-    def _check_index(self, entries):
-        """Index and shards must say the same, in both directions."""
-        places, seen = read_index(self.index)[1], {}
-        for entry in entries:
-            need(entry.name not in seen, entry.file, f"stands in {seen.get(entry.name)} as well", AGAIN, entry.name)
-            seen[entry.name] = os.path.basename(entry.file)
-            need(places.get(entry.name) == seen[entry.name], self.index,
-                 f"is in {seen[entry.name]}, the index says {places.get(entry.name, 'nothing')}", AGAIN, entry.name)
-        for name in places:
-            need(name in seen, self.index, f"is not in {places[name]}", AGAIN, name)
 
     def read(self, name, start=0, stop=None):
         """Elements [start, stop) of the flattened tensor, in the stored dtype: (stop - start,)."""

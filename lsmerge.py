@@ -26,6 +26,7 @@ Paper                           here                                where
     Algorithm 1, lines 2 to 6   ls_merge
 """
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Callable, NamedTuple
 
@@ -236,10 +237,7 @@ class Transport:
 @dataclass
 class Tally:
     """Sums over the encoded tensors, from which the report is made. Distances are sums of squares."""
-    target: float = 0.0
-    to_target: float = 0.0
-    to_source: dict = field(default_factory=dict)   # parent index -> sum; sources of the target's shape only
-    to_average: float = 0.0
+    squares: Counter = field(default_factory=Counter)   # "target", "to_average", and parent index -> distance to that parent
     errors: dict = field(default_factory=dict)      # (parent index, name) -> [sum of squared errors / scale^2, weights]
     alignment: list = field(default_factory=list)   # Transport.record of each tensor and source
 
@@ -251,10 +249,7 @@ class Tally:
 
     def absorb(self, other):
         """Add the sums of other tensors."""
-        self.target, self.to_target = self.target + other.target, self.to_target + other.to_target
-        self.to_average = self.to_average + other.to_average
-        for index, square in other.to_source.items():
-            self.to_source[index] = self.to_source.get(index, 0.0) + square
+        self.squares.update(other.squares)
         self.errors |= other.errors
         self.alignment += other.alignment
 
@@ -262,11 +257,9 @@ class Tally:
         """raw: parent index -> weights, for the target and the sources of its shape; weights: those of the same operator in
         weight space."""
         square = lambda other: (merged_L.double() - other.double()).square().sum().item()
-        self.target, self.to_target = self.target + raw[0].square().sum().item(), self.to_target + square(raw[0])
-        for index in raw:
-            self.to_source[index] = self.to_source.get(index, 0.0) + square(raw[index])
+        self.squares.update({"target": raw[0].square().sum().item(), **{index: square(w) for index, w in raw.items()}})
         if len(raw) == len(weights):
-            self.to_average += square(lerp(list(raw.values()), weights).to(merged_L.dtype))    # as it would be stored
+            self.squares["to_average"] += square(lerp(list(raw.values()), weights).to(merged_L.dtype))    # as it would be stored
 
 
 def cast(flat_L, slot):

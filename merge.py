@@ -352,7 +352,8 @@ def round_trips(job, tally):
 def make_report(job, kind, tally, codecs, bound, seconds, memory):
     (nmse, worst), actions, total = round_trips(job, tally), by_action(job), len(job.target.entries)
     size = lambda names: sum(job.target.entries[name].numel for name in names)
-    relative = lambda squares: math.sqrt(squares / tally.target) if squares is not None and tally.target > 0 else None
+    norm = tally.squares["target"]
+    relative = lambda to: math.sqrt(tally.squares[to] / norm) if to in tally.squares and norm > 0 else None
     defined, covered = kind != "cross-shape", sum(map(len, actions.values()))
     who = lambda k: "target" if not k else f"source {k}" if k <= len(job.lam) else "base"
     gates = [{"name": f"round trip of {who(k)}", "passed": value <= bound, "value": value, "bound": bound}
@@ -364,9 +365,9 @@ def make_report(job, kind, tally, codecs, bound, seconds, memory):
         "tensors": {**{action: len(tasks) for action, tasks in actions.items()}, "total": total,
                     "weights_encoded": size(t.name for t in actions["encoded"]), "weights_total": size(job.target.entries)},
         "roundtrip": {"nmse": nmse.get(0), "worst": worst},
-        "distance": {"to_target": relative(tally.to_target),
-                     "to_source": [relative(tally.to_source.get(i + 1) if defined else None) for i in range(len(job.lam))],
-                     "to_average": relative(tally.to_average) if kind == "same-shape" else None},
+        "distance": {"to_target": relative(0),
+                     "to_source": [relative(i + 1) if defined else None for i in range(len(job.lam))],
+                     "to_average": relative("to_average") if kind == "same-shape" else None},
         "alignment": tally.alignment, "gates": gates, "seconds": {k: round(v, 3) for k, v in seconds.items()},
         "peak_anonymous_mib": memory}
 
@@ -499,63 +500,49 @@ def parse(argv):
     return arguments
 
 
-def check_usage(a, parser):
-    """All that the command line alone decides: exit code 2."""
-    sources = len(a.models) - 1
-    if a.roundtrip and sources:
-        parser.error("--roundtrip takes the target alone")
-    alone = [flag for flag in ("lam", "align", "control", "source_vae", "eval") if getattr(a, flag) is not None]
-    if not sources and (alone or a.operator != "lerp"):
-        parser.error(f"there is no SOURCE: drop --{(alone or ['operator'])[0].replace('_', '-')}")
-    if not sources and a.space == "weight":
-        parser.error("--space weight has nothing to merge: give a SOURCE")
-    if a.roundtrip and a.samples:
-        parser.error("--roundtrip draws no samples: drop one of them")
-    if a.samples is not None and not 0 <= a.samples <= 4096:
-        parser.error("--samples must lie between 0 and 4096")
-    check_operator(a, parser, sources)
-    if a.dry_run and a.report:
-        parser.error("--dry-run makes no report: drop --report")
+def usage_errors(a, sources):
+    """[(broken?, what to say), ...]: all that the command line alone decides."""
+    flag = lambda name: "--" + name.replace("_", "-")
+    alone = [name for name in ("lam", "align", "control", "source_vae", "eval") if getattr(a, name) is not None]
+    alone += [name for name, default in (("operator", "lerp"), ("space", "latent")) if getattr(a, name) != default]
     codec = ["vae", "save_vae", "source_vae", "align", "epsilon", "control", "residual", "roundtrip", "max_nmse", "samples"]
-    given = [name for name in codec if getattr(a, name) not in (None, False)]
-    given += [name for name, default in (("device", "auto"), ("dtype", "float32")) if getattr(a, name) != default]
-    if a.space == "weight" and given:
-        parser.error(f"--space weight uses no codec: drop --{given[0].replace('_', '-')}")
-    if a.vae and a.save_vae:
-        parser.error("--save-vae keeps a VAE trained here, --vae brings one: drop one of them")
-    if a.source_vae and not a.vae:
-        parser.error("--source-vae needs --vae for the target")
-    if a.epsilon is not None and not (a.align == "sinkhorn" and math.isfinite(a.epsilon) and a.epsilon > 0):
-        parser.error("--epsilon must be above 0 and goes with --align sinkhorn")
-    if a.max_nmse is not None and not (math.isfinite(a.max_nmse) and a.max_nmse > 0):
-        parser.error("--max-nmse must be above 0")
+    codec = [name for name in codec if getattr(a, name) not in (None, False)]
+    codec += [name for name, default in (("device", "auto"), ("dtype", "float32")) if getattr(a, name) != default]
+    above_0 = lambda value: value is None or math.isfinite(value) and value > 0
+    return [
+        (a.roundtrip and sources, "--roundtrip takes the target alone"),
+        (not sources and alone, f"there is no SOURCE: drop {flag((alone or ['-'])[0])}"),
+        (a.roundtrip and a.samples, "--roundtrip draws no samples: drop one of them"),
+        (not 0 <= (a.samples or 0) <= 4096, "--samples must lie between 0 and 4096"),
+        (a.operator == "slerp" and sources != 1, "--operator slerp takes two parents: TARGET and one SOURCE"),
+        (a.operator in ("soup", "greedy-soup") and a.lam is not None, f"--operator {a.operator} weighs all parents alike: drop --lam"),
+        (a.operator == "task-arithmetic" and a.base is None, "--operator task-arithmetic needs --base"),
+        ((a.eval is None) == (a.operator == "greedy-soup"), "--operator greedy-soup and --eval go together"),
+        (a.dry_run and a.eval, "--dry-run evaluates nothing: drop it, or --eval"),
+        (a.dry_run and a.report, "--dry-run makes no report: drop --report"),
+        (a.space == "weight" and codec, f"--space weight uses no codec: drop {flag((codec or ['-'])[0])}"),
+        (a.vae and a.save_vae, "--save-vae keeps a VAE trained here, --vae brings one: drop one of them"),
+        (a.source_vae and not a.vae, "--source-vae needs --vae for the target"),
+        (a.epsilon is not None and a.align != "sinkhorn" or not above_0(a.epsilon), "--epsilon must be above 0 and goes with --align sinkhorn"),
+        (not above_0(a.max_nmse), "--max-nmse must be above 0")]
+
+
+def check_usage(a, parser):
+    sources = len(a.models) - 1
+    for broken, what in usage_errors(a, sources):
+        if broken:
+            parser.error(what)
     parser.check_select(a.select)
-    if a.lam is not None:
-        try:
+    try:
+        shlex.split(a.eval or "")
+        if a.lam is not None:
             a.lam = [float(value) for value in a.lam.split(",")]
             a.lam = a.lam * sources if len(a.lam) == 1 else a.lam
             (task_weights if a.operator == "task-arithmetic" else convex_weights)(a.lam)
-        except ValueError as error:
-            parser.error(f"--lam: {error}")
-        if len(a.lam) != sources:
-            parser.error(f"--lam has {len(a.lam)} values for {sources} sources: give one, or one each")
-
-
-def check_operator(a, parser, sources):
-    if a.operator == "slerp" and sources != 1:
-        parser.error("--operator slerp takes two parents: TARGET and one SOURCE")
-    if a.operator in ("soup", "greedy-soup") and a.lam is not None:
-        parser.error(f"--operator {a.operator} weighs all parents alike: drop --lam")
-    if a.operator == "task-arithmetic" and a.base is None:
-        parser.error("--operator task-arithmetic needs --base")
-    if (a.eval is None) == (a.operator == "greedy-soup"):
-        parser.error("--operator greedy-soup and --eval go together")
-    try:
-        shlex.split(a.eval or "")
     except ValueError as error:
-        parser.error(f"--eval {a.eval!r}: {error}")
-    if a.dry_run and a.eval:
-        parser.error("--dry-run evaluates nothing: drop it, or --eval")
+        parser.error(f"{'--lam' if a.lam is not None else '--eval'}: {error}")
+    if len(a.lam or "") not in (0, sources):
+        parser.error(f"--lam has {len(a.lam)} values for {sources} sources: give one, or one each")
 
 
 def default_lam(kind, count, operator):

@@ -1,5 +1,6 @@
 """README.md: its commands parse, its Python runs, its numbers are those of experiments/results."""
 import json
+import math
 import re
 import shlex
 import statistics
@@ -92,3 +93,42 @@ def test_table_across_shapes_is_the_recorded_result():
                   + (statistics.variance(means) / len(means) if len(means) > 1 else 0)) ** 0.5
             expected.append(f"{statistics.mean(means):+.4f} +- {se:.4f}")
         assert cells == expected, (source, method)
+
+
+@pytest.mark.parametrize("table", ["2", "3", "4", "6"])
+def test_tables_of_experts_are_the_recorded_rows(table):
+    records = {r["row"]: r for r in lines(f"table{table}.jsonl")}             # the last line of a row counts
+    found = rows(block(f"table{table}"))
+    assert len(found) >= 6
+    for name, pooled, compared in found:
+        record = records[name]
+        assert pooled == f"{record['test']['pooled']:.4f}", name
+        assert compared == "; ".join(f"{other} {d['mean']:+.4f} +- {d['se']:.4f} {d['verdict']}" for other, d in record["difference"].items()), name
+        for d in record["difference"].values():                              # the verdict follows from the numbers beside it
+            beyond = abs(d["mean"]) > 2 * d["se"] and abs(d["mean"]) >= 1e-4
+            assert d["verdict"] == ("ties" if not beyond else "beats" if d["mean"] < 0 else "loses"), name
+
+
+def test_table_of_the_search_is_the_recorded_result():
+    records, found = lines("codec-search.jsonl"), rows(block("search"))
+    assert len(found) == len({(r["setting"], *r["pair"]) for r in records}) >= 10
+    for name, pair, nmse, *cells in found:
+        expected = []
+        for residual in (False, True):
+            group = [r for r in records if (r["setting"], " + ".join(r["pair"]), r["residual"]) == (name, pair, residual)]
+            assert len(group) == 3 or "random" not in name
+            means = [r["difference"] for r in group]
+            se = math.hypot(statistics.mean(r["se_text"] for r in group), statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else 0)
+            expected += [f"{statistics.mean(r['to_average'] for r in group):.4f}", f"{statistics.mean(means):+.4f} +- {se:.4f}"]
+        assert cells == expected and nmse == f"{group[0]['round_trip']:.1e}", name
+
+
+def test_bench_is_the_recorded_result():
+    text, merges = block("bench"), lines("bench-merge.jsonl")
+    for dtype in ("float32", "bfloat16"):
+        group = [r for r in merges if r["dtype"] == dtype]
+        middle = lambda key: statistics.median(r[key] for r in group)
+        assert (f"{dtype}: whole run over its arithmetic and bytes | {middle('ratio'):.2f} [{min(r['ratio'] for r in group):.2f}, "
+                f"{max(r['ratio'] for r in group):.2f}]: {middle('seconds'):.0f} s over {middle('least'):.0f} s") in text
+    for r in lines("bench-memory.jsonl"):
+        assert f"{r['bytes'] / 1e9:.2f} GB per checkpoint" in text and f"{r['peak_mib']:.0f} MiB (`--dry-run` said {r['predicted_mib']})" in text
