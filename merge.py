@@ -612,8 +612,8 @@ def print_notes(job, digests, folder):
     for index, checkpoint in enumerate((job.target, *job.sources)):
         for note in checkpoint.notes:
             print(f"note: {note}")
-        if index and digests[index] == digests[0]:
-            print(f"note: {checkpoint.path} is the target itself, byte for byte: the result is its round trip")
+        if 0 < index <= len(job.lam) and digests[index] == digests[0]:
+            print(f"note: {checkpoint.path} is the target itself, byte for byte")
     inner = [n for n in os.listdir(job.target.folder or ".") if os.path.isdir(os.path.join(job.target.folder, n)) and n[0] != "."] if job.target.folder else []
     if inner:
         print(f"note: subfolders of {job.target.folder} are not copied: {', '.join(sorted(inner)[:5])}")
