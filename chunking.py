@@ -727,7 +727,7 @@ def measure(checkpoint, name):
 # --- The way to chunks and back (paper: Sec. 3.2) --------------------------------------------------------------------
 def scale(flat_L, slot):
     """(w - mean) / scale in float32: mean 0, variance 1 under the slot's statistics."""
-    return ((flat_L.double() - slot.mean) / slot.scale).float()
+    return (flat_L.double() - slot.mean).div_(slot.scale).float()
 
 
 def unscale(flat_L, slot):
@@ -742,6 +742,8 @@ def chunk(flat_L, C):
     """
     L, = flat_L.shape
     N = -(-L // C)
+    if L == N * C:                                         # nothing to pad, nothing to copy
+        return flat_L.reshape(N, C), torch.ones((), dtype=torch.bool, device=flat_L.device).expand(N, C)
     chunks_NC = torch.zeros(N * C, dtype=flat_L.dtype, device=flat_L.device)
     chunks_NC[:L] = flat_L
     real_NC = torch.arange(N * C, device=flat_L.device) < L

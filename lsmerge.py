@@ -108,7 +108,10 @@ def lerp(parents, weights):
 
     weights: the target's first (`convex_weights`, `task_weights`, `slerp_weights`).
     """
-    return sum(weight * parent for weight, parent in zip(weights, parents))
+    merged = weights[0] * parents[0]
+    for weight, parent in zip(weights[1:], parents[1:]):
+        merged.add_(parent, alpha=weight)
+    return merged
 
 
 def convex_weights(lam):
@@ -243,7 +246,8 @@ class Tally:
 
     def add_error(self, parent, decoded_L, weights_L):
         error = self.errors.setdefault((parent.index, parent.slot.name), [0.0, 0])
-        error[0] += ((decoded_L - weights_L) / parent.slot.scale).square().sum().item()
+        apart_L = decoded_L - weights_L
+        error[0] += torch.dot(apart_L, apart_L).item() / parent.slot.scale ** 2
         need(math.isfinite(error[0]), "codec", "the round trip is not finite", "use another VAE", parent.slot.name)
         error[1] += len(weights_L)
 
@@ -256,8 +260,10 @@ class Tally:
     def add_distances(self, merged_L, raw, weights):
         """raw: parent index -> weights, for the target and the sources of its shape; weights: those of the same operator in
         weight space."""
-        square = lambda other: (merged_L.double() - other.double()).square().sum().item()
-        self.squares.update({"target": raw[0].square().sum().item(), **{index: square(w) for index, w in raw.items()}})
+        def square(other):
+            apart_L = merged_L.double() - other.double()
+            return torch.dot(apart_L, apart_L).item()
+        self.squares.update({"target": torch.dot(raw[0], raw[0]).item(), **{index: square(w) for index, w in raw.items()}})
         if len(raw) == len(weights):
             self.squares["to_average"] += square(lerp(list(raw.values()), weights).to(merged_L.dtype))    # as it would be stored
 
