@@ -16,7 +16,8 @@ codec operations take at the matrix-multiply rate of all cores (measured before 
 the bytes at the disk's measured copy rate.
 
 --memory: the same command on pairs of 0.75 and 3 GB, each with one tensor of 500 MB: the peak of anonymous memory
-must not depend on the size; beside it what --dry-run predicts. Needs 10 GB of disk.
+must not depend on the size; beside it what --dry-run predicts. Needs 10 GB of disk. A small network (width 64, one block),
+so that 3 GB take minutes.
 """
 
 import argparse
@@ -300,7 +301,7 @@ def bench_memory(quick):
     for layers in (1, 2) if quick else (10, 100):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            prepare(folder, VAEConfig(), layers=layers, hidden=1024, mlp=2752, vocab=256, big=2048 if quick else 250_000)
+            prepare(folder, VAEConfig(width=64, blocks=1), layers=layers, hidden=1024, mlp=2752, vocab=256, big=2048 if quick else 250_000)
             plan = run_merge(folder, "--dry-run")[2]
             predicted = [int(re.search(pattern, plan)[1].replace(",", "")) for pattern in (r"memory: (\d+) MiB", r"([\d,]+) bytes")]
             seconds, report, _ = run_merge(folder, "--max-nmse", "1")

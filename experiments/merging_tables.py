@@ -263,7 +263,7 @@ def adapter_rows(sheet, names, codec):
     sheet.add("soup of factors: mean B times mean A", "weight", [fold(base, mean)], against)
     for kind, label, through in (("weight", "weights", None), ("latent", f"latents [{codec}]", codec)):
         out, report = sheet.scratch / f"adapter, {kind}", sheet.scratch / "report.json"
-        run(merge.main, *folders, "--operator", "soup", *sheet.where(through), "-o", out, "--report", report, "--quiet")
+        run(merge.main, *folders, "--operator", "soup", *sheet.where(through), "-o", out, "--report", report, "--force", "--quiet")
         sheet.add(f"soup of adapters, {label}", kind, [fold(base, out)], against, json.loads(report.read_text()))
         against = against | {"weights": "soup of adapters, weights"}
 
