@@ -464,7 +464,7 @@ def test_an_input_that_changes_during_the_run_is_an_error(models, tmp_path, monk
 @pytest.mark.parametrize("method", ["none", "mean", "gaussian"])
 def test_pieces_do_not_show_across_shapes(models, tmp_path, monkeypatch, method):
     whole, _ = cross(models, tmp_path, "--align", method, "--lam", 0.3)
-    monkeypatch.setattr(lsmerge, "PIECE", 2048)
+    monkeypatch.setattr(lsmerge, "PIECE", 6144)
     cut, _ = cross(models, tmp_path, "--align", method, "--lam", 0.3)
     # Windows of the source begin elsewhere; with an exact codec only rounding may show, which a map of 96 points amplifies.
     assert_models_close(cut, whole, rtol=1e-3 if method == "gaussian" else 1e-5)
