@@ -682,6 +682,11 @@ class TensorSlot:
 
     numel = property(lambda self: math.prod(self.shape))
 
+    @property
+    def key(self):
+        """Where chunks come from, for the codec: tensors of one key (in several models) share a neck."""
+        return f"{self.place.layer}.{self.place.role} {'x'.join(map(str, self.shape))}"
+
     def n_chunks(self, C): return -(-self.numel // C)
 
 

@@ -45,7 +45,7 @@ class Codec:
     """E and D on the chunks of one tensor: a VAE with its device and arithmetic."""
 
     def __init__(self, vae, device="cpu", dtype=torch.float32):
-        self.vae, self.device, self.dtype = vae.to(device, dtype).eval().requires_grad_(False), device, dtype
+        self.vae, self.device, self.dtype = vae.to(device, dtype).eval().requires_grad_(False).skip_idle(), device, dtype
         self.C, self.T, self.Z = vae.config.chunk, vae.config.tokens, vae.config.latent
 
     def _batches(self, rows_NX, real_N):
@@ -62,9 +62,9 @@ class Codec:
         samples = 0: the posterior mean; K: the mean of K draws from q(z | w) (paper: self-merging), or from N(0, I).
         """
         chunks_NC, real_NC = chunk(scale(flat_L, slot), self.C)
-        parts = []
+        parts, place = [], self.vae.place_of(slot.key)
         for x, real in self._batches(chunks_NC, real_NC[:, 0]):
-            q = self.vae.encode(x, real)
+            q = self.vae.encode(x, real, place)
             q = Posterior(torch.zeros_like(q.mu_BTZ), torch.zeros_like(q.mu_BTZ)) if prior else q
             z_BTZ = sum(sample(q, generator) for _ in range(samples)) / samples if samples else q.mu_BTZ
             parts.append(z_BTZ.double().cpu())
@@ -73,7 +73,8 @@ class Codec:
     @torch.inference_mode()
     def decode(self, z_NZ, slot, L):
         """W^ = D(z): (L,) float64 in the slot's own unit.  The inverse way of encode."""
-        parts = [self.vae.decode(z, real).double().cpu() for z, real in self._batches(z_NZ, torch.ones(len(z_NZ), dtype=bool))]
+        place = self.vae.place_of(slot.key)
+        parts = [self.vae.decode(z, real, place).double().cpu() for z, real in self._batches(z_NZ, torch.ones(len(z_NZ), dtype=bool))]
         return unscale(from_windows(torch.cat(parts), len(z_NZ)).reshape(-1)[:L], slot)
 
 

@@ -12,8 +12,8 @@ from scratch with the KL collapses before it has learnt anything worth regularis
 What enters: windows of standardised weights, read from the files as they are needed (a batch is all that is held in
 float32). What leaves: a VAE file (safetensors; configuration and training record in its header).
 """
-import atexit, contextlib, copy, hashlib, json, math, os, sys, time
-from dataclasses import asdict, dataclass, fields
+import atexit, bisect, contextlib, copy, hashlib, itertools, json, math, os, sys, time
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 
 import torch
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from align import Moments
 from chunking import (Checkpoint, CheckpointError, Parser, check_output, chunk, command, is_selected,
-                      measure, open_checkpoint, scale, to_windows, write_tensors)
+                      measure, natural_key, open_checkpoint, scale, to_windows, write_tensors)
 from vae import VAE, VAEConfig, masked_mse, sample, vae_loss
 
 
@@ -55,7 +55,8 @@ class Schedule:
 # NMSE at which a stage has nothing left to learn (float32 rounding lies at 1e-13). Stage 2 as well: an exact neck comes with the
 # posterior variance that is optimal for Eq. 1 (`set_neck`), and no run of it has left a better state than its start.
 CONVERGED = 1e-8
-NECK_WINDOWS = 8192             # windows for the neck's covariance at most: 131,072 chunks for 64 x 64 numbers
+NECK_WINDOWS = 8192             # windows for the shared neck's covariance at most: 131,072 chunks for 64 x 64 numbers
+PLACE_WINDOWS = 512             # and for a single tensor's
 VALIDATION_WINDOWS = 256        # at most, per check
 
 
@@ -73,70 +74,95 @@ def beta_at(step, steps, beta, warmup):
 
 
 class Windows:
-    """All windows of the selected tensors of some checkpoints, read on demand.
+    """All windows of the selected tensors of some checkpoints, read on demand and in any order: files may be larger than
+    memory, as one byte per window is all that is kept.
 
-    `parents`: list of (Checkpoint, [TensorSlot, ...]). Window i is a (parent, slot, position) triple; a window is
-    read with one call and scaled with its slot's statistics. Nothing but the indices is kept.
+    parents: list of (Checkpoint, [TensorSlot, ...]). Windows are numbered through the tensors; each is read with one call
+    and scaled with its slot's statistics. places: the slots' keys that have a neck of their own.
     """
 
     def __init__(self, parents, config, holdout, generator):
-        self.parents, self.C, self.T = parents, config.chunk, config.tokens
-        where = [(p, s, w) for p, (_, slots) in enumerate(parents) for s, slot in enumerate(slots)
-                 for w in range(-(-slot.n_chunks(self.C) // self.T))]
+        self.C, self.T = config.chunk, config.tokens
+        self.tensors = [(checkpoint, slot) for checkpoint, slots in parents for slot in slots]
+        self.places = [config.places.index(slot.key) if config.places else None for _, slot in self.tensors]
+        counts = [-(-slot.n_chunks(self.C) // self.T) for _, slot in self.tensors]
+        self.starts = [0, *itertools.accumulate(counts)]
         # Held out by place, in all parents at once: two experts of one base agree to a few per cent at the same place,
         # so a window of one would give its twin in the other away.
-        places = list(dict.fromkeys((parents[p][1][s].name, w) for p, s, w in where))
-        order = torch.randperm(len(places), generator=generator).tolist()
-        held = {places[i] for i in order[:min(round(holdout * len(places)), len(places) - 1)]}
-        sides = [(parents[p][1][s].name, w) in held for p, s, w in where]
-        self.where = where
-        self.validation, self.training = ([i for i in torch.randperm(len(where), generator=generator).tolist() if sides[i] == side]
-                                          for side in (True, False))
+        longest = {}
+        for (_, slot), count in zip(self.tensors, counts):
+            longest[slot.name] = max(count, longest.get(slot.name, 0))
+        total = sum(longest.values())
+        held = torch.zeros(total, dtype=torch.bool)
+        held[torch.randperm(total, generator=generator)[:min(round(holdout * total), total - 1)]] = True
+        held = dict(zip(longest, held.split(list(longest.values()))))
+        self.held = torch.cat([held[slot.name][:count] for (_, slot), count in zip(self.tensors, counts)])
+        seen = self.held.nonzero()[:, 0] if self.held.any() else torch.arange(len(self.held))
+        self.validation = seen[torch.randperm(len(seen), generator=generator)[:VALIDATION_WINDOWS]].tolist()
 
-    def read(self, indices):
-        """x_BTC standardised float32, real_BTC bool (1 = weight)."""
-        pairs = []
-        for index in indices:
-            p, s, w = self.where[index]
-            checkpoint, slot = self.parents[p][0], self.parents[p][1][s]
+    def draw(self, count, generator):
+        """Training windows at random, with replacement."""
+        picks = torch.randint(len(self.held), (count,), generator=generator)
+        while (held := self.held[picks]).any():
+            picks[held] = torch.randint(len(self.held), (int(held.sum()),), generator=generator)
+        return picks.tolist()
+
+    def some(self, count, tensors, generator):
+        """At most `count` different training windows of the tensors with these numbers, in random order."""
+        numbers = torch.cat([torch.arange(self.starts[i], self.starts[i + 1]) for i in tensors])
+        numbers = numbers[~self.held[numbers]]
+        return numbers[torch.randperm(len(numbers), generator=generator)[:count]].tolist()
+
+    def read(self, numbers):
+        """x_BTC standardised float32, real_BTC bool (1 = weight), place: (B,) for `VAE.encode`, or None."""
+        pairs, places = [], []
+        for number in numbers:
+            tensor = bisect.bisect(self.starts, number) - 1
+            (checkpoint, slot), w = self.tensors[tensor], number - self.starts[tensor]
             flat_L = checkpoint.read(slot.name, w * self.T * self.C, (w + 1) * self.T * self.C)
             pairs.append(to_windows(*chunk(scale(flat_L, slot), self.C), self.T))
+            places.append(self.places[tensor])
         x, real = zip(*pairs)
-        return torch.cat(x), torch.cat(real)
+        return torch.cat(x), torch.cat(real), None if None in places else torch.tensor(places)
 
-    def batches(self, indices, size, device):
-        for start in range(0, len(indices), size):
-            x_BTC, real_BTC = self.read(indices[start:start + size])
-            yield x_BTC.to(device), real_BTC.to(device)
+    def batches(self, numbers, size, device):
+        for start in range(0, len(numbers), size):
+            yield [part if part is None else part.to(device) for part in self.read(numbers[start:start + size])]
 
 
-def stream_moments(vae, windows, batch, device):
-    """Mean and covariance of the stage-1 latents, for the neck. Validation windows count as well: a few thousand numbers
-    from 10^5 chunks memorise nothing, and the start is then exactly the PCA of the checkpoints it is held against."""
-    total, indices = Moments(), [*windows.training, *windows.validation][:NECK_WINDOWS]
-    with torch.no_grad():
-        for x_BTC, real_BTC in windows.batches(indices, batch, device):
+@torch.no_grad()
+def set_necks(vae, windows, batch, device):
+    """The neck's start, from stage-1 latents of training windows: one neck for all, then one for each place."""
+    def moments(numbers):
+        total = Moments()
+        for x_BTC, real_BTC, _ in windows.batches(numbers, batch, device):
             real_BT = real_BTC.any(dim=-1)
             total.add(vae.encode_stream(x_BTC, real_BT)[real_BT].cpu())
-    return total
+        return total
+    generator = torch.Generator().manual_seed(0)
+    everywhere = moments(windows.some(NECK_WINDOWS, range(len(windows.tensors)), generator))
+    vae.set_neck(everywhere.mean_Z.float(), everywhere.cov_ZZ)
+    for place in range(len(vae.config.places)):
+        here = [number for number, its in enumerate(windows.places) if its == place]
+        vae.set_place(place, moments(windows.some(PLACE_WINDOWS, here, generator)), everywhere)
 
 
 @torch.no_grad()
 def validate(vae, windows, stage, batch, device):
-    """Figures on held-out windows (on training windows where the holdout is empty): `nmse` of the mean code, `objective`
+    """Figures on held-out windows (on any where the holdout is empty): `nmse` of the mean code, `objective`
     = Eq. 1 with one sample per code, `kl` per latent number in nats, `active` = share of latent numbers whose posterior
     mean varies by more than 0.01 (Burda et al., active units), `sigma` = mean posterior standard deviation."""
     generator = torch.Generator().manual_seed(0)           # the same noise at every check: objectives are comparable
     squares, weights, kl, objective, sigma, means = 0.0, 0, 0.0, 0.0, 0.0, []
-    for x_BTC, real_BTC in windows.batches((windows.validation or windows.training)[:VALIDATION_WINDOWS], batch, device):
+    for x_BTC, real_BTC, place_B in windows.batches(windows.validation, batch, device):
         real_BT, count = real_BTC.any(dim=-1), int(real_BTC.sum())
         if stage == 1:
             decoded_BTC = vae.decode_stream(vae.encode_stream(x_BTC, real_BT), real_BT)
             objective += masked_mse(decoded_BTC, x_BTC, real_BTC).item() / 2 * count
         else:
-            posterior = vae.encode(x_BTC, real_BT)
-            decoded_BTC = vae.decode(posterior.mu_BTZ, real_BT)
-            noisy_BTC = vae.decode(sample(posterior, generator), real_BT)
+            posterior = vae.encode(x_BTC, real_BT, place_B)
+            decoded_BTC = vae.decode(posterior.mu_BTZ, real_BT, place_B)
+            noisy_BTC = vae.decode(sample(posterior, generator), real_BT, place_B)
             loss = vae_loss(noisy_BTC, posterior, x_BTC, real_BTC, vae.config.beta, vae.config.true_ratio)
             objective, kl = objective + loss.total.item() * count, kl + loss.kl.item() * count
             sigma += (0.5 * posterior.logvar_BTZ[real_BT]).exp().mean().item() * count
@@ -149,18 +175,19 @@ def validate(vae, windows, stage, batch, device):
     return figures
 
 
-def stage_loss(vae, teacher, stage, x_BTC, real_BTC, beta, generator, ours=(1.0, 1.0), rank=0, size=1):
+def stage_loss(vae, teacher, stage, batch, beta, generator, ours=(1.0, 1.0), rank=0, size=1):
     """The loss of one batch: (total, mse, kl). Stage 1 never touches the neck, so the neck gets no gradient there.
 
     ours: the fraction of the whole batch's weights and chunks that this process holds: the processes' totals then add up to
     the means over the whole batch, however the padding falls.
     """
+    x_BTC, real_BTC, place_B = batch
     real_BT, (weights, chunks) = real_BTC.any(dim=-1), ours
     if stage == 1:
         mse = masked_mse(vae.decode_stream(vae.encode_stream(x_BTC, real_BT), real_BT), x_BTC, real_BTC)
         return weights * mse / 2, mse, torch.zeros(())
-    posterior = vae.encode(x_BTC, real_BT)
-    decoded_BTC = vae.decode(sample(posterior, generator, rank, size), real_BT)
+    posterior = vae.encode(x_BTC, real_BT, place_B)
+    decoded_BTC = vae.decode(sample(posterior, generator, rank, size), real_BT, place_B)
     loss = vae_loss(decoded_BTC, posterior, x_BTC, real_BTC, beta, vae.config.true_ratio, weights, chunks)
     if teacher is None:
         return loss
@@ -224,13 +251,12 @@ def check_held_out(run, stage, step, best):
 def train_step(run, stage, teacher, step, steps, optimiser, best):
     """One batch, one step of AdamW: warm-up and cosine, clipping. Under torchrun each process takes its part of the batch."""
     schedule, (rank, size) = run.schedule, rank_and_size()
-    picks = torch.randint(len(run.windows.training), (schedule.batch,), generator=run.generator).tolist()[rank::size]
-    x_BTC, real_BTC = (t.to(run.device) for t in run.windows.read([run.windows.training[i] for i in picks]))
-    counts = gather((int(real_BTC.sum()), int(real_BTC.any(dim=-1).sum())))
+    (batch,) = run.windows.batches(run.windows.draw(schedule.batch, run.generator)[rank::size], schedule.batch, run.device)
+    counts = gather((int(batch[1].sum()), int(batch[1].any(dim=-1).sum())))
     ours = [mine / sum(every) for mine, every in zip(counts[rank], zip(*counts))]
     with run.autocast:
         beta = beta_at(step, steps, run.vae.config.beta, schedule.warmup)
-        loss = stage_loss(run.vae, teacher, stage, x_BTC, real_BTC, beta, run.generator, ours, rank, size)
+        loss = stage_loss(run.vae, teacher, stage, batch, beta, run.generator, ours, rank, size)
     if not math.isfinite(loss[0].item()):
         raise FloatingPointError(f"stage {stage}: the loss is {loss[0].item()} at step {step}, the last good held-out "
                                  f"NMSE was {best['nmse']:.3e}; fix: lower --lr")
@@ -280,6 +306,8 @@ def train_vae(parents, config, schedule=Schedule(), seed=0, device="cpu", dtype=
     state:   a file for the state at the last check; with `resume` the run goes on from there, to the same bits
     Raises:  FloatingPointError (non-finite loss), CheckpointError
     """
+    if config.necks == "tensor" and config.latent < config.chunk:
+        config = replace(config, places=tuple(sorted({slot.key for _, slots in parents for slot in slots}, key=natural_key)))
     generator = torch.Generator().manual_seed(seed)
     vae = VAE(config, generator).to(device)
     windows = Windows(parents, config, schedule.holdout, generator)
@@ -292,11 +320,11 @@ def train_vae(parents, config, schedule=Schedule(), seed=0, device="cpu", dtype=
         first, teacher = resumed[0][4], resumed[2]
     else:
         first = run_stage(run, 1, None, resumed=resumed)   # stage 1: KL off, deterministic, full capacity
-        latents, resumed = stream_moments(vae, windows, schedule.batch, device), None
+        resumed = None
         # The teacher of stage 2. Where stage 1 is exact (init="pca"), its output is the input, and matching it is what the
         # reconstruction term already does.
         teacher = None if first["nmse"] < CONVERGED else copy.deepcopy(vae).requires_grad_(False)
-        vae.set_neck(latents.mean_Z.float(), latents.cov_ZZ)
+        set_necks(vae, windows, schedule.batch, device)
     second = run_stage(run, 2, teacher, first, resumed)    # stage 2: compact neck, KL on, distillation
     return vae.eval(), [first, second]
 

@@ -36,6 +36,8 @@ class VAEConfig:
     heads: int = 2              # paper's release: 4
     init: str = "pca"           # "pca" (ours, see above) or "random" (the paper's)
     beta: float = 1e-4          # weight of the KL in Eq. 1: a posterior deviation near sqrt(beta) = 1 % of the weights'
+    necks: str = "tensor"       # "tensor": where r > 1, each tensor of the training files has a neck of its own; "one": all share one
+    places: tuple = ()          # those tensors (`TensorSlot.key`); filled in by the training
 
     def __post_init__(self):
         for name in ("chunk", "tokens", "width", "blocks", "heads"):
@@ -43,6 +45,10 @@ class VAEConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, must be a positive whole number")
         if self.init not in ("pca", "random"):
             raise ValueError(f"init is {self.init!r}, must be 'pca' or 'random'")
+        if self.necks not in ("tensor", "one"):
+            raise ValueError(f"necks is {self.necks!r}, must be 'tensor' or 'one'")
+        if not isinstance(self.places, tuple) or not all(isinstance(key, str) for key in self.places) or len(set(self.places)) < len(self.places):
+            raise ValueError("places must be different names")
         if not (math.isfinite(self.ratio) and self.ratio >= 0.01 and self.latent >= 1):
             raise ValueError(f"ratio is {self.ratio!r}, must be at least 0.01 and at most the chunk size {self.chunk}")
         if max(self.chunk, self.tokens, self.width) > 2 ** 16:
@@ -82,7 +88,7 @@ class Block(nn.Module):
     def __init__(self, D, heads):
         super().__init__()
         hidden = -(-8 * D // 3 // 8) * 8                   # 8/3 D: as many numbers as a plain MLP of 4 D
-        self.heads = heads
+        self.heads, self.idle = heads, False               # idle: see `skip_idle`
         self.norm_attention, self.norm_mlp = nn.LayerNorm(D), nn.LayerNorm(D)
         self.qkv = nn.Linear(D, 3 * D, bias=False)
         self.out = nn.Linear(D, D, bias=False)
@@ -116,7 +122,8 @@ def rotate(q_BTHK, cos_T1K, sin_T1K):
 
 class VAE(nn.Module):
     """Encoder, neck and decoder. Every method takes `real_BT` (bool, 1 = chunk with weights, 0 = padding) or None
-    for windows without padding, which spares the attention its mask."""
+    for windows without padding, which spares the attention its mask; encode and decode also `place`: which tensor the
+    windows come from, as a number that `place_of` gives (one for all, or (B,) of them); None, the shared neck."""
 
     def __init__(self, config, generator=None):
         super().__init__()
@@ -125,8 +132,13 @@ class VAE(nn.Module):
         self.embed, self.unembed = nn.Linear(C, D, bias=False), nn.Linear(D, C, bias=False)
         self.encoder = nn.ModuleList(Block(D, config.heads) for _ in range(config.blocks))
         self.decoder = nn.ModuleList(Block(D, config.heads) for _ in range(config.blocks))
-        self.neck_mu, self.neck_logvar, self.widen = nn.Linear(D, Z), nn.Linear(D, Z), nn.Linear(Z, D)
+        self.neck_mu, self.neck_logvar, self.widen = nn.Linear(D, Z, bias=False), nn.Linear(D, Z), nn.Linear(Z, D)
+        self.own_mu = nn.Parameter(torch.zeros(len(config.places), Z, D))          # what a tensor's neck adds to the shared one
+        self.own_widen = nn.Parameter(torch.zeros(len(config.places), D, Z))
         self.reset(generator)
+
+    def place_of(self, key):
+        return self.config.places.index(key) if key in self.config.places else None
 
     @torch.no_grad()
     def reset(self, generator=None):
@@ -148,12 +160,20 @@ class VAE(nn.Module):
                 block.out.weight.zero_()
                 block.down.weight.zero_()
 
+    def skip_idle(self):
+        """From now on pass over blocks that add exactly nothing (both last matrices zero: the warm start, where training had
+        nothing to learn). For a network that is no longer trained: the exact codec is then two small products per chunk."""
+        for block in [*self.encoder, *self.decoder]:
+            block.idle = not (block.out.weight.any() or block.down.weight.any())
+        return self
+
     def _run(self, blocks, h_BTD, real_BT):
         T, K = h_BTD.shape[1], self.config.width // self.config.heads
         cos_T1K, sin_T1K = rotation(T, K, h_BTD.device, h_BTD.dtype)
         keys_B11T = None if real_BT is None else real_BT[:, None, None, :]      # nobody looks at a padding chunk
         for block in blocks:
-            h_BTD = block(h_BTD, cos_T1K, sin_T1K, keys_B11T)
+            if not block.idle:
+                h_BTD = block(h_BTD, cos_T1K, sin_T1K, keys_B11T)
         return h_BTD
 
     def encode_stream(self, x_BTC, real_BT=None):
@@ -163,14 +183,25 @@ class VAE(nn.Module):
     def decode_stream(self, h_BTD, real_BT=None):
         return self.unembed(self._run(self.decoder, h_BTD, real_BT))
 
-    def encode(self, x_BTC, real_BT=None):
+    def encode(self, x_BTC, real_BT=None, place=None):
         """paper: z = E(X_emb), token-wise.  Deterministic: the posterior's parameters, never a sample of it."""
         h_BTD = self.encode_stream(x_BTC, real_BT)
-        return Posterior(self.neck_mu(h_BTD), self.neck_logvar(h_BTD))
+        neck_ZD = self.neck_mu.weight if place is None else self.neck_mu.weight + self.own_mu[place]       # or (B, Z, D)
+        return Posterior((h_BTD - self.widen.bias) @ neck_ZD.mT, self.neck_logvar(h_BTD))
 
-    def decode(self, z_BTZ, real_BT=None):
+    def decode(self, z_BTZ, real_BT=None, place=None):
         """paper: W^ = D(z).  (B, T, Z) -> (B, T, C)."""
-        return self.decode_stream(self.widen(z_BTZ), real_BT)
+        widen_DZ = self.widen.weight if place is None else self.widen.weight + self.own_widen[place]
+        return self.decode_stream(z_BTZ @ widen_DZ.mT + self.widen.bias, real_BT)
+
+    def _principal(self, cov_DD):
+        """(D, Z) leading eigenvectors. Latent numbers beyond D (r < 1) stay unused."""
+        embed_DC, trace, D = self.embed.weight.double(), cov_DD.diagonal().sum(), self.config.width
+        # A trace of white noise, as seen through the embedding, ranks the directions that these data leave empty
+        # (few or constant chunks): r = 1 then stays exact for any weights, not only for those seen here.
+        cov_DD = cov_DD.double() + (1e-9 * trace + 1e-12) / D * embed_DC @ embed_DC.T
+        directions_DZ = torch.linalg.eigh(cov_DD).eigenvectors.flip(1)[:, :self.config.latent]
+        return F.pad(directions_DZ, (0, self.config.latent - directions_DZ.shape[1]))
 
     @torch.no_grad()
     def set_neck(self, mean_D, cov_DD):
@@ -180,22 +211,35 @@ class VAE(nn.Module):
 
         the best linear code of Z numbers for this encoder (Eckart-Young), and with it the posterior variance that
         is optimal for Eq. 1 where the code keeps unit variance and the decoder is linear:
-        d/ds [s / 2 + beta (s - 1 - log s) / 2] = 0.  Latent numbers beyond D (r < 1) start unused.
+        d/ds [s / 2 + beta (s - 1 - log s) / 2] = 0.
         """
-        D, Z = self.config.width, self.config.latent
-        embed_DC, trace = self.embed.weight.double(), cov_DD.diagonal().sum()
-        # A trace of white noise, as seen through the embedding, ranks the directions that these data leave empty
-        # (few or constant chunks): r = 1 then stays exact for any weights, not only for those seen here.
-        cov_DD = cov_DD.double() + (1e-9 * trace + 1e-12) / D * embed_DC @ embed_DC.T
-        directions_DZ = torch.linalg.eigh(cov_DD).eigenvectors.flip(1)[:, :Z]
-        directions_DZ = F.pad(directions_DZ, (0, Z - directions_DZ.shape[1]))
+        directions_DZ = self._principal(cov_DD)
         sigma2 = max(self.config.beta, 1e-12) / (1 + self.config.beta)
         self.neck_mu.weight.copy_(directions_DZ.T)
-        self.neck_mu.bias.copy_(-(mean_D.double() @ directions_DZ))
         self.widen.weight.copy_(directions_DZ)
         self.widen.bias.copy_(mean_D)
         self.neck_logvar.weight.zero_()
         self.neck_logvar.bias.fill_(math.log(sigma2))
+        self.own_mu.zero_()
+        self.own_widen.zero_()
+
+    @torch.no_grad()
+    def set_place(self, place, here, everywhere):
+        """Give one tensor its own neck: the principal directions of its own latents. After `set_neck`.
+
+        here, everywhere: align.Moments of the stage-1 latents of this tensor and of all.
+        ours: shrunk towards all tensors as if C chunks more had come from anywhere, as few chunks memorise their directions;
+        and turned, within the space that they span, as near as possible to the shared directions (orthogonal Procrustes):
+        a latent number then means the same in every tensor as far as it can, and at r = 1 the neck would be the shared one.
+        """
+        share, shift_D = here.n / (here.n + self.config.chunk), here.mean_Z - everywhere.mean_Z
+        second_DD = here.cov_ZZ + torch.outer(shift_D, shift_D)
+        directions_DZ = self._principal(share * second_DD + (1 - share) * everywhere.cov_ZZ)
+        shared_DZ = self.widen.weight.double()
+        left_ZZ, _, right_ZZ = torch.linalg.svd(directions_DZ.T @ shared_DZ)
+        own_DZ = directions_DZ @ left_ZZ @ right_ZZ - shared_DZ
+        self.own_mu[place].copy_(own_DZ.T)
+        self.own_widen[place].copy_(own_DZ)
 
     def to_file(self, record):
         """(tensors, header metadata) for a safetensors file. `record`: JSON-able facts of the training."""
@@ -213,7 +257,7 @@ class VAE(nn.Module):
         if not isinstance(config, dict) or set(config) != known:
             raise ValueError(f"its configuration is not {sorted(known)}")
         try:
-            vae = cls(VAEConfig(**config))
+            vae = cls(VAEConfig(**config | {"places": tuple(config["places"])}))
         except TypeError:
             raise ValueError("its configuration holds values of the wrong type") from None
         expected = {name: tuple(t.shape) for name, t in vae.state_dict().items()}

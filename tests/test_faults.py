@@ -309,7 +309,7 @@ OPTIONS = {
     "a VAE that lacks a tensor": spoilt_vae(lambda t: ({n: t[n] for n in sorted(t)[1:]}, [repr(sorted(t)[0]), "missing"])), "a VAE in float8": spoilt_vae(lambda t: ({n: v.to(torch.float8_e4m3fn) for n, v in t.items()}, ["gate failed"])),
     "an untrained VAE": spoilt_vae(lambda t: ({n: v * 0 for n, v in t.items()}, ["gate failed"])), "a VAE without configuration": spoilt_vae(lambda t: (t, ["configuration"]), **{"lsmerge.vae": "{}"}),
     "a nesting bomb in the VAE": spoilt_vae(lambda t: (t, ["VAE"]), **{"lsmerge.vae": "[" * 100_000}), "a huge VAE": spoilt_vae(lambda t: (t, ["65,536"]), **{"lsmerge.vae": json.dumps(
-        dict(chunk=64, tokens=16, ratio=1.0, width=10 ** 9, blocks=2, heads=2, init="pca", beta=1e-4))}),
+        dict(chunk=64, tokens=16, ratio=1.0, width=10 ** 9, blocks=2, heads=2, init="pca", beta=1e-4, necks="tensor", places=[]))}),
 }
 
 

@@ -3,6 +3,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import chunking as ck
 import train
 from conftest import ROOT, llama_tensors
+from lsmerge import Codec
 from vae import VAE, VAEConfig
 
 TINY = VAEConfig(chunk=16, tokens=8, width=32, blocks=1, heads=2)      # small for testing
@@ -35,9 +37,12 @@ def test_windows_are_the_tensors_in_order(models):
     """Every weight of every selected tensor, once, standardised; against a plain reading of the file."""
     (file, slots), = parents(models["a"])
     windows = train.Windows([(file, slots)], TINY, 0.25, torch.Generator().manual_seed(0))
-    assert sorted(windows.training + windows.validation) == list(range(len(windows.where)))
-    assert len(windows.validation) == round(0.25 * len(windows.where))
-    x, real = windows.read(range(len(windows.where)))
+    total = windows.starts[-1]
+    assert int(windows.held.sum()) == round(0.25 * total) == len(windows.validation) and all(windows.held[windows.validation])
+    everything = range(len(windows.tensors))
+    assert sorted(windows.some(total, everything, torch.Generator()) + windows.validation) == list(range(total))
+    x, real, place = windows.read(range(total))
+    assert place is None
     tensors = load_file(models["a"])
     expected = [((tensors[s.name].double() - tensors[s.name].double().mean()) / tensors[s.name].double().std(correction=0)).reshape(-1) for s in slots]
     torch.testing.assert_close(x[real], torch.cat(expected).float(), rtol=1e-5, atol=1e-6)
@@ -46,20 +51,20 @@ def test_windows_are_the_tensors_in_order(models):
 
 def test_stage_1_leaves_the_neck_alone_and_stage_2_does_not(models):
     windows = train.Windows(parents(models["a"]), TINY, 0.1, torch.Generator().manual_seed(0))
-    x, real = windows.read(windows.training[:4])
+    batch = x, real, _ = windows.read(windows.draw(4, torch.Generator().manual_seed(0)))
     vae = VAE(VAEConfig(**{**TINY.__dict__, "init": "random"}), torch.Generator().manual_seed(0))
     necks = [vae.neck_mu.weight, vae.neck_logvar.weight, vae.widen.weight]
-    train.stage_loss(vae, None, 1, x, real, 0.0, None)[0].backward()
+    train.stage_loss(vae, None, 1, batch, 0.0, None)[0].backward()
     assert all(neck.grad is None for neck in necks) and vae.embed.weight.grad.abs().sum() > 0
-    train.stage_loss(vae, None, 2, x, real, 0.1, torch.Generator().manual_seed(0))[0].backward()
+    train.stage_loss(vae, None, 2, batch, 0.1, torch.Generator().manual_seed(0))[0].backward()
     assert all(neck.grad.abs().sum() > 0 for neck in necks)
 
 
 def test_distillation_is_half_the_squared_distance_to_the_teacher(models):
     windows = train.Windows(parents(models["a"]), TINY, 0.1, torch.Generator().manual_seed(0))
-    x, real = windows.read(windows.training[:4])
+    batch = x, real, _ = windows.read(windows.draw(4, torch.Generator().manual_seed(0)))
     vae, teacher = (VAE(VAEConfig(**{**TINY.__dict__, "init": "random"}), torch.Generator().manual_seed(s)) for s in (0, 1))
-    alone, taught = (train.stage_loss(vae, t, 2, x, real, 0.1, torch.Generator().manual_seed(0)).total for t in (None, teacher))
+    alone, taught = (train.stage_loss(vae, t, 2, batch, 0.1, torch.Generator().manual_seed(0)).total for t in (None, teacher))
     posterior = vae.encode(x, real.any(-1))
     eps = torch.randn(posterior.mu_BTZ.shape, generator=torch.Generator().manual_seed(0))
     student = vae.decode(posterior.mu_BTZ + (posterior.logvar_BTZ / 2).exp() * eps, real.any(-1))
@@ -84,6 +89,28 @@ def test_warm_start_is_never_left_worse(models):
         config = VAEConfig(chunk=16, tokens=8, width=32, blocks=1, heads=2, ratio=ratio)
         start, end = (train.train_vae(parents(models["a"]), config, train.Schedule(steps2=n), 0)[1][1] for n in (0, 40))
         assert start["nmse"] < bound and end["objective"] <= start["objective"]
+
+
+def test_above_r_1_every_tensor_has_a_neck_and_it_beats_pca(tmp_path):
+    """Tensors that differ in their covariance: below the error of the best linear code for all of them (by SVD), through
+    the codec as merge.py uses it; a tensor of another place falls back to that code."""
+    save_file({f"layers.{i}.mlp.up_proj.weight": torch.randn(64, 16, generator=torch.Generator().manual_seed(i)) * torch.linspace(0.1, 2, 16).roll(5 * i)
+               for i in range(3)}, tmp_path / "s.safetensors")
+    (file, slots), = found = parents(tmp_path / "s.safetensors")
+    chunks = [ck.scale(file.read(s.name), s).reshape(-1, 16) for s in slots]
+    values = torch.linalg.svdvals(torch.cat(chunks) - torch.cat(chunks).mean(0)) ** 2
+    pca = values[8:].sum().item() / sum(s.numel for s in slots)
+    config = VAEConfig(**{**TINY.__dict__, "ratio": 2.0})
+    error = {}
+    for necks in ("tensor", "one"):
+        vae, _ = train.train_vae(found, VAEConfig(**{**config.__dict__, "necks": necks}), train.Schedule(steps1=0, steps2=0, holdout=0), 0)
+        codec = Codec(vae)
+        decode = lambda slot, to: codec.decode(codec.encode(file.read(slot.name), to), to, slot.numel) - file.read(slot.name).double()
+        error[necks] = sum((decode(s, s) / s.scale).square().sum().item() for s in slots) / sum(s.numel for s in slots)
+        strange = replace(slots[0], place=ck.Place(9, "up"))
+        error[necks, "elsewhere"] = (decode(slots[0], strange) / slots[0].scale).square().mean().item()
+    assert error["one"] == pytest.approx(pca, rel=1e-3) and error["tensor"] < 0.6 * pca
+    assert error["tensor", "elsewhere"] == pytest.approx(error["one", "elsewhere"], rel=1e-5)
 
 
 def test_a_non_finite_loss_stops_with_the_step(models):
@@ -141,7 +168,8 @@ def test_two_processes_train_as_one(models, tmp_path):
     subprocess.run([*command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"), "-o", tmp_path / "two"], check=True, capture_output=True)
     one, two = load_file(tmp_path / "one"), load_file(tmp_path / "two")
     for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-4 * one[name].abs().max().item() + 1e-7, msg=lambda m: f"{name}: {m}")
+        # Absolute part: a thousandth of one step of Adam, which divides even a gradient of rounding noise by its own size.
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-4 * one[name].abs().max().item() + 1e-6, msg=lambda m: f"{name}: {m}")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
 
 

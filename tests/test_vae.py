@@ -3,11 +3,14 @@ import json
 import math
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
+from scipy.linalg import orthogonal_procrustes
 from torch.distributions import Independent, Normal, kl_divergence as torch_kl
 
 import vae as v
+from align import Moments
 
 SMALL = dict(chunk=8, tokens=4, width=16, blocks=2, heads=2)      # small for testing
 
@@ -126,6 +129,56 @@ def test_untrained_is_pca_above_r_1(ratio):
     net = warm(ratio, x, real)
     error = v.masked_mse(net.decode(net.encode(x).mu_BTZ), x, real).item() * x.numel()
     assert error == pytest.approx(values[Z:].sum().item(), rel=1e-4)
+
+
+def places(ratio, count=3, C=8):
+    """A network with a neck per tensor, and the clouds they come from: chunks with a covariance of their own each."""
+    clouds = [torch.randn(400, C, generator=generator(s), dtype=torch.float64) @ torch.randn(C, C, generator=generator(9 + s), dtype=torch.float64)
+              + s for s in range(count)]
+    net = v.VAE(v.VAEConfig(**SMALL | {"ratio": ratio}, places=tuple("abc"[:count])), generator())
+    streams = [Moments.of(net.encode_stream(cloud.float()[:, None])[:, 0].detach()) for cloud in clouds]
+    everywhere = Moments.of(net.encode_stream(torch.cat(clouds).float()[:, None])[:, 0].detach())
+    net.set_neck(everywhere.mean_Z.float(), everywhere.cov_ZZ)
+    for place, here in enumerate(streams):
+        net.set_place(place, here, everywhere)
+    return net, clouds
+
+
+def test_a_tensor_s_own_neck_is_its_own_pca_shrunk_by_c_chunks():
+    """By numpy: eigenvectors of (400 S_own + 8 S_all) / 408 about the common mean; one number for all windows or one for each."""
+    net, clouds = places(2.0)
+    union = np.concatenate([c.numpy() for c in clouds])
+    mean, all_CC = union.mean(0), np.cov(union.T, bias=True)
+    for place, cloud in enumerate(clouds):
+        x = cloud.numpy() - mean
+        values, vectors = np.linalg.eigh((x.T @ x + 8 * all_CC) / 408)
+        expected = ((x - x @ vectors[:, 4:] @ vectors[:, 4:].T) ** 2).mean()
+        windows_BTC = cloud.float().view(100, 4, 8)
+        for where in (place, torch.full((100,), place)):
+            decoded = net.decode(net.encode(windows_BTC, place=where).mu_BTZ, place=where)
+            assert (decoded - windows_BTC).square().mean().item() == pytest.approx(expected, rel=1e-4)
+        other = net.decode(net.encode(windows_BTC).mu_BTZ)                     # the shared neck is no better
+        assert (other - windows_BTC).square().mean() > expected
+
+
+def test_own_necks_are_turned_as_near_as_can_be_to_the_shared_one():
+    net, _ = places(2.0)
+    shared_DZ = net.widen.weight.detach().double().numpy()
+    for own_DZ in net.own_widen.detach().double().numpy():
+        turn, _ = orthogonal_procrustes(shared_DZ + own_DZ, shared_DZ)
+        np.testing.assert_allclose(turn, np.eye(4), atol=1e-5)
+    exact, _ = places(1.0)
+    assert max(p.abs().max().item() for p in (exact.own_mu, exact.own_widen)) < 1e-5
+
+
+def test_idle_blocks_are_passed_over_without_a_trace():
+    x, real = windows()
+    net = warm(2.0, x, real)
+    torch.nn.init.normal_(net.decoder[1].down.weight, generator=generator())
+    before = net.decode(net.encode(x).mu_BTZ)
+    net.skip_idle()
+    assert [block.idle for block in [*net.encoder, *net.decoder]] == [True, True, True, False]
+    assert torch.equal(net.decode(net.encode(x).mu_BTZ), before)
 
 
 def test_posterior_variance_is_the_closed_form():
