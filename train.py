@@ -323,7 +323,8 @@ def train_vae(parents, config, schedule=Schedule(), seed=0, device="cpu", dtype=
         resumed = None
         # The teacher of stage 2. Where stage 1 is exact (init="pca"), its output is the input, and matching it is what the
         # reconstruction term already does.
-        teacher = None if first["nmse"] < CONVERGED else copy.deepcopy(vae).requires_grad_(False)
+        # Nor is an untrained network one: without stage 1 there is nothing to distil.
+        teacher = None if first["nmse"] < CONVERGED or schedule.steps1 == 0 else copy.deepcopy(vae).requires_grad_(False)
         set_necks(vae, windows, schedule.batch, device)
     second = run_stage(run, 2, teacher, first, resumed)    # stage 2: compact neck, KL on, distillation
     return vae.eval(), [first, second]

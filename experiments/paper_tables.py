@@ -2,6 +2,8 @@
 
     python experiments/paper_tables.py --table 5 --figure 4 [--quick]
     python experiments/paper_tables.py --table 2 --table 3 --table 4 --table 6      # see merging_tables.py
+    python experiments/paper_tables.py --table 7 --table 8                          # see codec_tables.py
+    python experiments/paper_tables.py --ablation curriculum                        # see curriculum.py
 
 In:    the models of make_models.py. Target: base. Sources: large (deeper and wider) and base-seed2 (equal shapes, another
        origin, so that nothing but the data is shared).
@@ -389,8 +391,9 @@ def measure_transfer(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="append", default=[], choices=("2", "3", "4", "5", "6"), help="may be given again")
+    parser.add_argument("--table", action="append", default=[], choices=("2", "3", "4", "5", "6", "7", "8"), help="may be given again")
     parser.add_argument("--figure", action="append", default=[], choices=("4",), help="may be given again")
+    parser.add_argument("--ablation", choices=("curriculum",), help="which parts of the training earn their place")
     parser.add_argument("--models", type=Path, default=HERE / "models", help="folder of the checkpoints")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the JSON lines, appended to")
     parser.add_argument("--seeds", type=int, default=5, help="for whatever is random (%(default)s)")
@@ -398,13 +401,20 @@ def main():
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} documents per domain; nothing is written")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
-    if not args.table + args.figure:
-        parser.error("nothing to do: give --table or --figure")
+    if not (args.table + args.figure or args.ablation):
+        parser.error("nothing to do: give --table, --figure or --ablation")
     for table in dict.fromkeys(t for t in args.table if t != "5"):
-        from merging_tables import measure, print_table            # it imports this file: not before its own end
+        from codec_tables import measure_codec, print_codec        # they import this file: not before its own end
+        from merging_tables import measure, print_table
+        measure, print_table = (measure_codec, print_codec) if table in "78" else (measure, print_table)
         rows = measure(table, args.models, args.seeds, args.documents, args.quick, args.quiet)
         print_table(table, rows)
         args.quick or append(args.results / f"table{table}.jsonl", rows)
+    if args.ablation:
+        from curriculum import measure_ablation, print_ablation
+        rows = measure_ablation(args.models, args.seeds, args.documents, args.quick, args.quiet)
+        print_ablation(rows)
+        args.quick or append(args.results / "ablation.jsonl", rows)
     if "5" in args.table or args.figure:
         measure_transfer(args)
 
