@@ -3,6 +3,8 @@
     python experiments/bench.py --align [--quick] [--record experiments/results/bench-align.jsonl]
     python experiments/bench.py --merge --record experiments/results/bench-merge.jsonl
     python experiments/bench.py --memory --record experiments/results/bench-memory.jsonl
+    python experiments/bench.py --codec [--quick] [--record experiments/results/bench-codec.jsonl]
+    python experiments/bench.py --training [--budget STEPS] [--quick] [--record experiments/results/bench-training.jsonl]
 
 --align: align.py's Sinkhorn beside three solvers of POT (Python Optimal Transport), its Gaussian map beside
 POT's. Every solver gets the iterations it needs for the same *measured* marginal error, the larger L1 error
@@ -18,6 +20,19 @@ the bytes at the disk's measured copy rate.
 --memory: the same command on pairs of 0.75 and 3 GB, each with one tensor of 500 MB: the peak of anonymous memory
 must not depend on the size; beside it what --dry-run predicts. Needs 10 GB of disk. A small network (width 64, one block),
 so that 3 GB take minutes.
+
+--codec: encoding and decoding of windows that lie in memory, as in merge.py (one thread per core, each with a tensor of its
+own), in weights per second and as a fraction of the rate at which the same threads multiply 1024 x 1024 matrices. `network`:
+encode and decode alone; `whole`: Codec, with scaling and float64. `full`: every block computes; `warm`: the exact start,
+whose blocks are passed over; only what is computed counts as operations. What limits it: at width 128 a matrix product does
+128 multiplications per number that it reads, and the passes between (LayerNorm, rotation, attention over 16, SiLU, sums) take
+a fifth of the time in float32, two fifths in bfloat16, whose products are twice as fast and whose passes are not; besides, an
+intermediate of 1.4 MB does not fit a core's cache, so that the products alone run at nine tenths. Width 256 halves the passes' share.
+
+--training: seconds and steps to a held-out NMSE of 1e-2 from the same files, without the time of the checks. `release`: the
+recipe of the paper's release, one stage (Huber, MMD, KL, lr 1e-4) of --budget steps at most; `curriculum`: `train_vae` from
+the same random start; `warm`: from ours. What counts is a VAE: a check of stage 2 after a step with the KL on (the warm
+start, which ends at once, has none). Not reached: the last NMSE is printed, and the ratio of the times is a lower bound.
 """
 
 import argparse
@@ -34,13 +49,16 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import align
 import chunking
 import lsmerge
+import merge
+import train
 from align import Moments
-from vae import VAE, VAEConfig
+from vae import VAE, VAEConfig, kl_divergence, sample
 
 SIZES = [(512, 512), (1024, 1536), (2048, 1024)]
 LATENT = 32                # numbers per point
@@ -237,20 +255,35 @@ def copy_rate(path, scratch):
     return path.stat().st_size / seconds
 
 
+def window_operations(vae):
+    """Multiplications and additions, both counted, to encode and to decode a window. A token meets every matrix of its half
+    once, and T tokens twice; idle blocks (`skip_idle`) compute nothing."""
+    c = vae.config
+    def half(blocks, *others):
+        busy = [block for block in blocks if not block.idle]
+        matrices = sum(p.numel() for part in (*busy, *others) for p in part.parameters() if p.dim() == 2)
+        return 2 * c.tokens * (matrices + len(busy) * 2 * c.tokens * c.width)
+    return half(vae.encoder, vae.embed, vae.neck_mu, vae.neck_logvar), half(vae.decoder, vae.widen, vae.unembed)
+
+
 def codec_operations(config, entries, parents):
-    """Multiplications and additions, both counted, of a merge: every parent is encoded, the result decoded, and of each
-    parent the windows that the gate looks at. A token meets every matrix of its half once, and T tokens twice."""
-    vae = VAE(config)
-    matrices = lambda *parts: sum(p.numel() for part in parts for p in part.parameters() if p.dim() == 2)
-    attention = config.blocks * 2 * config.tokens * config.width
-    encoder = matrices(vae.embed, vae.encoder, vae.neck_mu, vae.neck_logvar) + attention
-    decoder = matrices(vae.widen, vae.decoder, vae.unembed) + attention
-    operations = 0
+    """Operations of a merge: every parent is encoded, the result decoded, and of each parent the windows that the gate looks at."""
+    (encoder, decoder), operations = window_operations(VAE(config)), 0
     for entry in entries:
         windows = -(-entry.numel // (config.chunk * config.tokens))
         seen = -(-windows // max(1, windows // lsmerge.GATE_WINDOWS))
-        operations += 2 * config.tokens * (parents * windows * encoder + (windows + parents * seen) * decoder)
+        operations += parents * windows * encoder + (windows + parents * seen) * decoder
     return operations
+
+
+def untrained(config, branches=True):
+    """A VAE with a neck. branches: small random ones, as after training: the warm start's zeros would be passed over."""
+    vae, generator = VAE(config, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
+    vae.set_neck(torch.zeros(config.width), torch.eye(config.width))
+    for block in [*vae.encoder, *vae.decoder] if branches else []:
+        for last in (block.out, block.down):
+            torch.nn.init.normal_(last.weight, std=1e-3, generator=generator)
+    return vae
 
 
 def run_merge(folder, *flags):
@@ -264,12 +297,9 @@ def run_merge(folder, *flags):
 
 
 def prepare(folder, config, **sizes):
-    """Checkpoints a and b and an untrained VAE; returns the encoded entries. Random branches, as after training: the warm
-    start's zero matrices would be multiplied at the same speed, but why invite the question."""
+    """Checkpoints a and b and an untrained VAE; returns the encoded entries."""
     entries = [synthetic(folder / f"{name}.safetensors", seed, **sizes) for seed, name in enumerate("ab")][0]
-    vae = VAE(config, torch.Generator().manual_seed(0))
-    vae.set_neck(torch.zeros(config.width), torch.eye(config.width))
-    chunking.write_tensors(folder / "vae.safetensors", *vae.to_file({}))
+    chunking.write_tensors(folder / "vae.safetensors", *untrained(config).to_file({}))
     return entries
 
 
@@ -313,7 +343,151 @@ def bench_memory(quick):
             yield facts | row
 
 
-SECTIONS = {"align": bench_align, "merge": bench_merge, "memory": bench_memory}  # a section is a generator of rows
+# --- The codec alone -------------------------------------------------------------------------------------------------
+CODEC_TARGETS = {"float32": 0.85, "bfloat16": 0.70}        # fraction of the matrix-multiply rate, full network at the default width
+
+
+def codec_runs(vae, dtype, device):
+    """{name: function} to encode and decode PIECE weights, and what these are in operations."""
+    codec, weights_L = lsmerge.Codec(vae, device, dtype), 0.02 * torch.randn(chunking.PIECE, generator=torch.Generator().manual_seed(0))
+    slot = chunking.TensorSlot("w", (chunking.PIECE,), torch.float32, 0.0, 0.02, chunking.place("w"))
+    x_BTC = chunking.scale(weights_L, slot).reshape(-1, codec.T, codec.C).to(device, dtype)
+    @torch.inference_mode()
+    def network():
+        for x in x_BTC.split(lsmerge.BATCH_CHUNKS // codec.T):
+            codec.vae.decode(codec.vae.encode(x).mu_BTZ)
+        return torch.cuda.synchronize() if device == "cuda" else None
+    whole = lambda: codec.decode(codec.encode(weights_L, slot), slot, len(weights_L))
+    return {"network": network, "whole": whole}, len(x_BTC) * sum(window_operations(codec.vae))
+
+
+def codec_cell(dtype, width, device, rounds):
+    """Rows of one width and arithmetic; everything in turns, each thread at work on its own."""
+    side, count = (1024, min(torch.get_num_threads(), merge.WORKERS)) if device == "cpu" else (8192, 1)
+    square, runs, operations = torch.ones(side, side, dtype=getattr(torch, dtype), device=device), {}, {}
+    def multiply():
+        for _ in range(4):
+            square @ square
+        return torch.cuda.synchronize() if device == "cuda" else None
+    for kind, branches in (("full", True), ("warm", False)):
+        vae = untrained(VAEConfig(width=width), branches)
+        pair, operations[kind] = codec_runs(vae, square.dtype, device)
+        runs |= {(kind, part): run for part, run in pair.items()}
+    with merge.workers(count) as pool:
+        together = lambda run: lambda: list(pool.map(lambda _: run(), range(count)))
+        timed = interleaved({name: together(run) for name, run in {"rate": multiply, **runs}.items()}, rounds)
+    rate = count * 4 * 2 * side ** 3 / timed.pop("rate")[0]
+    for (kind, part), (seconds, _) in timed.items():
+        yield dict(what="codec", device=device, dtype=dtype, width=width, network=kind, part=part, workers=count, gflops=round(rate / 1e9, 1),
+                   weights_per_s=round(count * chunking.PIECE / seconds), fraction=round(count * operations[kind] / seconds / rate, 3))
+
+
+def bench_codec(quick):
+    """Yields a row per dtype, width, network (full, warm) and part (network, whole)."""
+    facts = dict(python=platform.python_version(), torch=torch.__version__, threads=torch.get_num_threads())
+    for device in ("cpu", *["cuda"] * torch.cuda.is_available()):
+        for width in (VAEConfig().width, 256):
+            for dtype, target in CODEC_TARGETS.items():
+                for row in codec_cell(dtype, width, device, 3 if quick else 25):
+                    judged = device == "cpu" and width == VAEConfig().width and (row["network"], row["part"]) == ("full", "network")
+                    verdict = f"  target {target}  {'pass' if row['fraction'] >= target else 'MISS'}" if judged else ""
+                    print(f"{device} {dtype:8} width {width} {row['network']} {row['part']:7} {row['weights_per_s'] / 1e6:8.2f} M weights/s  "
+                          f"{row['fraction']:.3f} of {row['gflops']:.0f} GFLOP/s{verdict}", flush=True)
+                    yield facts | row
+    if not torch.cuda.is_available():
+        print("GPU: not run")
+
+
+# --- Training --------------------------------------------------------------------------------------------------------
+REACH = 1e-2                                               # held-out NMSE
+CURRICULUM = train.Schedule(steps1=200, steps2=100, batch=16, checks=10)     # the best found for a random start
+
+
+def mmd(z_NZ, generator, most=512):
+    """Squared maximum mean discrepancy to N(0, I); Gaussian kernels whose variance is 1/2, 1 and 2 times that of Z unit numbers."""
+    z_NZ = z_NZ[torch.randperm(len(z_NZ), generator=generator)[:most]]
+    both = torch.cat([z_NZ, torch.randn(z_NZ.shape, generator=generator)])
+    square, n = both.square().sum(1), len(both) // 2       # a product: the gradient of torch.cdist takes longer than the network's
+    wide = ((2 * both @ both.T - square - square[:, None]) / (4 * both.shape[1])).exp()
+    kernel = wide + wide ** 2 + wide ** 4
+    return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
+
+
+def train_release(parents, seed, budget, log):
+    """The release's recipe: one stage, samples from the first step. Ends at REACH or after `budget` steps."""
+    config, generator, batch = VAEConfig(init="random"), torch.Generator().manual_seed(seed), 64
+    vae, windows = VAE(config, generator), train.Windows(parents, config, train.Schedule().holdout, generator)
+    optimiser = torch.optim.AdamW(vae.parameters(), lr=1e-4, weight_decay=1e-5)
+    for step in range(budget + 1):
+        if step % 25 == 0 or step == budget:
+            figures = train.validate(vae, windows, 2, batch, "cpu")
+            log({"stage": 2, "step": step, **figures})
+            if figures["nmse"] <= REACH or step == budget:
+                return
+        ((x_BTC, real_BTC, _),) = windows.batches(windows.draw(batch, generator), batch, "cpu")
+        real_BT = real_BTC.any(dim=-1)
+        posterior = vae.encode(x_BTC, real_BT)
+        z_BTZ = sample(posterior, generator)
+        loss = (1000 * F.huber_loss(vae.decode(z_BTZ, real_BT)[real_BTC], x_BTC[real_BTC]) + 0.1 * 100 * mmd(z_BTZ[real_BT], generator)
+                + 1e-4 * kl_divergence(posterior, real_BT))
+        optimiser.param_groups[0]["lr"] = train.learning_rate(step, budget, 1e-4, 0.0)
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimiser.step()
+
+
+def curve_of(training):
+    """[(stage, step, seconds, NMSE), ...] at the checks of a training, a function of `log`; the checks' own time left out."""
+    validate, curve, spent, began = train.validate, [], 0.0, time.perf_counter()
+    def timed(*arguments):
+        nonlocal spent
+        start = time.perf_counter()
+        figures = validate(*arguments)
+        spent += time.perf_counter() - start
+        return figures
+    train.validate = timed
+    try:
+        training(lambda record: curve.append((record["stage"], record["step"], time.perf_counter() - began - spent, record["nmse"])))
+    finally:
+        train.validate = validate
+    return curve
+
+
+def arrival(curve):
+    """When a VAE first had REACH, else the end: a dict of seconds, steps, NMSE there and at the end, and whether it was reached."""
+    first = max((step for stage, step, *_ in curve if stage == 1), default=0)
+    ends = [point for point in curve if point[0] == 2 and point[3] <= REACH and (point[1] or point is curve[-1])]
+    _, step, seconds, nmse = (ends or curve[-1:])[0]
+    return dict(reached=bool(ends), seconds=round(seconds, 2), steps=first + step, nmse=float(f"{nmse:.3g}"), final=float(f"{curve[-1][3]:.3g}"))
+
+
+def bench_training(quick, budget):
+    """Yields a row per recipe and seed, then one with the ratio; the recipes take turns, seed by seed."""
+    folder, budget = Path(__file__).resolve().parent / "models", min(budget, 50) if quick else budget
+    checkpoints = [chunking.open_checkpoint(str(folder / f"{name}.safetensors")) for name in ("code", "prose")]
+    parents = [(c, [chunking.measure(c, e.name) for e in c.entries.values() if chunking.is_selected(e)]) for c in checkpoints]
+    recipes = {"release": lambda seed, log: train_release(parents, seed, budget, log),
+               "curriculum": lambda seed, log: train.train_vae(parents, VAEConfig(init="random"), CURRICULUM, seed, log=log),
+               "warm": lambda seed, log: train.train_vae(parents, VAEConfig(), seed=seed, log=log)}
+    facts, rows = dict(python=platform.python_version(), torch=torch.__version__, threads=torch.get_num_threads(), budget=budget), []
+    for seed in range(1 if quick else 3):
+        for name, recipe in recipes.items():
+            rows.append(dict(what="training", recipe=name, seed=seed, **arrival(curve_of(lambda log: recipe(seed, log)))))
+            print(" ".join(f"{key} {value}" for key, value in rows[-1].items() if key != "what"), flush=True)
+            yield facts | rows[-1]
+    medians = {name: statistics.median(row["seconds"] for row in rows if row["recipe"] == name) for name in recipes}
+    for name, median in medians.items():
+        mine = [row for row in rows if row["recipe"] == name]
+        low, high = (pick(row["seconds"] for row in mine) for pick in (min, max))
+        print(f"{name:10} median {median:.2f} s ({low:.2f} to {high:.2f}), reached in {sum(row['reached'] for row in mine)} of {len(mine)}")
+    ratio, bound = medians["release"] / medians["curriculum"], not all(row["reached"] for row in rows if row["recipe"] == "release")
+    print(f"release / curriculum: {'at least ' * bound}{ratio:.1f}  target 3  {'pass' if ratio >= 3 else 'MISS'}")
+    yield facts | dict(what="training ratio", ratio=round(ratio, 2), lower_bound=bound, medians=medians)
+
+
+# A section is a generator of rows.
+SECTIONS = {"align": bench_align, "merge": bench_merge, "memory": bench_memory, "codec": bench_codec, "training": bench_training}
 
 
 def main():
@@ -321,13 +495,14 @@ def main():
     for name in SECTIONS:
         parser.add_argument(f"--{name}", action="store_true", help=f"run the section {name!r}")
     parser.add_argument("--quick", action="store_true", help="smallest size, two rounds")
+    parser.add_argument("--budget", type=int, default=4000, metavar="STEPS", help="of the release's recipe at most (%(default)s)")
     parser.add_argument("--record", type=Path, metavar="FILE", help="append each row to FILE as JSON")
     arguments = parser.parse_args()
     chosen = [name for name in SECTIONS if getattr(arguments, name)]
     if not chosen:
         parser.error("choose a section: " + ", ".join(f"--{name}" for name in SECTIONS))
     for name in chosen:
-        for row in SECTIONS[name](arguments.quick):
+        for row in SECTIONS[name](arguments.quick, *[arguments.budget] * (name == "training")):
             if arguments.record:
                 with arguments.record.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"section": name} | row, allow_nan=False) + "\n")
