@@ -9,8 +9,9 @@ from scratch with the KL collapses before it has learnt anything worth regularis
     stage 1   mse / 2                                          latent = the stream, D numbers per chunk
     stage 2   mse / 2 + (beta_t / r) kl + mse to stage 1 / 2   latent = the neck, Z = C / r numbers per chunk
 
-What enters: windows of standardised weights, read from the files as they are needed (a batch is all that is held in
-float32). What leaves: a VAE file (safetensors; configuration and training record in its header).
+Between them the neck is set: the principal directions of stage 1's latents, and at r > 1 those of each tensor on its own
+(`set_necks`). What enters: windows of standardised weights, read from the files as they are needed (a batch is all that is
+held in float32). What leaves: a VAE file (safetensors; configuration and training record in its header).
 """
 import atexit, bisect, contextlib, copy, hashlib, itertools, json, math, os, sys, time
 from dataclasses import asdict, dataclass, fields, replace

@@ -10,11 +10,12 @@ Letters as in lsmerge.py: B windows, T chunks per window, C weights per chunk, D
 Why the whole thing can start out exact (ours: `init="pca"`): a pre-norm transformer is  x + f_1(x) + f_2(x) + ...;
 with the last matrix of every f at zero it is the identity, so the stream carries the embedded chunk untouched. If
 the embedding is an isometry (D >= C) and the neck holds the Z leading principal directions, then the untrained
-network IS the best linear autoencoder (Eckart-Young): exact at r = C / Z <= 1, PCA at r > 1. Three things would
+network IS the best linear autoencoder (Eckart-Young): exact at r = C / Z <= 1, PCA at r > 1, and below PCA where each
+tensor has a neck of its own (`set_place`): knowing where a chunk comes from is worth more than training. Three things would
 break this and are therefore absent: positions added to the stream (they enter by rotation, inside attention),
 a final norm on the stream, and a nonlinearity in the heads.
 
-Not tried or not kept: token down-sampling, learned positions, dropout, a log transform of the weights.
+Not tried or not kept: token down-sampling, learned positions, dropout, companding, Huber loss, pooled latents.
 """
 import functools, json, math
 from dataclasses import asdict, dataclass, fields

@@ -15,7 +15,7 @@ threads wait for each other; the number of threads is printed and recorded.
 
 --merge: merge.py as a process, given a VAE, on two synthetic checkpoints of 100 M weights, over the time that the same
 codec operations take at the matrix-multiply rate of all cores (measured before and after, same dtype) plus
-the bytes at the disk's measured copy rate.
+the bytes at the disk's measured copy rate; with the full network and with the warm start's (see --codec).
 
 --memory: the same command on pairs of 0.75 and 3 GB, each with one tensor of 500 MB: the peak of anonymous memory
 must not depend on the size; beside it what --dry-run predicts. Needs 10 GB of disk. A small network (width 64, one block),
@@ -36,6 +36,7 @@ start, which ends at once, has none). Not reached: the last NMSE is printed, and
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -266,11 +267,11 @@ def window_operations(vae):
     return half(vae.encoder, vae.embed, vae.neck_mu, vae.neck_logvar), half(vae.decoder, vae.widen, vae.unembed)
 
 
-def codec_operations(config, entries, parents):
+def codec_operations(vae, entries, parents):
     """Operations of a merge: every parent is encoded, the result decoded, and of each parent the windows that the gate looks at."""
-    (encoder, decoder), operations = window_operations(VAE(config)), 0
+    (encoder, decoder), operations = window_operations(vae), 0
     for entry in entries:
-        windows = -(-entry.numel // (config.chunk * config.tokens))
+        windows = -(-entry.numel // (vae.config.chunk * vae.config.tokens))
         seen = -(-windows // max(1, windows // lsmerge.GATE_WINDOWS))
         operations += parents * windows * encoder + (windows + parents * seen) * decoder
     return operations
@@ -310,18 +311,20 @@ def bench_merge(quick):
         folder = Path(name)
         entries = prepare(folder, config, layers=1 if quick else 10, hidden=1024, mlp=2752, vocab=256)
         weights, files = sum(e.numel for e in entries), [folder / "a.safetensors", folder / "b.safetensors"]
-        operations = codec_operations(config, entries, 2)
-        for dtype in ("float32", "bfloat16"):
+        for dtype, (network, branches) in itertools.product(("float32", "bfloat16"), (("full", True), ("warm", False))):
+            vae = untrained(config, branches)
+            chunking.write_tensors(folder / "vae.safetensors", *vae.to_file({}))
+            operations = codec_operations(vae.skip_idle(), entries, 2)
             for _ in range(1 if quick else 3):
                 before, disk = matmul_rate(getattr(torch, dtype)), copy_rate(files[0], folder / "copy")
                 seconds, report, _ = run_merge(folder, "--dtype", dtype, "--max-nmse", "1")
                 rate = statistics.mean([before, matmul_rate(getattr(torch, dtype))])
                 # A copy reads and writes its bytes: both parents are read, one result is written.
                 least = operations / rate + (sum(f.stat().st_size for f in files) + (folder / "merged.safetensors").stat().st_size) / 2 / disk
-                row = dict(what="merge", weights=weights, dtype=dtype, seconds=round(seconds, 2), least=round(least, 2),
+                row = dict(what="merge", weights=weights, dtype=dtype, network=network, seconds=round(seconds, 2), least=round(least, 2),
                            ratio=round(seconds / least, 3), gflops=round(rate / 1e9, 1), copy_mb_s=round(disk / 1e6), stages=report["seconds"])
-                print(f"merge {weights / 1e6:.0f} M weights, {dtype}: {seconds:.1f} s, {row['ratio']:.2f} times the {least:.1f} s of arithmetic "
-                      f"({rate / 1e9:.0f} GFLOP/s) and bytes ({disk / 1e6:.0f} MB/s)", flush=True)
+                print(f"merge {weights / 1e6:.0f} M weights, {dtype}, {network} network: {seconds:.1f} s, {row['ratio']:.2f} times the {least:.1f} s of "
+                      f"arithmetic ({rate / 1e9:.0f} GFLOP/s) and bytes ({disk / 1e6:.0f} MB/s)", flush=True)
                 yield facts | row
 
 

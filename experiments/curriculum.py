@@ -10,7 +10,7 @@ Out:   per variant and seed: NMSE and decoded bits per byte minus the model's ow
 Equal compute: the same number of steps of the same number of chunks through the same network. Pooling adds matrices of its
        own; only the warm start ends early, having nothing to learn.
 Paper: abstract and Sec. 3.2 (two stages, and the collapse without them). ours: everything else here.
-Previous: codec_tables.py. Next: explore_transfer.py.
+Previous: codec_tables.py. Next: real_model.py.
 """
 import contextlib
 import dataclasses

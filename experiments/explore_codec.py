@@ -13,7 +13,7 @@ In:    models code, arithmetic and prose, stored as float32 (rounding a result t
        between parents, as much as some settings do); merges code + arithmetic and code + prose at lambda = 1/2.
 Out:   a table, and a JSON line per merge in results/codec-search.jsonl: all settings, also those that lose.
 ours:  nothing of this is in the paper, which merges with whatever codec it has trained.
-Previous: codec_quality.py.
+Previous: curriculum.py.
 """
 import argparse
 import contextlib

@@ -1,4 +1,5 @@
 """README.md: its commands parse, its Python runs, its numbers are those of experiments/results."""
+import itertools
 import json
 import math
 import re
@@ -102,7 +103,10 @@ def test_table_of_the_real_model_is_the_recorded_result():
         assert cells == [f"{r['ratio']:.4g}", f"{r['white_noise']:.3f}", r["method"], small(r["nmse"]), f"{r['loss']:.3f}", f"{r['loss'] / r['loss_before'] - 1:+.1%}",
                          show(r["effective_ratio"], lambda v: f"{v:.2f}"), show(r["unseen_nmse"], small)], cells
     kept = [r["ratio"] for r in records if r["method"] == "VAE" and abs(r["loss"] / r["loss_before"] - 1) <= 0.01]
-    assert max(kept) == 1 and "only r <= 1" in README                                # what the first screen says
+    least = min((r for r in records if r["method"] == "VAE" and r["ratio"] > 1), key=lambda r: r["ratio"])
+    first_screen = README[:README.index("## Results")]
+    assert max(kept) == 1 and "**only r <= 1**" in first_screen
+    assert f"rises by {least['loss'] / least['loss_before'] - 1:.0%}".replace("%", " %") in re.sub(r"\s+", " ", first_screen)
 
 
 def test_table_across_shapes_is_the_recorded_result():
@@ -154,10 +158,21 @@ def test_table_of_the_search_is_the_recorded_result():
 
 def test_bench_is_the_recorded_result():
     text, merges = block("bench"), lines("bench-merge.jsonl")
-    for dtype in ("float32", "bfloat16"):
-        group = [r for r in merges if r["dtype"] == dtype]
+    for dtype, network in itertools.product(("float32", "bfloat16"), ("full", "warm")):
+        group = [r for r in merges if (r["dtype"], r["network"]) == (dtype, network)]
         middle = lambda key: statistics.median(r[key] for r in group)
-        assert (f"{dtype}: whole run over its arithmetic and bytes | {middle('ratio'):.2f} [{min(r['ratio'] for r in group):.2f}, "
-                f"{max(r['ratio'] for r in group):.2f}]: {middle('seconds'):.0f} s over {middle('least'):.0f} s") in text
+        assert (f"{dtype}, {network} network: whole run over its arithmetic and bytes | {middle('ratio'):.2f} [{min(r['ratio'] for r in group):.2f}, "
+                f"{max(r['ratio'] for r in group):.2f}]: {middle('seconds'):.0f} s over {middle('least'):.1f} s") in text
+    for r in lines("bench-codec.jsonl"):
+        if r["device"] == "cpu" and r["part"] == "network" and r["network"] == "full":
+            assert f"{r['dtype']}, width {r['width']}: fraction of the matrix-multiply rate | {r['fraction']:.2f}: {r['weights_per_s'] / 1e6:.1f} M weights/s" in text
+    training = lines("bench-training.jsonl")
+    for recipe in ("release", "curriculum", "warm"):
+        group = [r for r in training if r.get("recipe") == recipe]
+        seconds, final = sorted(r["seconds"] for r in group), sorted(r["final"] for r in group)
+        assert len(group) == 3
+        reached = f"after {seconds[1]:.1f} s [{seconds[0]:.1f}, {seconds[-1]:.1f}]" if all(r["reached"] for r in group) else (
+            f"not within {max(r['budget'] for r in group)} steps, {seconds[1]:.0f} s: last NMSE {final[1]:.2f} [{final[0]:.2f}, {final[-1]:.2f}]")
+        assert f"NMSE 1e-2, {recipe} | {reached}" in text
     for r in lines("bench-memory.jsonl"):
         assert f"{r['bytes'] / 1e9:.2f} GB per checkpoint" in text and f"{r['peak_mib']:.0f} MiB (`--dry-run` said {r['predicted_mib']})" in text
