@@ -37,7 +37,7 @@ from vae import VAE, Posterior, VAEConfig, kl_divergence, sample
 
 UNSEEN = ("arithmetic", "base-seed2")
 STEPS1, STEPS2, BATCH = 400, 200, 32                   # with windows of 16 chunks: 307,200 chunks, six times all there are
-RANDOM = dict(init="random"), dict(lr=1e-3)
+RANDOM = dict(init="random"), dict(lr=1e-3, distil=True)    # as the paper has it: its start, its distillation
 
 
 # --- Changes that the core does not offer ------------------------------------------------------------------------------
@@ -84,11 +84,6 @@ def huber_loss(vae, teacher, stage, batch, beta, generator, *_):
     return loss + taught + beta / vae.config.true_ratio * kl, loss, kl
 
 
-STAGE_LOSS = train.stage_loss
-def without_teacher(vae, teacher, *rest):
-    return STAGE_LOSS(vae, None, *rest)
-
-
 SPREAD = 0.623                                         # standard deviation of sign(x) log(1 + |x|) for x ~ N(0, 1)
 def companded(flat_L, slot):
     x = scale(flat_L, slot)
@@ -104,7 +99,6 @@ def expanded(flat_L, slot):
 def changed(change):
     """The core with one of its parts replaced, for the time of a training and of the codec's use after it."""
     parts = {"huber": [(train, "stage_loss", huber_loss)], "pooled": [(train, "VAE", PooledVAE)],
-             "no teacher": [(train, "stage_loss", without_teacher)],
              "companding": [(train, "scale", companded), (lsmerge, "scale", companded), (lsmerge, "unscale", expanded)]}
     with contextlib.ExitStack() as stack:
         for where, name, what in parts.get(change, []):
@@ -127,13 +121,13 @@ def slots_of(model, change):
 # --- Variants: group -> name -> (configuration, schedule, change); the first of a group is what the others are held against ---
 def variants():
     config, schedule = RANDOM
-    at = lambda change=None, steps1=STEPS1, steps2=STEPS2, batch=BATCH, **more: (
-        config | more, schedule | dict(steps1=steps1, steps2=steps2, batch=batch), change)
+    at = lambda change=None, steps1=STEPS1, steps2=STEPS2, batch=BATCH, distil=True, **more: (
+        config | more, schedule | dict(steps1=steps1, steps2=steps2, batch=batch, distil=distil), change)
     windows = {f"windows of {T}": at(tokens=T, batch=16 * BATCH // T) for T in (1, 64)}
     warm = lambda change=None, steps2=STEPS2, batch=BATCH, **more: (dict(ratio=2.0) | more, dict(steps2=steps2, batch=batch), change)
     return {
         "r = 1, random start": {
-            "two stages": at(), "one stage": at(steps1=0, steps2=STEPS1 + STEPS2), "no distillation": at("no teacher"),
+            "two stages": at(), "one stage": at(steps1=0, steps2=STEPS1 + STEPS2), "no distillation": at(distil=False),
             "one scale for all tensors": at("one scale"), "Huber": at("huber"), "companding": at("companding"), **windows,
             "pooled": at("pooled"), "warm start": ({}, dict(batch=BATCH), None)},
         "r = 1, random start, beta 1e-2": {"two stages": at(beta=1e-2), "one stage": at(steps1=0, steps2=STEPS1 + STEPS2, beta=1e-2)},
@@ -141,8 +135,8 @@ def variants():
         "r = 2": {
             "warm start, a neck per tensor": warm(), "a neck per role": warm("role"), "one neck": warm(necks="one"),
             "not trained": warm(steps2=0), "windows of 1": warm(tokens=1, batch=16 * BATCH), "windows of 64": warm(tokens=64, batch=BATCH // 4),
-            "no distillation": warm("no teacher"), "companding": warm("companding"), "one scale for all tensors": warm("one scale"),
-            "random start": at(ratio=2.0), "random start, one neck": at(ratio=2.0, necks="one"),
+            "companding": warm("companding"), "one scale for all tensors": warm("one scale"),
+            "random start": at(ratio=2.0), "random start, no distillation": at(distil=False, ratio=2.0), "random start, one neck": at(ratio=2.0, necks="one"),
             "random start, one stage": at(steps1=0, steps2=STEPS1 + STEPS2, ratio=2.0), "random start, pooled": at("pooled", ratio=2.0)},
         "r = 1/2, random start": {"two stages": at(ratio=0.5)}}
 

@@ -117,19 +117,6 @@ def test_huber_by_hand():
     assert loss.item() == pytest.approx((0 + 0.125 + 2.5) / 3)
 
 
-@pytest.mark.parametrize("steps1, change, taught", [(3, None, True), (0, None, False), (3, "no teacher", False)])
-def test_the_teacher_is_stage_1_where_there_was_one(model, steps1, change, taught, monkeypatch):
-    seen = []
-    def spy(vae, teacher, stage, *rest, core=curriculum.STAGE_LOSS):
-        seen.append((stage, teacher is not None))
-        return core(vae, teacher, stage, *rest)
-    monkeypatch.setattr(curriculum, "STAGE_LOSS", spy)     # what "no teacher" asks the core for
-    monkeypatch.setattr(train, "stage_loss", spy)
-    with curriculum.changed(change):
-        train.train_vae([model.parent], VAEConfig(**SMALL | {"chunk": 16}), train.Schedule(steps1=steps1, steps2=2, batch=2), 0)
-    assert {there for stage, there in seen if stage == 2} == {taught} and not any(there for stage, there in seen if stage == 1)
-
-
 def test_every_variant_is_a_codec(model):
     """Configurations and schedules exist; the first of a group is what it is held against; no two are the same."""
     groups = curriculum.variants()

@@ -72,6 +72,16 @@ def test_distillation_is_half_the_squared_distance_to_the_teacher(models):
     torch.testing.assert_close(taught - alone, ((student - output) ** 2 * real).sum() / real.sum() / 2, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("schedule, taught", [(dict(distil=True), True), (dict(), False), (dict(distil=True, steps1=0), False)])
+def test_the_teacher_is_a_trained_stage_1_where_one_is_wanted(models, schedule, taught, monkeypatch):
+    """An untrained network would teach noise: without stage 1 there is no distillation, asked for or not."""
+    seen, core = [], train.stage_loss
+    monkeypatch.setattr(train, "stage_loss", lambda vae, teacher, stage, *rest: seen.append((stage, teacher is not None)) or core(vae, teacher, stage, *rest))
+    config = VAEConfig(**{**TINY.__dict__, "init": "random"})
+    train.train_vae(parents(models["a"]), config, train.Schedule(**dict(steps1=3, steps2=2, batch=2) | schedule), 0)
+    assert {there for stage, there in seen if stage == 2} == {taught} and not any(there for stage, there in seen if stage == 1)
+
+
 def test_curriculum_from_a_random_start_learns(models):
     """Stage 1 must beat predict-the-mean (NMSE 1) by far; r = 1 stage 2 must keep most of it with the KL on."""
     config = VAEConfig(chunk=16, tokens=8, width=32, blocks=1, heads=2, init="random")
@@ -159,6 +169,24 @@ def test_a_resumed_run_ends_with_the_same_bytes(models, tmp_path, monkeypatch, s
     assert run("cut", "--resume", "--seed", "1") == 1 and "another run" in capsys.readouterr().err
     assert run("cut", "--resume") == 0
     assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes() and not (tmp_path / "cut.state").exists()
+
+
+def test_the_teacher_comes_back_with_the_state(models, tmp_path, monkeypatch):
+    """Distillation, interrupted in stage 2: same parameters as a run that was left alone."""
+    config, schedule = VAEConfig(**{**TINY.__dict__, "init": "random", "ratio": 2.0}), train.Schedule(steps1=6, steps2=6, batch=2, distil=True, patience=99)
+    run = lambda **more: train.train_vae(parents(models["a"]), config, schedule, 0, state=str(tmp_path / "state"), **more)[0]
+    whole, real, calls = run(), train.validate, []
+    def stopped(vae, windows, stage, *rest):
+        calls.append(stage)
+        if calls.count(2) == 4:
+            raise KeyboardInterrupt
+        return real(vae, windows, stage, *rest)
+    monkeypatch.setattr(train, "validate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    monkeypatch.setattr(train, "validate", real)
+    assert any(name.startswith("teacher.") for name in ck.Checkpoint(tmp_path / "state").entries)
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), run(resume=True).parameters()))
 
 
 def test_two_processes_train_as_one(models, tmp_path):
