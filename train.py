@@ -62,6 +62,8 @@ class Schedule:
 CONVERGED = 1e-8
 NECK_WINDOWS = 8192             # windows for the shared neck's covariance at most: 131,072 chunks for 64 x 64 numbers
 PLACE_WINDOWS = 512             # and for a single tensor's
+STRENGTHS = 1, 4, 16, 64        # of the shrinkage of a tensor's own neck: the first that held-out windows stand is taken, else the last
+TOLERATED = 1.01                # their NMSE, over that with one neck for all
 VALIDATION_WINDOWS = 256        # at most, per check
 
 
@@ -137,7 +139,8 @@ class Windows:
 
 @torch.no_grad()
 def set_necks(vae, windows, batch, device):
-    """The neck's start, from stage-1 latents of training windows: one neck for all, then one for each place."""
+    """The neck's start, from stage-1 latents of training windows: one neck for all, then one for each place, shrunk towards
+    the former no more than held-out windows ask for: where tensors are all alike, few chunks have only their noise to add."""
     def moments(numbers):
         total = Moments()
         for x_BTC, real_BTC, _ in windows.batches(numbers, batch, device):
@@ -147,9 +150,16 @@ def set_necks(vae, windows, batch, device):
     generator = torch.Generator().manual_seed(0)
     everywhere = moments(windows.some(NECK_WINDOWS, range(len(windows.tensors)), generator))
     vae.set_neck(everywhere.mean_Z.float(), everywhere.cov_ZZ)
+    own = {strength: [] for strength in STRENGTHS if vae.config.places}
     for place in range(len(vae.config.places)):
-        here = [number for number, its in enumerate(windows.places) if its == place]
-        vae.set_place(place, moments(windows.some(PLACE_WINDOWS, here, generator)), everywhere)
+        here = moments(windows.some(PLACE_WINDOWS, [number for number, its in enumerate(windows.places) if its == place], generator))
+        for strength in own:
+            own[strength].append(vae.own_neck(here, everywhere, strength).float())
+    shared = validate(vae, windows, 2, batch, device)["nmse"] if own else None
+    for necks in own.values():
+        vae.set_own_necks(torch.stack(necks))
+        if validate(vae, windows, 2, batch, device)["nmse"] <= TOLERATED * shared:
+            break
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ Why the whole thing can start out exact (ours: `init="pca"`): a pre-norm transfo
 with the last matrix of every f at zero it is the identity, so the stream carries the embedded chunk untouched. If
 the embedding is an isometry (D >= C) and the neck holds the Z leading principal directions, then the untrained
 network IS the best linear autoencoder (Eckart-Young): exact at r = C / Z <= 1, PCA at r > 1, and below PCA where each
-tensor has a neck of its own (`set_place`): knowing where a chunk comes from is worth more than training. Three things would
+tensor has a neck of its own (`own_neck`): knowing where a chunk comes from is worth more than training. Three things would
 break this and are therefore absent: positions added to the stream (they enter by rotation, inside attention),
 a final norm on the stream, and a nonlinearity in the heads.
 
@@ -225,22 +225,26 @@ class VAE(nn.Module):
         self.own_widen.zero_()
 
     @torch.no_grad()
-    def set_place(self, place, here, everywhere):
-        """Give one tensor its own neck: the principal directions of its own latents. After `set_neck`.
+    def own_neck(self, here, everywhere, strength=1):
+        """What a tensor's own neck, the principal directions of its own latents, adds to the shared one: (D, Z) float64.
 
-        here, everywhere: align.Moments of the stage-1 latents of this tensor and of all.
-        ours: shrunk towards all tensors as if C chunks more had come from anywhere, as few chunks memorise their directions;
+        here, everywhere: align.Moments of the stage-1 latents of this tensor and of all. After `set_neck`.
+        ours: shrunk towards all tensors as if strength x C more chunks had come from anywhere, as few chunks memorise their directions;
         and turned, within the space that they span, as near as possible to the shared directions (orthogonal Procrustes):
-        a latent number then means the same in every tensor as far as it can, and at r = 1 the neck would be the shared one.
+        a latent number then means the same in every tensor as far as it can, and at r = 1 nothing would be added.
         """
-        share, shift_D = here.n / (here.n + self.config.chunk), here.mean_Z - everywhere.mean_Z
+        share, shift_D = here.n / (here.n + strength * self.config.chunk), here.mean_Z - everywhere.mean_Z
         second_DD = here.cov_ZZ + torch.outer(shift_D, shift_D)
         directions_DZ = self._principal(share * second_DD + (1 - share) * everywhere.cov_ZZ)
         shared_DZ = self.widen.weight.double()
         left_ZZ, _, right_ZZ = torch.linalg.svd(directions_DZ.T @ shared_DZ)
-        own_DZ = directions_DZ @ left_ZZ @ right_ZZ - shared_DZ
-        self.own_mu[place].copy_(own_DZ.T)
-        self.own_widen[place].copy_(own_DZ)
+        return directions_DZ @ left_ZZ @ right_ZZ - shared_DZ
+
+    @torch.no_grad()
+    def set_own_necks(self, own_GDZ):
+        """G necks in the order of `config.places`."""
+        self.own_mu.copy_(own_GDZ.mT)
+        self.own_widen.copy_(own_GDZ)
 
     def to_file(self, record):
         """(tensors, header metadata) for a safetensors file. `record`: JSON-able facts of the training."""

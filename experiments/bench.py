@@ -403,7 +403,7 @@ def bench_codec(quick):
 
 # --- Training --------------------------------------------------------------------------------------------------------
 REACH = 1e-2                                               # held-out NMSE
-CURRICULUM = train.Schedule(steps1=200, steps2=100, batch=16, checks=10)     # the best found for a random start
+CURRICULUM = train.Schedule(steps1=250, steps2=150, batch=16, checks=15)    # reaches it from every seed tried, and soon
 
 
 def mmd(z_NZ, generator, most=512):

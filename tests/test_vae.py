@@ -139,8 +139,7 @@ def places(ratio, count=3, C=8):
     streams = [Moments.of(net.encode_stream(cloud.float()[:, None])[:, 0].detach()) for cloud in clouds]
     everywhere = Moments.of(net.encode_stream(torch.cat(clouds).float()[:, None])[:, 0].detach())
     net.set_neck(everywhere.mean_Z.float(), everywhere.cov_ZZ)
-    for place, here in enumerate(streams):
-        net.set_place(place, here, everywhere)
+    net.set_own_necks(torch.stack([net.own_neck(here, everywhere) for here in streams]))
     return net, clouds
 
 
