@@ -229,7 +229,8 @@ def merge_tensor(job, codecs, number, put):
     readers = [functools.partial(job.target.read, name), *(functools.partial(job.sources[i].read, other) for i, other in task.partners)]
     if task.action == "encoded" and job.space == "latent":
         seed = job.seed * 1_000_003 + number
-        parents = [Parent(read, slot, codecs[k], k, job.samples, seed)
+        shared = len({slot.key for slot in task.slots}) > 1      # a code means the same only within one neck
+        parents = [Parent(read, slot, codecs[k], k, job.samples, seed, shared=shared)
                    for read, slot, k in zip(readers, task.slots, task.indices)]
         if not job.kept(task):
             for start, piece in ls_merge(parents[0], parents[1:], weights, job.operator == "slerp", job.how, job.residual, seed, tally):

@@ -3,7 +3,7 @@
     python train.py CHECKPOINT [CHECKPOINT ...] -o vae.safetensors [options]
 
 Paper: abstract, Sec. 3.2. Stage 1 trains a deterministic, high-capacity autoencoder (KL off); stage 2 inserts the
-compact neck, turns the KL on and distils. Why two: weights have heavy tails and a small variance, and a VAE trained
+compact neck and turns the KL on. Why two: weights have heavy tails and a small variance, and a VAE trained
 from scratch with the KL collapses before it has learnt anything worth regularising.
 
     stage 1   mse / 2                                          latent = the stream, D numbers per chunk
@@ -62,7 +62,7 @@ class Schedule:
 CONVERGED = 1e-8
 NECK_WINDOWS = 8192             # windows for the shared neck's covariance at most: 131,072 chunks for 64 x 64 numbers
 PLACE_WINDOWS = 512             # and for a single tensor's
-STRENGTHS = 1, 4, 16, 64        # of the shrinkage of a tensor's own neck: the first that held-out windows stand is taken, else the last
+STRENGTHS = 1, 4, 16, 64        # of the shrinkage of a tensor's own neck: the first that held-out windows stand is taken
 TOLERATED = 1.01                # their NMSE, over that with one neck for all
 VALIDATION_WINDOWS = 256        # at most, per check
 
@@ -140,7 +140,8 @@ class Windows:
 @torch.no_grad()
 def set_necks(vae, windows, batch, device):
     """The neck's start, from stage-1 latents of training windows: one neck for all, then one for each place, shrunk towards
-    the former no more than held-out windows ask for: where tensors are all alike, few chunks have only their noise to add."""
+    the former no more than held-out windows ask for, but all the way where they ask for it: where tensors are alike, few
+    chunks have only their noise to add."""
     def moments(numbers):
         total = Moments()
         for x_BTC, real_BTC, _ in windows.batches(numbers, batch, device):
@@ -159,7 +160,8 @@ def set_necks(vae, windows, batch, device):
     for necks in own.values():
         vae.set_own_necks(torch.stack(necks))
         if validate(vae, windows, 2, batch, device)["nmse"] <= TOLERATED * shared:
-            break
+            return
+    vae.set_own_necks(torch.zeros_like(vae.own_widen))
 
 
 @torch.no_grad()
@@ -310,7 +312,7 @@ def run_stage(run, stage, teacher, first=None, resumed=None):
                 run.keep((stage, step, best, stale, first), optimiser, best_state, teacher)
         train_step(run, stage, teacher, step, steps, optimiser, best)
     vae.load_state_dict(best_state)
-    return {**best, "stage": stage, "steps": step, "seconds": round(time.perf_counter() - began, 2)}
+    return {**best, "stage": stage, "steps": step, "lr": schedule.lr, "seconds": round(time.perf_counter() - began, 2)}
 
 
 def train_vae(parents, config, schedule=Schedule(), seed=0, device="cpu", dtype=torch.float32, quiet=True, log=lambda record: None,
@@ -323,8 +325,8 @@ def train_vae(parents, config, schedule=Schedule(), seed=0, device="cpu", dtype=
     """
     if schedule.lr is None:
         schedule = replace(schedule, lr=1e-4 if config.init == "pca" else 8e-3)
-    if config.necks == "tensor" and config.latent < config.chunk:
-        config = replace(config, places=tuple(sorted({slot.key for _, slots in parents for slot in slots}, key=natural_key)))
+    keys = {slot.key for _, slots in parents for slot in slots} if config.necks == "tensor" and config.latent < config.chunk else ()
+    config = replace(config, places=tuple(sorted(keys, key=natural_key)))
     generator = torch.Generator().manual_seed(seed)
     vae = VAE(config, generator).to(device)
     windows = Windows(parents, config, schedule.holdout, generator)
@@ -342,7 +344,7 @@ def train_vae(parents, config, schedule=Schedule(), seed=0, device="cpu", dtype=
         useful = schedule.distil and schedule.steps1 > 0 and first["nmse"] >= CONVERGED
         teacher = copy.deepcopy(vae).requires_grad_(False) if useful else None
         set_necks(vae, windows, schedule.batch, device)
-    second = run_stage(run, 2, teacher, first, resumed)    # stage 2: compact neck, KL on, distillation
+    second = run_stage(run, 2, teacher, first, resumed)    # stage 2: compact neck, KL on
     return vae.eval(), [first, second]
 
 

@@ -37,7 +37,8 @@ class VAEConfig:
     heads: int = 2              # paper's release: 4
     init: str = "pca"           # "pca" (ours, see above) or "random" (the paper's)
     beta: float = 1e-4          # weight of the KL in Eq. 1: a posterior deviation near sqrt(beta) = 1 % of the weights'
-    necks: str = "tensor"       # "tensor": where r > 1, each tensor of the training files has a neck of its own; "one": all share one
+    necks: str = "tensor"       # "tensor": where r > 1, each layer, role and shape of the training files has a neck of its own; "one":
+    #                             all share one
     places: tuple = ()          # those tensors (`TensorSlot.key`); filled in by the training
 
     def __post_init__(self):
@@ -163,10 +164,15 @@ class VAE(nn.Module):
 
     def skip_idle(self):
         """From now on pass over blocks that add exactly nothing (both last matrices zero: the warm start, where training had
-        nothing to learn). For a network that is no longer trained: the exact codec is then two small products per chunk."""
+        nothing to learn), until training goes on. What is left of the exact codec are embedding and neck: small products."""
         for block in [*self.encoder, *self.decoder]:
             block.idle = not (block.out.weight.any() or block.down.weight.any())
         return self
+
+    def train(self, mode=True):
+        for block in [*self.encoder, *self.decoder] if mode else []:
+            block.idle = False
+        return super().train(mode)
 
     def _run(self, blocks, h_BTD, real_BT):
         T, K = h_BTD.shape[1], self.config.width // self.config.heads
@@ -197,7 +203,7 @@ class VAE(nn.Module):
 
     def _principal(self, cov_DD):
         """(D, Z) leading eigenvectors. Latent numbers beyond D (r < 1) stay unused."""
-        embed_DC, trace, D = self.embed.weight.double(), cov_DD.diagonal().sum(), self.config.width
+        embed_DC, trace, D = self.embed.weight.double().cpu(), cov_DD.diagonal().sum(), self.config.width
         # A trace of white noise, as seen through the embedding, ranks the directions that these data leave empty
         # (few or constant chunks): r = 1 then stays exact for any weights, not only for those seen here.
         cov_DD = cov_DD.double() + (1e-9 * trace + 1e-12) / D * embed_DC @ embed_DC.T
@@ -208,7 +214,7 @@ class VAE(nn.Module):
     def set_neck(self, mean_D, cov_DD):
         """Start stage 2: the neck takes the Z leading principal directions U of the stage-1 latents,
 
-            mu = U^T (h - mean),   h^ = U mu + mean,   sigma^2 = beta / (1 + beta)
+            mu = U^T (h - mean),   h^ = U mu + mean,   sigma^2 = beta / (1 + beta)          (mean: the bias of `widen`, for both)
 
         the best linear code of Z numbers for this encoder (Eckart-Young), and with it the posterior variance that
         is optimal for Eq. 1 where the code keeps unit variance and the decoder is linear:
@@ -236,7 +242,7 @@ class VAE(nn.Module):
         share, shift_D = here.n / (here.n + strength * self.config.chunk), here.mean_Z - everywhere.mean_Z
         second_DD = here.cov_ZZ + torch.outer(shift_D, shift_D)
         directions_DZ = self._principal(share * second_DD + (1 - share) * everywhere.cov_ZZ)
-        shared_DZ = self.widen.weight.double()
+        shared_DZ = self.widen.weight.double().cpu()      # moments are gathered there
         left_ZZ, _, right_ZZ = torch.linalg.svd(directions_DZ.T @ shared_DZ)
         return directions_DZ @ left_ZZ @ right_ZZ - shared_DZ
 
@@ -262,7 +268,7 @@ class VAE(nn.Module):
         if not isinstance(config, dict) or set(config) != known:
             raise ValueError(f"its configuration is not {sorted(known)}")
         try:
-            vae = cls(VAEConfig(**config | {"places": tuple(config["places"])}))
+            vae = cls(VAEConfig(**config | {"places": tuple(config["places"]) if isinstance(config["places"], list) else None}))
         except TypeError:
             raise ValueError("its configuration holds values of the wrong type") from None
         expected = {name: tuple(t.shape) for name, t in vae.state_dict().items()}

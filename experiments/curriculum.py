@@ -6,6 +6,8 @@ In:    the experts code and prose, on which every variant of the codec is traine
        and base-seed2 (another seed), which it never sees.
 Out:   per variant and seed: NMSE and decoded bits per byte minus the model's own, on seen and unseen checkpoints; KL per latent
        number, active units, posterior sigma; seconds. JSON lines in results/ablation.jsonl.
+       "One stage": the KL counts and codes are sampled from the first step of the random network; what stays of the curriculum
+       is the rise of beta over the first fifth of the steps, and the neck's start in the network's principal directions.
        A variant is judged by decoded bits on unseen checkpoints, paired per document, against its group's first row.
 Equal compute: the same number of steps of the same number of chunks through the same network. Pooling adds matrices of its
        own; only the warm start ends early, having nothing to learn.
@@ -37,7 +39,7 @@ from vae import VAE, Posterior, VAEConfig, kl_divergence, sample
 
 UNSEEN = ("arithmetic", "base-seed2")
 STEPS1, STEPS2, BATCH = 400, 200, 32                   # with windows of 16 chunks: 307,200 chunks, six times all there are
-RANDOM = dict(init="random"), dict(lr=1e-3, distil=True)    # as the paper has it: its start, its distillation
+RANDOM = dict(init="random"), dict(lr=1e-3, distil=True)    # the paper's start and distillation; its rate (1e-4) learns nothing in these steps
 
 
 # --- Changes that the core does not offer ------------------------------------------------------------------------------

@@ -105,13 +105,15 @@ def main():
     print(f"{real.model.name}: {real.model.weights:,} encoded weights, loss {real.before:.4f} nats per token\n"
           f"{'r':>7} {'1 - 1/r':>8}  {'method':<8}{'NMSE':>10}{'effective r':>13}{'loss':>9}{'change':>9}{'unseen NMSE':>13}")
     for ratio in args.ratios:
+        new = []
         for row in measure_ratio(real, unseen, ratio, fit_NC):
-            rows.append(row)
+            new.append(row)
             show = lambda value, form: "" if value is None else format(value, form)
             print(f"{row['ratio']:>7.4g} {row['white_noise']:>8.3f}  {row['method']:<8}{row['nmse']:>10.2e}{show(row['effective_ratio'], '.2f'):>13}"
                   f"{row['loss']:>9.4f}{row['change']:>+9.2%}{show(row['unseen_nmse'], '.2e'):>13}", flush=True)
+        rows += new
         if args.record:
-            append(args.record, rows[-3 if ratio > 1 else -1:])
+            append(args.record, new)
     kept = [row["ratio"] for row in rows if row["method"] == "VAE" and abs(row["change"]) <= 0.01]
     print(f"largest r within 1 % of the loss: {max(kept):g}" if kept else "no r tried stays within 1 % of the loss")
 

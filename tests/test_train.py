@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import chunking as ck
+import merge
 import train
 from conftest import ROOT, llama_tensors
 from lsmerge import Codec
@@ -123,6 +124,36 @@ def test_above_r_1_every_tensor_has_a_neck_and_it_beats_pca(tmp_path):
     assert error["tensor", "elsewhere"] == pytest.approx(error["one", "elsewhere"], rel=1e-5)
 
 
+def test_necks_that_held_out_windows_do_not_want_are_given_up(tmp_path, monkeypatch):
+    """White noise, eight chunks per tensor: own directions fit it perfectly and nothing else. Tolerating nothing leaves the shared neck."""
+    save_file({f"layers.{i}.mlp.up_proj.weight": torch.randn(16, 64, generator=torch.Generator().manual_seed(i)) for i in range(8)}, tmp_path / "s.safetensors")
+    for tolerated, kept in ((9.0, True), (0.0, False)):
+        monkeypatch.setattr(train, "TOLERATED", tolerated)
+        vae, _ = train.train_vae(parents(tmp_path / "s.safetensors"), VAEConfig(**{**TINY.__dict__, "ratio": 2.0}), train.Schedule(steps1=0, steps2=0), 0)
+        assert vae.own_mu.any() == vae.own_widen.any() == kept and len(vae.config.places) == 8
+
+
+def test_codes_of_different_places_meet_in_the_shared_neck(tmp_path):
+    """One layer meets the middle one of three: what merge.py reports for the target is the error of the best linear code for
+    all (by SVD), not that of its own directions; met by itself, the latter."""
+    layer = lambda i: torch.randn(64, 16, generator=torch.Generator().manual_seed(i)) * torch.linspace(0.1, 2, 16).roll(5 * i)
+    save_file({"layers.0.mlp.up_proj.weight": layer(0)}, tmp_path / "t.safetensors")
+    save_file({f"layers.{i}.mlp.up_proj.weight": layer(i) for i in range(3)}, tmp_path / "s.safetensors")
+    found = parents(tmp_path / "s.safetensors")
+    vae, _ = train.train_vae(found, VAEConfig(**{**TINY.__dict__, "ratio": 2.0}), train.Schedule(steps1=0, steps2=0, holdout=0), 0)
+    ck.write_tensors(tmp_path / "v.safetensors", *vae.to_file({}))
+    (file, slots), = found
+    x = [ck.scale(file.read(s.name), s).reshape(-1, 16).double() for s in slots]
+    mean, cut = torch.cat(x).mean(0), torch.linalg.svd(torch.cat(x) - torch.cat(x).mean(0)).Vh[8:]
+    shared = ((x[0] - mean) @ cut.T).square().sum().item() / x[0].numel()
+    nmse = {}
+    for name, source in (("alone", []), ("met", [tmp_path / "s.safetensors"])):
+        merge.main([str(p) for p in (tmp_path / "t.safetensors", *source)] + ["--vae", str(tmp_path / "v.safetensors"), "--max-nmse", "9", "-o",
+                   str(tmp_path / "o.safetensors"), "--force", "--quiet", "--report", str(tmp_path / f"{name}.json")] + (["--align", "mean"] if source else ["--roundtrip"]))
+        nmse[name] = next(g["value"] for g in json.loads((tmp_path / f"{name}.json").read_text())["gates"] if "target" in g["name"])
+    assert nmse["met"] == pytest.approx(shared, rel=1e-3) and nmse["alone"] < 0.7 * shared
+
+
 def test_a_non_finite_loss_stops_with_the_step(models):
     config = VAEConfig(chunk=16, tokens=8, width=32, blocks=1, heads=2, init="random")
     with pytest.raises(FloatingPointError, match=r"stage 1: .* at step \d+, the last good"):
@@ -155,16 +186,14 @@ def test_a_resumed_run_ends_with_the_same_bytes(models, tmp_path, monkeypatch, s
     def run(name, *flags):
         return ck.command(lambda: train.main([str(models["a"]), "-o", str(tmp_path / name), "--quiet", *RANDOM, *flags]))
     assert run("whole") == 0
-    real = train.validate
-    calls = []
-    def stopped(vae, windows, at, *rest):
-        calls.append(at)
-        if calls.count(stage) == step + 1 and at == stage:
+    real = train.check_held_out
+    def stopped(run, at, step_of, best):
+        if (at, step_of) == (stage, step):
             raise KeyboardInterrupt
-        return real(vae, windows, at, *rest)
-    monkeypatch.setattr(train, "validate", stopped)
+        return real(run, at, step_of, best)
+    monkeypatch.setattr(train, "check_held_out", stopped)
     assert run("cut") == 130 and not (tmp_path / "cut").exists() and (tmp_path / "cut.state").exists()
-    monkeypatch.setattr(train, "validate", real)
+    monkeypatch.setattr(train, "check_held_out", real)
     assert run("cut") == 1 and "--force" in capsys.readouterr().err              # an unfinished run is not thrown away
     assert run("cut", "--resume", "--seed", "1") == 1 and "another run" in capsys.readouterr().err
     assert run("cut", "--resume") == 0
@@ -175,16 +204,15 @@ def test_the_teacher_comes_back_with_the_state(models, tmp_path, monkeypatch):
     """Distillation, interrupted in stage 2: same parameters as a run that was left alone."""
     config, schedule = VAEConfig(**{**TINY.__dict__, "init": "random", "ratio": 2.0}), train.Schedule(steps1=6, steps2=6, batch=2, distil=True, patience=99)
     run = lambda **more: train.train_vae(parents(models["a"]), config, schedule, 0, state=str(tmp_path / "state"), **more)[0]
-    whole, real, calls = run(), train.validate, []
-    def stopped(vae, windows, stage, *rest):
-        calls.append(stage)
-        if calls.count(2) == 4:
+    whole, real = run(), train.check_held_out
+    def stopped(run, stage, step, best):
+        if (stage, step) == (2, 3):
             raise KeyboardInterrupt
-        return real(vae, windows, stage, *rest)
-    monkeypatch.setattr(train, "validate", stopped)
+        return real(run, stage, step, best)
+    monkeypatch.setattr(train, "check_held_out", stopped)
     with pytest.raises(KeyboardInterrupt):
         run()
-    monkeypatch.setattr(train, "validate", real)
+    monkeypatch.setattr(train, "check_held_out", real)
     assert any(name.startswith("teacher.") for name in ck.Checkpoint(tmp_path / "state").entries)
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), run(resume=True).parameters()))
 

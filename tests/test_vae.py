@@ -2,6 +2,7 @@
 import json
 import math
 from dataclasses import asdict
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -160,6 +161,16 @@ def test_a_tensor_s_own_neck_is_its_own_pca_shrunk_by_c_chunks():
         assert (other - windows_BTC).square().mean() > expected
 
 
+def test_moments_on_the_cpu_serve_a_network_elsewhere():
+    """The neck is computed where the moments are; a network on torch's "meta" device stands for one on a GPU."""
+    net = v.VAE(v.VAEConfig(**SMALL | {"ratio": 2.0}), generator())
+    asked, real = [], torch.Tensor.cpu
+    with mock.patch.object(torch.Tensor, "cpu", lambda self: asked.append(self.shape) or real(self)):
+        net.set_neck(torch.zeros(16), torch.eye(16, dtype=torch.float64))
+        net.own_neck(Moments.of(torch.randn(9, 16, generator=generator())), Moments.of(torch.randn(9, 16, generator=generator(1))))
+    assert {(16, 8), (16, 4)} <= {tuple(shape) for shape in asked}
+
+
 def test_own_necks_are_turned_as_near_as_can_be_to_the_shared_one():
     net, _ = places(2.0)
     shared_DZ = net.widen.weight.detach().double().numpy()
@@ -178,6 +189,7 @@ def test_idle_blocks_are_passed_over_without_a_trace():
     net.skip_idle()
     assert [block.idle for block in [*net.encoder, *net.decoder]] == [True, True, True, False]
     assert torch.equal(net.decode(net.encode(x).mu_BTZ), before)
+    assert not any(block.idle for block in [*net.train().encoder, *net.decoder])             # training reaches them again
 
 
 def test_posterior_variance_is_the_closed_form():
@@ -224,6 +236,7 @@ def test_file_round_trip_and_refusals():
             (tensors | {name: tensors[name] * math.nan}, metadata, "NaN"),
             (tensors, {}, "not a VAE"),
             (tensors, {"lsmerge.vae": json.dumps(asdict(net.config) | {"chunk": "8"})}, "chunk"),
+            *((tensors, {"lsmerge.vae": json.dumps(asdict(net.config) | {"places": bad})}, "places") for bad in ("a", {"a": 1}, None, 3, [1], ["a", "a"])),
             (tensors, {"lsmerge.vae": json.dumps({"chunk": 8})}, "configuration")]:
         with pytest.raises(ValueError, match=word):
             v.VAE.from_file(broken, meta)
