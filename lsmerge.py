@@ -56,14 +56,14 @@ class Codec:
             yield x.to(self.device, self.dtype), None if real_BT.all() else real_BT.to(self.device)
 
     @torch.inference_mode()
-    def encode(self, flat_L, slot, samples=0, generator=None, prior=False, shared=False):
+    def encode(self, flat_L, slot, samples=0, generator=None, prior=False, key=None):
         """z = E(w): (N, Z) float64.  flat_L: raw weights, a whole number of windows or a tensor's end.
 
         samples = 0: the posterior mean; K: the mean of K draws from q(z | w) (paper: self-merging), or from N(0, I).
-        shared: through the neck that all tensors share, not the tensor's own: for codes that meet those of another place.
+        key: the neck of the tensor with that `TensorSlot.key`, where a code is to meet those of another place; None: its own.
         """
         chunks_NC, real_NC = chunk(scale(flat_L, slot), self.C)
-        parts, place = [], None if shared else self.vae.place_of(slot.key)
+        parts, place = [], self.vae.place_of(key or slot.key)
         for x, real in self._batches(chunks_NC, real_NC[:, 0]):
             q = self.vae.encode(x, real, place)
             q = Posterior(torch.zeros_like(q.mu_BTZ), torch.zeros_like(q.mu_BTZ)) if prior else q
@@ -72,9 +72,9 @@ class Codec:
         return from_windows(torch.cat(parts), len(chunks_NC))
 
     @torch.inference_mode()
-    def decode(self, z_NZ, slot, L, shared=False):
+    def decode(self, z_NZ, slot, L, key=None):
         """W^ = D(z): (L,) float64 in the slot's own unit.  The inverse way of encode."""
-        place = None if shared else self.vae.place_of(slot.key)
+        place = self.vae.place_of(key or slot.key)
         parts = [self.vae.decode(z, real, place).double().cpu() for z, real in self._batches(z_NZ, torch.ones(len(z_NZ), dtype=bool))]
         return unscale(from_windows(torch.cat(parts), len(z_NZ)).reshape(-1)[:L], slot)
 
@@ -88,7 +88,7 @@ class Parent(NamedTuple):
     samples: int = 0            # K draws from the posterior, averaged; 0: its mean
     seed: int = 0               # of those draws
     prior: bool = False         # draws from N(0, I) instead: an argument for the experiments
-    shared: bool = False        # parents of different places (`TensorSlot.key`) meet: all go through the shared neck
+    key: str | None = None      # whose neck it goes through, if not its own: a source's code must mean what the target's does
 
     @property
     def N(self): return self.slot.n_chunks(self.codec.C)
@@ -101,7 +101,7 @@ class Parent(NamedTuple):
         # (Mixed by numpy, since torch's generator looks at the low 32 bits of a seed only.)
         mixed = np.random.SeedSequence([self.seed, self.index, begin]).generate_state(1)[0]
         generator = torch.Generator().manual_seed(int(mixed)) if self.samples else None
-        z_NZ = self.codec.encode(self.read(begin * C, -(-last // T) * T * C), self.slot, self.samples, generator, self.prior, self.shared)
+        z_NZ = self.codec.encode(self.read(begin * C, -(-last // T) * T * C), self.slot, self.samples, generator, self.prior, self.key)
         return z_NZ[first - begin:last - begin]
 
 
@@ -291,8 +291,8 @@ def round_trip(parent, tally):
     windows = range(0, -(-parent.slot.numel // width), gate_step(parent))
     for first in range(0, len(windows), few):
         flat_L = torch.cat([parent.read(w * width, (w + 1) * width) for w in windows[first:first + few]])
-        z_NZ = parent.codec.encode(flat_L, parent.slot, shared=parent.shared)
-        tally.add_error(parent, parent.codec.decode(z_NZ, parent.slot, len(flat_L), parent.shared), flat_L.double())
+        z_NZ = parent.codec.encode(flat_L, parent.slot, key=parent.key)
+        tally.add_error(parent, parent.codec.decode(z_NZ, parent.slot, len(flat_L), parent.key), flat_L.double())
 
 
 def check_codes(parent, z_NZ, weights_L, j0, tally):
@@ -301,7 +301,7 @@ def check_codes(parent, z_NZ, weights_L, j0, tally):
     seen_N = torch.arange(j0, j0 + len(z_NZ)) // parent.codec.T % gate_step(parent) == 0
     if seen_N.any():
         flat_L = chunks_NC[seen_N][real_NC[seen_N]]
-        tally.add_error(parent, parent.codec.decode(z_NZ[seen_N], parent.slot, len(flat_L), parent.shared), flat_L)
+        tally.add_error(parent, parent.codec.decode(z_NZ[seen_N], parent.slot, len(flat_L), parent.key), flat_L)
 
 
 def piece_chunks(target, sources, how):
@@ -348,11 +348,11 @@ def ls_merge(target, sources, weights, slerp=False, how=Alignment(), residual=Fa
         start, stop = j0 * C, min(j1 * C, L)
         raw = {p.index: p.read(start, stop).double() for p in parents if p.slot.shape == slot.shape}
         z_parents = codes(j0, j1)
-        merged_L = target.codec.decode(lerp(z_parents, weights), slot, stop - start, target.shared)      # lines 5, 6
+        merged_L = target.codec.decode(lerp(z_parents, weights), slot, stop - start)        # lines 5, 6
         for parent, weight, z_JZ, enters in zip(parents, weights, z_parents, direct):
             if residual and enters:
                 z_JZ = parent._replace(samples=0).latents(j0, j1) if parent.samples else z_JZ
-                decoded_L = target.codec.decode(z_JZ, slot, stop - start, target.shared)
+                decoded_L = target.codec.decode(z_JZ, slot, stop - start)
                 tally.add_error(parent, decoded_L, raw[parent.index])
                 merged_L = merged_L + weight * (raw[parent.index] - decoded_L)
             elif not enters or parent.samples:             # its own codes are not what is at hand

@@ -229,8 +229,7 @@ def merge_tensor(job, codecs, number, put):
     readers = [functools.partial(job.target.read, name), *(functools.partial(job.sources[i].read, other) for i, other in task.partners)]
     if task.action == "encoded" and job.space == "latent":
         seed = job.seed * 1_000_003 + number
-        shared = len({slot.key for slot in task.slots}) > 1      # a code means the same only within one neck
-        parents = [Parent(read, slot, codecs[k], k, job.samples, seed, shared=shared)
+        parents = [Parent(read, slot, codecs[k], k, job.samples, seed, key=task.slots[0].key if codecs[k] is codecs[0] else None)
                    for read, slot, k in zip(readers, task.slots, task.indices)]
         if not job.kept(task):
             for start, piece in ls_merge(parents[0], parents[1:], weights, job.operator == "slerp", job.how, job.residual, seed, tally):

@@ -133,25 +133,26 @@ def test_necks_that_held_out_windows_do_not_want_are_given_up(tmp_path, monkeypa
         assert vae.own_mu.any() == vae.own_widen.any() == kept and len(vae.config.places) == 8
 
 
-def test_codes_of_different_places_meet_in_the_shared_neck(tmp_path):
-    """One layer meets the middle one of three: what merge.py reports for the target is the error of the best linear code for
-    all (by SVD), not that of its own directions; met by itself, the latter."""
+def test_a_source_goes_through_the_neck_of_the_target_s_place(tmp_path):
+    """One layer meets the middle one of three. By SVD: the source's round trip is the error of *the target's* directions on it;
+    the target's own stays what it is without a source."""
     layer = lambda i: torch.randn(64, 16, generator=torch.Generator().manual_seed(i)) * torch.linspace(0.1, 2, 16).roll(5 * i)
     save_file({"layers.0.mlp.up_proj.weight": layer(0)}, tmp_path / "t.safetensors")
     save_file({f"layers.{i}.mlp.up_proj.weight": layer(i) for i in range(3)}, tmp_path / "s.safetensors")
-    found = parents(tmp_path / "s.safetensors")
+    (file, slots), = found = parents(tmp_path / "s.safetensors")
     vae, _ = train.train_vae(found, VAEConfig(**{**TINY.__dict__, "ratio": 2.0}), train.Schedule(steps1=0, steps2=0, holdout=0), 0)
     ck.write_tensors(tmp_path / "v.safetensors", *vae.to_file({}))
-    (file, slots), = found
     x = [ck.scale(file.read(s.name), s).reshape(-1, 16).double() for s in slots]
-    mean, cut = torch.cat(x).mean(0), torch.linalg.svd(torch.cat(x) - torch.cat(x).mean(0)).Vh[8:]
-    shared = ((x[0] - mean) @ cut.T).square().sum().item() / x[0].numel()
-    nmse = {}
-    for name, source in (("alone", []), ("met", [tmp_path / "s.safetensors"])):
+    mean, cov = torch.cat(x).mean(0), torch.cov(torch.cat(x).T, correction=0)
+    directions = torch.linalg.eigh(((x[0] - mean).T @ (x[0] - mean) + 16 * cov) / (64 + 16)).eigenvectors[:, :8]        # those cut off
+    met = ck.scale(file.read(slots[1].name), slots[0]).reshape(-1, 16).double()              # equal shapes share the target's statistics
+    expected = [((part - mean) @ directions).square().sum().item() / part.numel() for part in (x[0], met)]
+    assert expected[1] > 2 * expected[0]
+    for source in ([], [tmp_path / "s.safetensors"]):
         merge.main([str(p) for p in (tmp_path / "t.safetensors", *source)] + ["--vae", str(tmp_path / "v.safetensors"), "--max-nmse", "9", "-o",
-                   str(tmp_path / "o.safetensors"), "--force", "--quiet", "--report", str(tmp_path / f"{name}.json")] + (["--align", "mean"] if source else ["--roundtrip"]))
-        nmse[name] = next(g["value"] for g in json.loads((tmp_path / f"{name}.json").read_text())["gates"] if "target" in g["name"])
-    assert nmse["met"] == pytest.approx(shared, rel=1e-3) and nmse["alone"] < 0.7 * shared
+                   str(tmp_path / "o.safetensors"), "--force", "--quiet", "--report", str(tmp_path / "r.json")] + (["--align", "mean"] if source else ["--roundtrip"]))
+        gates = [g["value"] for g in json.loads((tmp_path / "r.json").read_text())["gates"] if "round trip" in g["name"]]
+        assert gates == [pytest.approx(e, rel=1e-3) for e in expected[:1 + len(source)]]
 
 
 def test_a_non_finite_loss_stops_with_the_step(models):
