@@ -21,12 +21,13 @@ Previous: merging_tables.py. Next: curriculum.py.
 import platform
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from chunking import Checkpoint, chunk, is_selected, measure, scale, unscale
+from chunking import Checkpoint, chunk, is_selected, measure, open_checkpoint, scale, unscale
 from evaluate import DOMAINS, bits_per_byte, held_out
 from lsmerge import Codec, Parent
 from paper_tables import difference, pooled, summary
@@ -51,8 +52,8 @@ class Model:
 
     @classmethod
     def open(cls, path):
-        file = Checkpoint(path)
-        return cls(path.stem, file, [measure(file, entry.name) for entry in file.entries.values() if is_selected(entry)])
+        file = open_checkpoint(path)
+        return cls(Path(path).resolve().stem, file, [measure(file, entry.name) for entry in file.entries.values() if is_selected(entry)])
 
     @property
     def parent(self): return self.file, self.slots

@@ -10,7 +10,6 @@ Paper: Tables 7 and 8, on Gemma-3 models. The text is that of evaluate.py, prose
 Previous: curriculum.py.
 """
 import argparse
-import json
 import platform
 import sys
 import time
@@ -20,7 +19,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-from chunking import chunk, is_selected, measure, open_checkpoint, scale
+from chunking import chunk, scale
 from codec_tables import Model, effective, pca, through_codec, through_noise, through_pca
 from evaluate import held_out
 from lsmerge import Codec
@@ -30,11 +29,6 @@ from vae import VAEConfig
 
 RATIOS = (1.0, 64 / 63, 1.25, 1.6, 2.0, 4.0)
 PCA_CHUNKS = 500_000                                    # at most, evenly spread over each tensor: float64 of 64 each is a quarter of a GB
-
-
-def open_model(path):
-    file = open_checkpoint(path)
-    return Model(Path(path).resolve().name, file, [measure(file, entry.name) for entry in file.entries.values() if is_selected(entry)])
 
 
 def some_chunks(model, C):
@@ -61,7 +55,7 @@ class RealModel:
 
     def __init__(self, folder, documents):
         from transformers import AutoModelForCausalLM, AutoTokenizer
-        self.model, tokenizer = open_model(folder), AutoTokenizer.from_pretrained(folder)
+        self.model, tokenizer = Model.open(folder), AutoTokenizer.from_pretrained(folder)
         self.lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.tokens = [ids for text in texts(documents) if (ids := tokenizer(text, return_tensors="pt").input_ids).shape[1] > 1]
         self.before = loss(self.lm, self.tokens)
@@ -100,7 +94,7 @@ def main():
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
     parser.add_argument("--record", type=Path, help=f"append to this file, for example {HERE.name}/results/real.jsonl")
     args = parser.parse_args()
-    real, unseen, rows = RealModel(args.folder, args.documents), args.unseen and open_model(args.unseen), []
+    real, unseen, rows = RealModel(args.folder, args.documents), args.unseen and Model.open(args.unseen), []
     fit_NC = some_chunks(real.model, VAEConfig().chunk)
     print(f"{real.model.name}: {real.model.weights:,} encoded weights, loss {real.before:.4f} nats per token\n"
           f"{'r':>7} {'1 - 1/r':>8}  {'method':<8}{'NMSE':>10}{'effective r':>13}{'loss':>9}{'change':>9}{'unseen NMSE':>13}")

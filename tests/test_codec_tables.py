@@ -117,7 +117,7 @@ def test_huber_by_hand():
     assert loss.item() == pytest.approx((0 + 0.125 + 2.5) / 3)
 
 
-def test_every_variant_is_a_codec(model):
+def test_every_variant_is_a_codec():
     """Configurations and schedules exist; the first of a group is what it is held against; no two are the same."""
     groups = curriculum.variants()
     for members in groups.values():
