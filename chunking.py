@@ -466,7 +466,7 @@ def command(run):
     sys.stdout.reconfigure(errors="backslashreplace")       # a path may hold bytes that are no text
     try:
         return run() or 0
-    except (CheckpointError, FloatingPointError) as error:
+    except CheckpointError as error:
         line = error
     except OSError as error:
         line = CheckpointError(error.filename or "I/O", error.strerror or error, "check the path, "
