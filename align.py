@@ -214,7 +214,7 @@ def barycentric_map(plan_IJ, z_source_IZ, b_J):
     Equation:  z~[j] = sum_i plan[i, j] z_source[i] / b[j]
     Source:    differs: usually target points are averaged at source positions: nothing of the source stays
     Args:      b_J (J,) the plan's target masses: divide by THIS side, I != J is the normal case
-    Returns:   (J, Z), a blurred cloud: see respread. A slot of mass 0 gets the source's mean
+    Returns:   (J, Z), a blurred cloud. A slot of mass 0 gets the source's mean
     Raises:    ValueError if a slot that has mass gets none"""
     plan, z, b = plan_IJ.double(), z_source_IZ.double(), b_J[:, None]
     if ((plan.sum(0) <= 0) & (b[:, 0] > 0)).any():

@@ -49,7 +49,8 @@ class Codec:
     def __init__(self, vae, device="cpu", dtype=torch.float32, record=None):
         if not vae.ready:
             raise ValueError("the VAE's neck was never set: train it first (train.train_vae)")
-        self.vae, self.record, self.device, self.dtype = vae, record or {}, device, dtype
+        self.vae, self.record, self.files = vae, record or {}, []
+        self.device, self.dtype = device, dtype
         self.C, self.T, self.Z = vae.config.chunk, vae.config.tokens, vae.config.latent
         self.linear = Folded.fits(vae)      # then two products, of any number of chunks at once
         net = Folded(vae) if self.linear else copy.deepcopy(vae)
@@ -71,7 +72,9 @@ class Codec:
         except (ValueError, TypeError, RuntimeError) as error:
             what = " ".join(str(error).split())
             raise CheckpointError(path, what, "pass a file that train.py wrote") from None
-        return cls(vae, device, dtype, record)
+        codec = cls(vae, device, dtype, record)
+        codec.files = file.files        # inputs of a run: never overwritten
+        return codec
 
     def _batches(self, rows_NX, real_N1):
         """Windows of T rows, some at a time; the mask only where a window is not full."""
@@ -257,7 +260,11 @@ class Transport:
         else:
             meeting = ot.Meeting(*self.under(j0, j1), z_target_JZ, self.found, self.goal,
                                  self.how.epsilon)
-            z_JZ, iterations, error = ot.ALIGNERS[self.how.method](meeting)         # line 4
+            try:
+                z_JZ, iterations, error = ot.ALIGNERS[self.how.method](meeting)     # line 4
+            except ValueError as failed:
+                raise CheckpointError("alignment", str(failed), "raise --epsilon",
+                                      self.target.slot.name) from None
             self.iterations, self.error = self.iterations + iterations, max(self.error, error)
         self.aligned.add(z_JZ)
         return z_JZ.float()
@@ -301,6 +308,17 @@ def ls_merge(target, sources, weights, residual=False):
         merged_L = target.codec.decode(z_merged_JZ, slot, stop - start)                 # line 6
         if residual:
             for weight, parent in zip(weights, parents):
-                if isinstance(parent, Parent):
-                    merged_L += weight * parent.lost(j0, j1)
+                if isinstance(parent, Parent):      # not through a Transport: it entered unaligned
+                    merged_L = merged_L + weight * parent.lost(j0, j1)
         yield start, cast(merged_L, slot)
+
+
+def weight_merge(readers, weights, entry):
+    """The baseline: the same operator on raw weights, with pieces like `ls_merge`'s. Where only the
+    target is left, these are its own bytes."""
+    wide = torch.float64 if entry.dtype == torch.float64 else torch.float32
+    for start, stop in spans(entry.numel):
+        if any(weights[1:]):
+            yield start, cast(combine([read(start, stop).to(wide) for read in readers], weights), entry)
+        else:
+            yield start, readers[0](start, stop)

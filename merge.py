@@ -10,7 +10,7 @@ what     --lam L[,L...]    weight of each source (also --lambda), the target has
                            target's round trip (0.5 for one source, 1/(N+1) each for N; across
                            shapes 0.1 in all: the paper's best range is 0.05 to 0.2)
          --operator NAME   lerp, slerp, soup (uniform), task-arithmetic: z_target + sum of lambda
-                           (z_i - z_base), lambda in [-10, 10] (lerp)
+                           (z_i - z_base), lambda in [-10, 10], as --lam=-0.5,2 (lerp)
          --base MODEL      the sources' ancestor, for task-arithmetic
          --samples K       average K draws from each parent's posterior (8 without SOURCE, else 0:
                            the mean)
@@ -34,12 +34,26 @@ output   -o, --output PATH the result (merged.safetensors; merged/ if TARGET is 
 machine  --device NAME     auto, cpu, cuda (auto);   --dtype NAME  float32, bfloat16 (float32)
          --seed S          of all noise (0);         --quiet       no progress bars
 
+Refused are flags that would change nothing:
+         without SOURCE    --lam --align --control --source-vae --operator --base --space
+         with --roundtrip  --samples
+         with --space      --vae --init --save-vae --source-vae --align --epsilon --control --dtype
+         with --space      --residual --roundtrip --max-nmse --samples --device
+         with slerp        --align --control --samples (it takes codes as they are)
+         with soup         --lam
+         with --dry-run    --report
+         with --init       --vae --source-vae
+         with --residual   --max-nmse
+         without --init    --save-vae
+         without sinkhorn  --epsilon
+         without task-arithmetic  --base
+
 The run, straight down (`main`): open the parents; plan who meets whom (paper: Algorithm 1, line 1);
 get a codec; check that it can carry these weights; write what `ls_merge` yields; report.
 """
 if __name__ == "__main__":      # Ctrl-C during the imports: end without a traceback
     import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)
-import contextlib, json, math, os, re, shutil, sys, time
+import contextlib, glob, json, math, os, re, shutil, sys, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -50,8 +64,8 @@ from tqdm import tqdm
 
 import align as ot
 import lsmerge as ls
-from chunking import (STOP, Checkpoint, CheckpointError, Output, check_output, command, create,
-                      is_selected, measure, need, place, read_json, spans)
+from chunking import (STOP, Checkpoint, Output, check_output, command, create, is_selected, measure,
+                      need, place, spans)
 from train import (Schedule, describe_stage, gather, pick_device, rank_and_size, save_vae,
                    start_parser, train_vae)
 from vae import VAEConfig
@@ -156,10 +170,13 @@ class Run:
     how: ls.Alignment
     samples: int
 
-    def weights(self, task):
-        """The parents' c_i; a source without a partner leaves its share to the target."""
+    def weights(self, task, pairs=None):
+        """The parents' c_i; a source without a partner leaves its share to the target. pairs: an
+        iterator over the two vectors' pieces, read only by slerp."""
         if self.a.operator == "task-arithmetic":
             return ls.task_weights(self.lam)
+        if pairs and self.a.operator == "slerp" and task.action == "encoded":
+            return ls.slerp_weights(self.lam[0], *ls.inner(pairs))
         return ls.convex_weights([self.lam[index] for index, _ in task.partners])
 
     def in_weights(self, task):
@@ -190,9 +207,10 @@ def spread(work, run, label):
     count = 1 if run.how.method == "sinkhorn" else min(threads, WORKERS)
     torch.set_num_threads(threads // count)
     pool = ThreadPoolExecutor(count)
-    silent, total = run.a.quiet or rank > 0 or None, sum(run.tasks[n].numel for n in order)
+    total = sum(run.tasks[n].numel for n in order)
+    bar = tqdm(desc=label, total=total, unit_scale=True, leave=False, disable=run.a.quiet or None)
     try:
-        with tqdm(desc=label, total=total, unit_scale=True, leave=False, disable=silent) as bar:
+        with bar:
             for n, result in zip(order, pool.map(work, [run.tasks[n] for n in order])):
                 found[n] = result
                 bar.update(run.tasks[n].numel)
@@ -208,15 +226,14 @@ def spread(work, run, label):
 
 
 # --- The codec, and whether it can carry these weights --------------------------------------------
-def load_codecs(a):
-    """[the target's Codec, the sources'] from files, first: a wrong one is noticed at once."""
-    device, paths = pick_device(a.device), [a.vae, a.source_vae or a.vae] if a.vae else []
-    return [ls.Codec.load(path, device, getattr(torch, a.dtype)) for path in paths]
-
-
-def train_codecs(a, run):
-    """--init random: the paper's VAE, trained on the inputs in two stages."""
-    schedule = Schedule(seed=a.seed, device=pick_device(a.device), dtype=a.dtype, quiet=a.quiet)
+def get_codecs(a, run=None):
+    """[the target's Codec, the sources']. From files, first of all: a wrong one is noticed at once;
+    with --init random, once the run is known, the paper's VAE trained on the inputs."""
+    device, dtype = pick_device(a.device), getattr(torch, a.dtype)
+    if run is None:
+        paths = [a.vae, a.source_vae or a.vae] if a.vae else []
+        return [ls.Codec.load(path, device, dtype) for path in paths]
+    schedule = Schedule(seed=a.seed, device=device, dtype=a.dtype, quiet=a.quiet)
     parents = training_parents(run.target, run.sources, run.tasks)
     vae, stages = train_vae(parents, VAEConfig(init="random"), schedule)
     print(*map(describe_stage, stages), sep="\n")
@@ -224,16 +241,16 @@ def train_codecs(a, run):
         raise KeyboardInterrupt
     if a.save_vae and rank_and_size()[0] == 0:
         save_vae(a.save_vae, vae, stages)
-    return [ls.Codec(vae, schedule.device, getattr(torch, a.dtype))] * 2
+    return [ls.Codec(vae, device, dtype)] * 2
 
 
 def training_parents(target, sources, tasks):
     """[(checkpoint, slots of its encoded tensors)], as `train_vae` takes them."""
     slots = [{} for _ in (target, *sources)]
     for task in tasks:
-        for k, slot in zip(task.indices, task.slots) if task.action == "encoded" else ():
+        for k, slot in zip(task.indices, task.slots if task.action == "encoded" else ()):
             slots[k][slot.name] = slot
-    return [(model, list(found.values())) for model, found in zip((target, *sources), slots)]
+    return [(model, [*found.values()]) for model, found in zip((target, *sources), slots)]
 
 
 def round_trip(run, codecs, task):
@@ -251,8 +268,8 @@ def round_trip(run, codecs, task):
 
 def check_codec(run, codecs, bound):
     """(gates, round trip) for the report. A parent's NMSE is the mean over its encoded weights; a
-    codec that loses more than the bound is refused before anything is merged. Not with --residual
-    where all parents enter unaligned: its error comes back."""
+    codec that loses more than the bound is refused before anything is merged. With --residual what
+    is lost of a parent that enters unaligned comes back: it needs no gate."""
     sums, weights, worst, gates = Counter(), Counter(), {"name": None, "nmse": None}, []
     for task, errors in zip(run.tasks, spread(partial(round_trip, run, codecs), run, "check")):
         for k, slot, nmse in zip(task.indices, task.slots, errors):
@@ -260,66 +277,47 @@ def check_codec(run, codecs, bound):
             if worst["nmse"] is None or not nmse <= worst["nmse"]:
                 worst = {"name": slot.name, "nmse": nmse}
     names = ["target", *(f"source {i + 1}" for i in range(len(run.lam))), "base"]
-    free = run.a.residual and run.how.method == "none" and not run.how.control
-    for k in sorted(weights) if not free else ():
+    unaligned = run.kind != "cross-shape" and run.how.method == "none" and not run.how.control
+    for k in sorted(weights):
         nmse, name = sums[k] / weights[k], f"round trip of {names[k]}"
+        if run.a.residual and (k == 0 or unaligned or not any(run.lam)):
+            continue
         need(nmse <= bound, name, f"the codec loses {nmse:.1%} of the variance (NMSE {nmse:.3g} > "
              f"{bound:g}), nothing was merged", "use --vae exact, a VAE trained for longer or at a "
-             "lower ratio, --residual, or raise --max-nmse", worst["name"])
+             "lower ratio, or raise --max-nmse", worst["name"])
         gates.append({"name": name, "passed": True, "value": nmse, "bound": bound})
     return gates, {"nmse": sums[0] / weights[0], "worst": worst}
 
 
 # --- The merge ------------------------------------------------------------------------------------
-def combine_weights(readers, weights, entry):
-    """The operator on raw weights: pieces like `ls_merge`'s. Where only the target is left, its own
-    bytes."""
-    wide = torch.promote_types(entry.dtype, torch.float32)
-    for start, stop in spans(entry.numel):
-        if any(weights[1:]):
-            raw = [read(start, stop).to(wide) for read in readers]
-            yield start, ls.cast(ls.combine(raw, weights), entry)
-        else:
-            yield start, readers[0](start, stop)
-
-
 def merge_tensor(run, codecs, output, task):
     """Merge one tensor into the output. Returns (sums of squares, records of its transports)."""
     entry, readers, transports = run.target.entries[task.name], run.readers(task), []
-    weights = plain = run.weights(task)         # plain: the c_i of the same operator on raw weights
-    slerp, squares = run.a.operator == "slerp" and task.action == "encoded", Counter()
-    if slerp:
-        raw = ([read(*span) for read in readers] for span in spans(task.numel))
-        plain = ls.slerp_weights(weights[1], *ls.inner(raw))
+    # The c_i of the operator on raw weights: for the baseline, and for the distance to it.
+    plain = run.weights(task, ([read(*span) for read in readers] for span in spans(task.numel)))
+    squares = Counter()
     if run.in_weights(task):
-        pieces = combine_weights(readers, plain, entry)
+        pieces = ls.weight_merge(readers, plain, entry)
     else:
-        target, *sources = run.parents(task, codecs)
-        if slerp:
-            steps = spans(target.N, target.step)
-            codes = ([parent.latents(*step) for parent in (target, *sources)] for step in steps)
-            weights = ls.slerp_weights(weights[1], *ls.inner(codes))
+        target, *sources = parents = run.parents(task, codecs)
+        steps = spans(target.N, target.step)
+        weights = run.weights(task, ([parent.latents(*step) for parent in parents] for step in steps))
         aligned = [ls.bring(target, source, run.how, (*source.seed, 1)) for source in sources]
         transports = [source for source in aligned if isinstance(source, ls.Transport)]
         pieces = ls.ls_merge(target, aligned, weights, run.a.residual)
-    try:
-        for start, piece in pieces:
-            output.put(task.name, start, piece.cpu())
-            if task.action == "encoded":
-                squares.update(distances(run, task, readers, plain, start, piece))
-    except ValueError as error:
-        raise error if isinstance(error, CheckpointError) else CheckpointError(
-            "alignment", str(error), "raise --epsilon", task.name) from None
+    for start, piece in pieces:
+        output.put(task.name, start, piece.cpu())
+        if task.action == "encoded":
+            squares.update(distances(run, task, readers, plain, start, piece))
     return squares, [{"source": t.source.seed[-1], **t.record()} for t in transports]
 
 
 def distances(run, task, readers, plain, start, piece):
     """Squared distances of a merged piece to the parents of its shape (read again, from the file
     cache) and to what the operator gives on raw weights; and the square of the target."""
-    raw, merged_L = {}, piece.float()
-    for k, slot, read in zip(task.indices, task.slots, readers):
-        if slot.shape == task.slots[0].shape:
-            raw[k] = read(start, start + len(piece)).to(piece.device).float()
+    merged_L, shape = piece.float(), task.slots[0].shape
+    raw = {k: read(start, start + len(piece)).to(piece.device).float()
+           for k, slot, read in zip(task.indices, task.slots, readers) if slot.shape == shape}
     apart = {"norm": raw[0], **{k: merged_L - other for k, other in raw.items()}}
     if run.kind == "same-shape" and run.a.space == "latent":
         apart["average"] = merged_L - ls.combine([*raw.values()], plain).to(piece.dtype).float()
@@ -333,9 +331,9 @@ def base_name(path): return os.path.basename(os.path.normpath(path))
 def make_report(run, codecs, gates, trip, results, seconds):
     """The JSON report. Distances are Frobenius norms over the encoded tensors, over the target's;
     null where undefined. No paths: they mean nothing elsewhere."""
-    squares, a = sum((part for part, _ in results), Counter()), run.a
-    count = Counter(task.action for task in run.tasks)
-    weights = sum(task.numel for task in run.tasks if task.action == "encoded")
+    squares, a, count = Counter(), run.a, Counter(task.action for task in run.tasks)
+    for part, _ in results:
+        squares.update(part)
     norm, lost = squares.pop("norm", 0), run.kind == "cross-shape"
     far = {key: math.sqrt(value / norm) for key, value in squares.items() if norm}
     average = 0.0 if a.space == "weight" else far.get("average")
@@ -345,7 +343,8 @@ def make_report(run, codecs, gates, trip, results, seconds):
         "ratio": codecs[0].vae.config.true_ratio if codecs else None, "operator": a.operator,
         "space": a.space, "align": run.how.method, "control": run.how.control,
         "tensors": {"encoded": count["encoded"], "averaged": count["averaged"],
-                    "copied": count["copied"], "total": len(run.tasks), "weights_encoded": weights,
+                    "copied": count["copied"], "total": len(run.tasks),
+                    "weights_encoded": sum(t.numel for t in run.tasks if t.action == "encoded"),
                     "weights_total": sum(task.numel for task in run.tasks)},
         "roundtrip": trip, "distance": {
             "to_target": far.get(0), "to_average": average if run.kind == "same-shape" else None,
@@ -434,27 +433,18 @@ def check_usage(a, parser):
     n, lam = len(a.models) - 1, a.lam
     given = {"--" + key.replace("_", "-"): value for key, value in vars(a).items()
              if value not in (None, False, parser.get_default(key), "auto", "none")}
-    codec = ("--vae --init --save-vae --source-vae --align --epsilon --control --residual "
-             "--roundtrip --max-nmse --samples --device --dtype")
-    single = "--lam --align --control --source-vae --operator --base --space"
-    for holds, why, useless in (        # a flag that changes nothing is refused
-            (not n, "there is no SOURCE", single),
-            (a.roundtrip, "--roundtrip takes posterior means", "--samples"),
-            (a.space == "weight", "--space weight uses no codec", codec),
-            (a.operator == "slerp", "slerp takes codes as they are", "--align --control --samples"),
-            (a.operator == "soup", "a soup weighs all parents alike", "--lam"),
-            (a.operator != "task-arithmetic", "only task-arithmetic has a base", "--base"),
-            (a.dry_run, "--dry-run makes no report", "--report"),
-            (a.init, "--init trains a VAE", "--vae"),
-            (not a.init, "only a VAE trained here (--init) is kept", "--save-vae"),
-            (not a.vae, "a second VAE needs a first", "--source-vae"),
-            (a.align != "sinkhorn", "only sinkhorn has an epsilon", "--epsilon"),
-            (a.residual, "--residual adds the error back", "--max-nmse")):
-        for flag in useless.split() if holds else ():
-            if flag in given:
-                parser.error(f"{why}: drop {flag}")
+    holds = {"without SOURCE": not n, "with --roundtrip": a.roundtrip, "with --init": a.init,
+             "with --space": a.space == "weight", "without --init": not a.init,
+             "with slerp": a.operator == "slerp", "with soup": a.operator == "soup",
+             "without task-arithmetic": a.operator != "task-arithmetic", "with --dry-run": a.dry_run,
+             "without sinkhorn": a.align != "sinkhorn", "with --residual": a.residual}
+    for line in __doc__.split("change nothing:\n")[1].split("\n\n")[0].splitlines():
+        case, flags = re.split("  +", line.strip())     # the table above is the rule
+        useless = [flag for flag in flags.split() if flag in given]
+        if holds[case] and useless:
+            parser.error(f"{case} {useless[0]} would change nothing: drop it")
     try:
-        a.lam = [float(value) for value in lam.split(",")] if lam else []
+        a.lam = [float(value) for value in lam.split(",")] if lam is not None else []
         a.lam = a.lam * n if len(a.lam) == 1 else a.lam
         (ls.task_weights if a.base else ls.convex_weights)(a.lam)
     except ValueError as error:
@@ -480,19 +470,16 @@ def companions(folder):
     return [path for path in paths if os.path.isfile(path)]
 
 
-def open_run(a):
+def open_run(a, codecs):
     """(Run, files that go into a result folder; None: the result is a file). What can be refused
     without reading weights is refused here."""
     models = [Checkpoint(path) for path in [*a.models, *filter(None, [a.base])]]
-    for config in [os.path.join(model.folder, "config.json") for model in models if model.folder]:
-        need(not os.path.isfile(config) or not read_json(config).get("quantization_config"), config,
-             "the model is quantised", "use the original 16- or 32-bit checkpoint")
     folder = models[0].folder if not (a.output or "").endswith(".safetensors") else None
     a.output = a.output or ("merged" if folder else "merged.safetensors")
     copies = companions(folder) if folder else None
     inside = {"model.safetensors", "README.md", *map(base_name, copies)} if folder else None
     inputs = [file for model in models for file in model.files] + (copies or [])
-    inputs += [file for file in (a.vae, a.source_vae) if file and file != "exact"]
+    inputs += [file for codec in codecs for file in codec.files]
     outputs = [path for path in (a.output, a.save_vae, a.report) if path and not a.dry_run]
     for path in outputs:
         check_output(path, inputs, a.force, inside if path == a.output else None)
@@ -532,18 +519,17 @@ def open_output(run, copies, gates):
 
 def main(argv=None):
     a, clock = parse(argv), [time.perf_counter()]
-    codecs = load_codecs(a)
-    run, copies = open_run(a)
-    for name in os.listdir(os.path.dirname(os.path.realpath(a.output))):
-        if name.startswith(".lsmerge-"):
-            print(f"note: {name} beside the output is of an unfinished run: delete it if none runs")
+    codecs = get_codecs(a)
+    run, copies = open_run(a, codecs)
+    for left in glob.glob(os.path.join(glob.escape(os.path.dirname(a.output)), ".lsmerge-*")):
+        print(f"note: {left} is of an unfinished run: delete it if none is running")
     if run.kind == "cross-shape":
         print("note: across shapes nothing can be expected of models that are not related (README)")
     if a.dry_run:
         return print_plan(run)
     run = replace(run, tasks=spread(partial(measure_task, run.target, run.sources), run, "read"))
     clock.append(time.perf_counter())
-    codecs = train_codecs(a, run) if a.init else codecs
+    codecs = get_codecs(a, run) if a.init else codecs
     gates, trip = check_codec(run, codecs, a.max_nmse or MAX_NMSE) if codecs else ([], None)
     clock.append(time.perf_counter())
     with open_output(run, copies, gates) as output:

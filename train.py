@@ -184,7 +184,7 @@ def run_stage(vae, windows, schedule, stage, steps, peak, log):
             rate = optimiser.param_groups[0]["lr"] = learning_rate(step, steps, peak, warmup)
             if step % max(1, steps // schedule.checks) == 0 or step == steps:
                 figures, seconds = validate(vae, windows, stage), time.perf_counter() - began
-                need(math.isfinite(figures["objective"]), "training", "loss not finite", "lower --lr")
+                need(math.isfinite(figures["objective"]), "training", "infinite loss", "lower --lr")
                 log({"stage": stage, "step": step, "seconds": seconds, "lr": rate, **figures})
                 bar.set_postfix(NMSE=f"{figures['nmse']:.1e}", KL=f"{figures.get('kl', 0):.2f}")
                 stale += 1          # checks since the best one
@@ -231,7 +231,7 @@ def save_vae(path, vae, stages, **facts):
 
 def describe_stage(record):
     """One printed line per stage."""
-    keys = "nmse", "kl", "sigma", "active", "steps", "best_step", "seconds"     # of `validate`, mostly
+    keys = "nmse", "kl", "sigma", "active", "steps", "best_step", "seconds"
     parts = ", ".join(f"{key} {record[key]:.4g}" for key in keys if key in record)
     return f"stage {record['stage']}: held-out {parts}; ended: {record['ended']}"
 
@@ -278,7 +278,7 @@ def start_parser(name, doc, texts, switches=""):
     for flag in ["force", "quiet", *switches.split()]:
         add("--" + flag, action="store_true")
     if rank_and_size()[0]:              # under torchrun the first process speaks for all
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = sys.stderr = open(os.devnull, "w")
     return parser, add
 
 
@@ -296,6 +296,8 @@ def parse(argv):
     given, pairs = dict(vars(a), device=pick_device(a.device)), 2 * max(1, a.heads)
     given["width"] = -(-max(a.width, a.chunk) // pairs) * pairs     # room for a chunk, in pairs
     given["init"] = a.init if a.init in ("pca", "random") else "random"     # a FILE brings its own
+    if a.init != given["init"] and any(given[f.name] != f.default for f in fields(VAEConfig)[:-2]):
+        parser.error("--init FILE brings its network: drop the flags of the network")
     try:
         return [a, *(kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given})
                      for kind in (VAEConfig, Schedule))]
