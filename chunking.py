@@ -219,7 +219,7 @@ MAGIC = [(b"PK\x03\x04", "a zip archive (a torch .bin/.pt or an .npz)", CONVERT)
          (b"version https://git-lfs", "a git-lfs pointer, not the weights", "run `git lfs pull`"),
          (b"<", "a web page or XML, not the weights", "download the file itself")]
 # Side tensors of GPTQ, AWQ, bitsandbytes, fp8, compressed-tensors: their integers are no weights.
-QUANTISED = re.compile(r"\.(qweight|SCB|weight_scale(_inv)?|weight_packed)$|quant_state|[._]scales$")
+QUANTISED = re.compile(r"\.(qweight|SCB|weight_scale(_inv)?|weight_packed)$|quant_state|scales$")
 
 
 def read_header(path):

@@ -46,10 +46,10 @@ BATCH_CHUNKS = 512      # per forward pass: many enough for the matrix units, fe
 class Codec:
     """E and D on the chunks of one tensor: a VAE with its device and arithmetic."""
 
-    def __init__(self, vae, device="cpu", dtype=torch.float32, record=None):
+    def __init__(self, vae, device="cpu", dtype=torch.float32, record=None, files=()):
         if not vae.ready:
             raise ValueError("the VAE's neck was never set: train it first (train.train_vae)")
-        self.vae, self.record, self.files = vae, record or {}, []
+        self.vae, self.record, self.files = vae, record or {}, files        # as it was loaded
         self.device, self.dtype = device, dtype
         self.C, self.T, self.Z = vae.config.chunk, vae.config.tokens, vae.config.latent
         self.linear = Folded.fits(vae)      # then two products, of any number of chunks at once
@@ -72,9 +72,7 @@ class Codec:
         except (ValueError, TypeError, RuntimeError) as error:
             what = " ".join(str(error).split())
             raise CheckpointError(path, what, "pass a file that train.py wrote") from None
-        codec = cls(vae, device, dtype, record)
-        codec.files = file.files        # inputs of a run: never overwritten
-        return codec
+        return cls(vae, device, dtype, record, file.files)
 
     def _batches(self, rows_NX, real_N1):
         """Windows of T rows, some at a time; the mask only where a window is not full."""
@@ -164,15 +162,15 @@ def combine(parts, weights):
 
 
 def convex_weights(lam):
-    """[lambda_1, ...] -> [1 - sum, lambda_1, ...].  Raises ValueError beyond the simplex."""
+    """[lambda_1, ...] -> [1 - sum, lambda_1, ...].  ValueError beyond the simplex."""
     if not all(0 <= value <= 1 for value in lam) or sum(lam) > 1 + 1e-9:
         raise ValueError(f"lambda {', '.join(map(str, lam))}: each must be in [0, 1], the sum too")
     return [max(0.0, 1 - sum(lam)), *lam]
 
 
 def task_weights(lam):
-    """Task arithmetic (Ilharco et al. 2023; paper: Table 4), z = z_target + sum_i lambda_i (z_i -
-    z_base), the base last. Beyond 1 it extrapolates, below 0 it takes a skill away."""
+    """Task arithmetic (Ilharco et al. 2023; paper: Table 4): z_t + sum_i lambda_i (z_i - z_base);
+    the base stands last. Beyond 1 it extrapolates, below 0 it takes a skill away."""
     if not all(-10 <= value <= 10 for value in lam):
         raise ValueError(f"lambda {', '.join(map(str, lam))}: each must be in [-10, 10]")
     return [1.0, *lam, -sum(lam)]
@@ -183,8 +181,7 @@ def slerp_weights(lam, dot, norm_a, norm_b):
 
         c_a = sin((1 - lambda) W) / sin W,   c_b = sin(lambda W) / sin W
 
-    Takes what `inner` gives: each vector is a whole tensor long, and arrives in pieces. lerp where
-    the angle says nothing (parallel, opposed or zero vectors)."""
+    from what `inner` gives. lerp where the angle says nothing (parallel or zero vectors)."""
     cosine = max(-1.0, min(1.0, dot / (norm_a * norm_b))) if norm_a * norm_b > 0 else 1.0
     angle = math.acos(cosine)
     if math.sin(angle) < 1e-6:
@@ -263,8 +260,7 @@ class Transport:
             try:
                 z_JZ, iterations, error = ot.ALIGNERS[self.how.method](meeting)     # line 4
             except ValueError as failed:
-                raise CheckpointError("alignment", str(failed), "raise --epsilon",
-                                      self.target.slot.name) from None
+                need(False, "alignment", failed, "raise --epsilon", self.target.slot.name)
             self.iterations, self.error = self.iterations + iterations, max(self.error, error)
         self.aligned.add(z_JZ)
         return z_JZ.float()
@@ -298,13 +294,13 @@ def ls_merge(target, sources, weights, residual=False):
     Returns:   iterator of (start, weights in the target's dtype); no sources: the round trip
     """
     C, slot, parents = target.codec.C, target.slot, [target, *sources]
-    for j0, j1 in spans(target.N, min(parent.step for parent in parents)):
+    for j0, j1 in spans(target.N, min(parent.step for parent in sources or [target])):
         start, stop = j0 * C, min(j1 * C, slot.numel)
         z_target_JZ = target.latents(j0, j1)                                            # line 2
         z_aligned = [source.codes(z_target_JZ, j0, j1) for source in sources]           # lines 3, 4
         z_merged_JZ = combine([z_target_JZ, *z_aligned], weights)                       # line 5
-        # The target's statistics decode: a source of another shape entered by its own, so that what
-        # it brings is its pattern of weights, in the target's unit.
+        # The target's statistics decode: a source of another shape entered by its own, and what it
+        # brings is its pattern of weights, in the target's unit.
         merged_L = target.codec.decode(z_merged_JZ, slot, stop - start)                 # line 6
         if residual:
             for weight, parent in zip(weights, parents):
@@ -314,11 +310,11 @@ def ls_merge(target, sources, weights, residual=False):
 
 
 def weight_merge(readers, weights, entry):
-    """The baseline: the same operator on raw weights, with pieces like `ls_merge`'s. Where only the
-    target is left, these are its own bytes."""
+    """The baseline: the operator on raw weights, in pieces; the target's bytes if it is alone."""
     wide = torch.float64 if entry.dtype == torch.float64 else torch.float32
     for start, stop in spans(entry.numel):
         if any(weights[1:]):
-            yield start, cast(combine([read(start, stop).to(wide) for read in readers], weights), entry)
+            raw = [read(start, stop).to(wide) for read in readers]
+            yield start, cast(combine(raw, weights), entry)
         else:
             yield start, readers[0](start, stop)

@@ -2,9 +2,8 @@
 
     python merge.py TARGET [SOURCE ...] [options]
 
-TARGET gives names, shapes, dtypes and companions of the result. A model is a .safetensors file, a
-folder in the Hugging Face layout, or an index of shards. Without SOURCE the target is merged with
-itself. In brackets: the default.
+TARGET gives names, shapes, dtypes and companions of the result; alone, it is merged with itself. A
+model is a .safetensors file, a Hugging Face folder or an index of shards. In brackets: defaults.
 
 what     --lam L[,L...]    weight of each source (also --lambda), the target has the rest; 0 is the
                            target's round trip (0.5 for one source, 1/(N+1) each for N; across
@@ -12,8 +11,7 @@ what     --lam L[,L...]    weight of each source (also --lambda), the target has
          --operator NAME   lerp, slerp, soup (uniform), task-arithmetic: z_target + sum of lambda
                            (z_i - z_base), lambda in [-10, 10], as --lam=-0.5,2 (lerp)
          --base MODEL      the sources' ancestor, for task-arithmetic
-         --samples K       average K draws from each parent's posterior (8 without SOURCE, else 0:
-                           the mean)
+         --samples K       average K posterior draws of each parent (8 without SOURCE, else 0)
          --select REGEX    what is merged, by name; all else stays the target's (floats of two or
                            more dimensions in numbered layers are encoded, the rest is averaged)
 how      --align NAME      auto, none, mean, gaussian, sinkhorn (auto: none, across shapes gaussian)
@@ -23,26 +21,24 @@ how      --align NAME      auto, none, mean, gaussian, sinkhorn (auto: none, acr
          --space SPACE     latent, or weight: the same operator without the codec (latent)
 codec    --vae FILE|exact  a trained VAE; exact: untrained, LS-Merge = plain averaging (exact)
          --init random     instead: train the paper's VAE on the inputs first, in two stages
-         --save-vae FILE   keep it
-         --source-vae FILE a second VAE, for the sources' architecture
+         --save-vae FILE   keep it;  --source-vae FILE  a second VAE, for the sources' architecture
          --max-nmse X      refuse a codec whose round trip of a parent is worse (0.001)
          --roundtrip       encode and decode the target only
 output   -o, --output PATH the result (merged.safetensors; merged/ if TARGET is a folder)
          --dry-run         print the plan, write nothing
-         --report FILE     JSON report
-         --force           overwrite an existing output, never an input
+         --report FILE     JSON report;  --force  overwrite an existing output, never an input
 machine  --device NAME     auto, cpu, cuda (auto);   --dtype NAME  float32, bfloat16 (float32)
          --seed S          of all noise (0);         --quiet       no progress bars
 
 Refused are flags that would change nothing:
          without SOURCE    --lam --align --control --source-vae --operator --base --space
-         with --roundtrip  --samples
-         with --space      --vae --init --save-vae --source-vae --align --epsilon --control --dtype
-         with --space      --residual --roundtrip --max-nmse --samples --device
+         with --roundtrip  --samples (it takes the mean)
+         with --space weight  --vae --init --save-vae --source-vae --max-nmse --roundtrip --samples
+         with --space weight  --align --epsilon --control --residual --device --dtype
          with slerp        --align --control --samples (it takes codes as they are)
          with soup         --lam
          with --dry-run    --report
-         with --init       --vae --source-vae
+         with --init       --vae --source-vae (it trains one for all)
          with --residual   --max-nmse
          without --init    --save-vae
          without sinkhorn  --epsilon
@@ -87,7 +83,7 @@ class Task:
     action: str             # "encoded", "averaged" (the same operator on the weights), "copied"
     partners: tuple = ()    # (index of the source, name there)
     slots: tuple = ()       # statistics: the target's, then one per partner
-    why: str = ""           # of a tensor that is copied
+    why: str = ""           # if it is copied
 
     @property
     def indices(self):      # of the parents: 0 the target, i the i-th source
@@ -130,18 +126,16 @@ def plan_merge(target, sources, pattern=None, align="auto", by="depth", control=
     average = kind == "same-shape" and method == "none" and not control and pattern is None
     tasks = []
     for number, (name, entry) in enumerate(target.entries.items()):
-        task = Task(name, number, entry.numel, "copied", why="not encoded")
         partners = tuple((i, found[name]) for i, found in enumerate(pairs) if found.get(name))
         kinds = [(sources[i].entries[n].shape, sources[i].entries[n].is_float) for i, n in partners]
-        if name in encoded and (partners or not sources):
-            task = replace(task, action="encoded", partners=partners, why="")
-        elif name in encoded:
-            task = replace(task, why=f"no source has one partner of role {place(name).role}")
+        action, why = "copied", "no such float in every source" if average else "not encoded"
+        if name in encoded:
+            merged = bool(partners) or not sources
+            action, why = "encoded" if merged else "copied", "no source has one partner of its role"
         elif average and kinds == [(entry.shape, True)] * len(sources):
-            task = replace(task, action="averaged", partners=partners, why="")
-        elif average and entry.is_float:
-            task = replace(task, why="missing or of another shape in a source")
-        tasks.append(task)
+            action = "averaged"
+        partners = partners if action != "copied" else ()
+        tasks.append(Task(name, number, entry.numel, action, partners, why=why))
     return kind, method, tasks
 
 
@@ -173,7 +167,7 @@ class Run:
     def weights(self, task, pairs=None):
         """The parents' c_i; a source without a partner leaves its share to the target. pairs: an
         iterator over the two vectors' pieces, read only by slerp."""
-        if self.a.operator == "task-arithmetic":
+        if self.a.operator == "task-arithmetic" and task.partners:
             return ls.task_weights(self.lam)
         if pairs and self.a.operator == "slerp" and task.action == "encoded":
             return ls.slerp_weights(self.lam[0], *ls.inner(pairs))
@@ -207,18 +201,15 @@ def spread(work, run, label):
     count = 1 if run.how.method == "sinkhorn" else min(threads, WORKERS)
     torch.set_num_threads(threads // count)
     pool = ThreadPoolExecutor(count)
-    total = sum(run.tasks[n].numel for n in order)
-    bar = tqdm(desc=label, total=total, unit_scale=True, leave=False, disable=run.a.quiet or None)
-    try:
-        with bar:
-            for n, result in zip(order, pool.map(work, [run.tasks[n] for n in order])):
-                found[n] = result
-                bar.update(run.tasks[n].numel)
+    try:        # results in order, whichever ends first
+        results = pool.map(work, [run.tasks[n] for n in order])
+        for n in tqdm(order, desc=label, unit="tensor", leave=False, disable=run.a.quiet or None):
+            found[n] = next(results)
     except BaseException:
         STOP.set()          # threads that read notice it
         raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)      # waits for those that run
         torch.set_num_threads(threads)
         STOP.clear()
     found = {n: result for part in gather(found) for n, result in part.items()}
@@ -237,7 +228,7 @@ def get_codecs(a, run=None):
     parents = training_parents(run.target, run.sources, run.tasks)
     vae, stages = train_vae(parents, VAEConfig(init="random"), schedule)
     print(*map(describe_stage, stages), sep="\n")
-    if stages[-1]["ended"] == "interrupted":
+    if stages[-1]["ended"] == "interrupted":        # Ctrl-C: no merge with half a codec
         raise KeyboardInterrupt
     if a.save_vae and rank_and_size()[0] == 0:
         save_vae(a.save_vae, vae, stages)
@@ -257,7 +248,7 @@ def round_trip(run, codecs, task):
     """NMSE of D(E(w)) of each parent of an encoded tensor, on GATE_WEIGHTS of it."""
     errors = []
     for parent in run.parents(task, codecs) if task.action == "encoded" else ():
-        (_, slot, codec, *_), width = parent, parent.codec.C * parent.codec.T
+        slot, codec, width = parent.slot, parent.codec, parent.codec.C * parent.codec.T
         starts = range(0, slot.numel, width * max(1, slot.numel // GATE_WEIGHTS))
         flat_L = torch.cat([parent.read(start, start + width) for start in starts])
         decoded_L = codec.decode(codec.encode(flat_L, slot), slot, len(flat_L))
@@ -270,21 +261,20 @@ def check_codec(run, codecs, bound):
     """(gates, round trip) for the report. A parent's NMSE is the mean over its encoded weights; a
     codec that loses more than the bound is refused before anything is merged. With --residual what
     is lost of a parent that enters unaligned comes back: it needs no gate."""
-    sums, weights, worst, gates = Counter(), Counter(), {"name": None, "nmse": None}, []
+    sums, weights, worst, gates = Counter(), Counter(), {"name": None, "nmse": -1.0}, []
     for task, errors in zip(run.tasks, spread(partial(round_trip, run, codecs), run, "check")):
         for k, slot, nmse in zip(task.indices, task.slots, errors):
             sums[k], weights[k] = sums[k] + nmse * slot.numel, weights[k] + slot.numel
-            if worst["nmse"] is None or not nmse <= worst["nmse"]:
+            if not nmse <= worst["nmse"]:           # a NaN is the worst
                 worst = {"name": slot.name, "nmse": nmse}
     names = ["target", *(f"source {i + 1}" for i in range(len(run.lam))), "base"]
     unaligned = run.kind != "cross-shape" and run.how.method == "none" and not run.how.control
-    for k in sorted(weights):
+    free = run.a.residual and (unaligned or not any(run.lam))
+    for k in sorted(weights) if not free else ():
         nmse, name = sums[k] / weights[k], f"round trip of {names[k]}"
-        if run.a.residual and (k == 0 or unaligned or not any(run.lam)):
-            continue
-        need(nmse <= bound, name, f"the codec loses {nmse:.1%} of the variance (NMSE {nmse:.3g} > "
-             f"{bound:g}), nothing was merged", "use --vae exact, a VAE trained for longer or at a "
-             "lower ratio, or raise --max-nmse", worst["name"])
+        need(nmse <= bound or k == 0 and run.a.residual, name, f"the codec loses {nmse:.1%} of the "
+             f"variance (NMSE {nmse:.3g} > {bound:g}); nothing was merged", "--vae exact, a VAE "
+             "trained for longer or at a lower ratio, or raise --max-nmse", worst["name"])
         gates.append({"name": name, "passed": True, "value": nmse, "bound": bound})
     return gates, {"nmse": sums[0] / weights[0], "worst": worst}
 
@@ -297,12 +287,14 @@ def merge_tensor(run, codecs, output, task):
     plain = run.weights(task, ([read(*span) for read in readers] for span in spans(task.numel)))
     squares = Counter()
     if run.in_weights(task):
-        pieces = ls.weight_merge(readers, plain, entry)
+        pieces = ls.weight_merge(readers, plain, entry)     # the baseline, or a copy
     else:
         target, *sources = parents = run.parents(task, codecs)
         steps = spans(target.N, target.step)
-        weights = run.weights(task, ([parent.latents(*step) for parent in parents] for step in steps))
+        codes = ([parent.latents(*step) for parent in parents] for step in steps)
+        weights = run.weights(task, codes)
         aligned = [ls.bring(target, source, run.how, (*source.seed, 1)) for source in sources]
+        # Only a transport has something to tell; a source of the target's shape goes as it is.
         transports = [source for source in aligned if isinstance(source, ls.Transport)]
         pieces = ls.ls_merge(target, aligned, weights, run.a.residual)
     for start, piece in pieces:
@@ -328,15 +320,15 @@ def distances(run, task, readers, plain, start, piece):
 def base_name(path): return os.path.basename(os.path.normpath(path))
 
 
-def make_report(run, codecs, gates, trip, results, seconds):
+def make_report(run, codecs, gates, trip, results, clock):
     """The JSON report. Distances are Frobenius norms over the encoded tensors, over the target's;
     null where undefined. No paths: they mean nothing elsewhere."""
     squares, a, count = Counter(), run.a, Counter(task.action for task in run.tasks)
     for part, _ in results:
         squares.update(part)
-    norm, lost = squares.pop("norm", 0), run.kind == "cross-shape"
+    norm, lost = squares.pop("norm", 0), run.kind == "cross-shape"      # lost: no common shape
     far = {key: math.sqrt(value / norm) for key, value in squares.items() if norm}
-    average = 0.0 if a.space == "weight" else far.get("average")
+    average = 0.0 if a.space == "weight" else far.get("average")        # itself
     return {
         "version": VERSION, "inputs": [*map(base_name, a.models)], "output": base_name(a.output),
         "seed": a.seed, "samples": run.samples, "kind": run.kind, "lambda": run.lam,
@@ -350,7 +342,8 @@ def make_report(run, codecs, gates, trip, results, seconds):
             "to_target": far.get(0), "to_average": average if run.kind == "same-shape" else None,
             "to_source": [None if lost else far.get(i + 1) for i in range(len(run.lam))]},
         "alignment": [record for _, records in results for record in records], "kinship": None,
-        "gates": gates, "seconds": seconds}
+        "gates": gates, "seconds": {stage: round(stop - start, 3) for stage, start, stop in zip(
+            ("read and check", "codec", "merge and write"), clock, clock[1:])}}
 
 
 def print_report(report, run):
@@ -360,13 +353,14 @@ def print_report(report, run):
           "lambda {lam}".format(lam=lam, **report))
     print("tensors: {encoded} encoded + {averaged} averaged + {copied} copied = {total}; encoded: "
           "{weights_encoded:,} of {weights_total:,} weights".format(**report["tensors"]))
-    for why, count in Counter(task.why for task in run.tasks if task.why).items():
-        first = next(task.name for task in run.tasks if task.why == why)
-        print(f"  copied, {why}: {count}, the first is {first}")
-    shown = {"the target": far["to_target"], "the plain average": far["to_average"],
-             **{f"source {i + 1}": value for i, value in enumerate(far["to_source"])}}
+    copied = [task for task in run.tasks if task.action == "copied"]
+    for why in {task.why: 0 for task in copied}:
+        names = [task.name for task in copied if task.why == why]
+        print(f"  copied, {why}: {len(names)}, the first is {names[0]}")
+    names = "the target", "the plain average", *(f"source {i + 1}" for i in range(len(run.lam)))
+    shown = zip(names, (far["to_target"], far["to_average"], *far["to_source"]))
     print("distance, over the target's norm:", ", ".join(
-        f"{value:.4f} to {name}" for name, value in shown.items() if value is not None))
+        f"{value:.4f} to {name}" for name, value in shown if value is not None))
     if run.kind == "self" and run.samples:
         print(f"self-merging: the mean of K = {run.samples} draws from the posterior: the distance")
     for key in ("cost_before", "cost_after", "std_ratio") if report["alignment"] else ():
@@ -416,13 +410,12 @@ def parse(argv):
     add("--lam", "--lambda")
     add("--operator", choices=("lerp", "slerp", "soup", "task-arithmetic"), default="lerp")
     add("--space", choices=("latent", "weight"), default="latent")
-    add("--samples", type=int)
     add("--align", choices=("auto", *ot.ALIGNERS), default="auto")
-    add("--epsilon", type=float)
     add("--control", choices=ot.CONTROLS)
     add("--init", choices=("random",))
-    add("--max-nmse", type=float)
-    a = parser.parse_intermixed_args(argv)
+    for flag, kind in (("--samples", int), ("--epsilon", float), ("--max-nmse", float)):
+        add(flag, type=kind)
+    a = parser.parse_intermixed_args(argv)      # options and files in any order
     check_usage(a, parser)
     a.vae = a.vae or ("exact" if a.space == "latent" and not a.init else None)
     return a
@@ -434,10 +427,11 @@ def check_usage(a, parser):
     given = {"--" + key.replace("_", "-"): value for key, value in vars(a).items()
              if value not in (None, False, parser.get_default(key), "auto", "none")}
     holds = {"without SOURCE": not n, "with --roundtrip": a.roundtrip, "with --init": a.init,
-             "with --space": a.space == "weight", "without --init": not a.init,
+             "with --space weight": a.space == "weight", "without --init": not a.init,
              "with slerp": a.operator == "slerp", "with soup": a.operator == "soup",
-             "without task-arithmetic": a.operator != "task-arithmetic", "with --dry-run": a.dry_run,
-             "without sinkhorn": a.align != "sinkhorn", "with --residual": a.residual}
+             "without task-arithmetic": a.operator != "task-arithmetic",
+             "without sinkhorn": a.align != "sinkhorn", "with --dry-run": a.dry_run,
+             "with --residual": a.residual}
     for line in __doc__.split("change nothing:\n")[1].split("\n\n")[0].splitlines():
         case, flags = re.split("  +", line.strip())     # the table above is the rule
         useless = [flag for flag in flags.split() if flag in given]
@@ -445,17 +439,17 @@ def check_usage(a, parser):
             parser.error(f"{case} {useless[0]} would change nothing: drop it")
     try:
         a.lam = [float(value) for value in lam.split(",")] if lam is not None else []
-        a.lam = a.lam * n if len(a.lam) == 1 else a.lam
-        (ls.task_weights if a.base else ls.convex_weights)(a.lam)
+        a.lam = a.lam * n if len(a.lam) == 1 else a.lam         # one for all
+        (ls.task_weights if a.base else ls.convex_weights)(a.lam)       # in range?
     except ValueError as error:
         parser.error(f"--lam: {error}")
-    epsilon, bound = a.epsilon or ot.EPSILON, a.max_nmse or MAX_NMSE
+    numbers = a.epsilon, a.max_nmse, None if a.samples is None else a.samples + 1, a.seed + 1
     for holds, what in (
             (len(a.lam) in (0, n), f"--lam has {len(a.lam)} values for {n} sources"),
             (not a.roundtrip or n == 0, "--roundtrip takes the target alone"),
             (a.operator != "slerp" or n == 1, "--operator slerp takes TARGET and one SOURCE"),
             (a.operator != "task-arithmetic" or a.base, "--operator task-arithmetic needs --base"),
-            (0 <= (a.samples or 0) <= 4096 and a.seed >= 0 and min(epsilon, bound) > 0,
+            (all(number is None or 0 < number < 2 ** 32 for number in numbers),
              "--samples and --seed must be 0 or more, --epsilon and --max-nmse above 0")):
         if not holds:
             parser.error(what)
@@ -463,29 +457,25 @@ def check_usage(a, parser):
 
 def companions(folder):
     """Files of a model folder that go with the weights: configuration, tokenizer, code, licence."""
-    kept = r"(\.(json|txt|model|jinja|py)|LICEN[CS]E.*|NOTICE.*)$"
-    lost = r"^\.|index\.json$|^(optimizer|scheduler|trainer_state)|^adapter_config"
-    paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder))
-             if re.search(kept, name) and not re.search(lost, name)]
-    return [path for path in paths if os.path.isfile(path)]
+    kept = r"^[^.].*\.(json|txt|model|jinja|py)$|^(LICEN[CS]E|NOTICE)"
+    lost = r"index\.json$|^(optimizer|scheduler|trainer_state|adapter_config)"
+    names = [n for n in sorted(os.listdir(folder)) if re.search(kept, n) and not re.search(lost, n)]
+    return [os.path.join(folder, n) for n in names if os.path.isfile(os.path.join(folder, n))]
 
 
 def open_run(a, codecs):
     """(Run, files that go into a result folder; None: the result is a file). What can be refused
     without reading weights is refused here."""
-    models = [Checkpoint(path) for path in [*a.models, *filter(None, [a.base])]]
-    folder = models[0].folder if not (a.output or "").endswith(".safetensors") else None
+    target, *sources = [Checkpoint(path) for path in [*a.models, *filter(None, [a.base])]]
+    folder = target.folder if not (a.output or "").endswith(".safetensors") else None
     a.output = a.output or ("merged" if folder else "merged.safetensors")
     copies = companions(folder) if folder else None
     inside = {"model.safetensors", "README.md", *map(base_name, copies)} if folder else None
-    inputs = [file for model in models for file in model.files] + (copies or [])
+    inputs = [file for model in (target, *sources) for file in model.files] + (copies or [])
     inputs += [file for codec in codecs for file in codec.files]
     outputs = [path for path in (a.output, a.save_vae, a.report) if path and not a.dry_run]
-    for path in outputs:
-        check_output(path, inputs, a.force, inside if path == a.output else None)
-    places = {os.path.realpath(path) for path in outputs}
-    need(len(places) == len(outputs), a.output, "two outputs in one place", "give each its own")
-    target, *sources = models
+    for i, path in enumerate(outputs):          # none is an input, and none lies in another
+        check_output(path, inputs + outputs[:i], a.force, inside if path == a.output else None)
     kind, method, tasks = plan_merge(target, sources, a.select, a.align, control=a.control)
     equal = a.space == "weight" or a.base or a.operator == "slerp"
     need(kind != "cross-shape" or not equal, target.path, "its encoded tensors and a source's "
@@ -493,6 +483,7 @@ def open_run(a, codecs):
     need(kind == "cross-shape" or not a.source_vae, a.source_vae, "equal shapes share one VAE",
          "drop --source-vae")
     n = len(a.models) - 1
+    # lambda by default: see the table above
     share = 0.1 / n if kind == "cross-shape" and a.operator != "soup" else 1 / (n + 1)
     samples = a.samples if a.samples is not None else 0 if n or a.roundtrip else SAMPLES
     how = ls.Alignment(method, a.control, a.epsilon or ot.EPSILON)
@@ -504,10 +495,10 @@ def open_output(run, copies, gates):
     """The result, open for writing. Under torchrun the first process makes it, and all fill it."""
     path, entries, header = run.a.output, run.target.entries.values(), recipe(run)
     if rank_and_size()[0]:
-        yield Output(gather(None)[0], entries, header)
+        yield Output(gather(None)[0], entries, header)      # the first process's file
         return
     with create(path, entries, header, folder=copies is not None) as output:
-        gather(output.path)
+        gather(output.path)             # the others wait for it
         folder = os.path.dirname(output.path)
         for file in copies or []:
             shutil.copyfile(file, os.path.join(folder, base_name(file)))
@@ -532,18 +523,16 @@ def main(argv=None):
     codecs = get_codecs(a, run) if a.init else codecs
     gates, trip = check_codec(run, codecs, a.max_nmse or MAX_NMSE) if codecs else ([], None)
     clock.append(time.perf_counter())
-    with open_output(run, copies, gates) as output:
+    with open_output(run, copies, gates) as output:         # appears whole, or not at all
         results = spread(partial(merge_tensor, run, codecs, output), run, "merge")
         output.written = [n for part in gather(output.written) for n in part]
     clock.append(time.perf_counter())
-    times = [round(stop - start, 3) for start, stop in zip(clock, clock[1:])]
-    seconds = dict(zip(("read and check", "codec", "merge and write"), times))
-    report = make_report(run, codecs, gates, trip, results, seconds)
+    report = make_report(run, codecs, gates, trip, results, clock)
     print_report(report, run)
     if a.report and rank_and_size()[0] == 0:
         with open(a.report + ".tmp", "w") as stream:
             json.dump(report, stream, indent=1, allow_nan=False)
-        os.replace(a.report + ".tmp", a.report)
+        os.replace(a.report + ".tmp", a.report)     # whole, or not at all
     print(f"wrote {a.output}" + (f" and {len(copies)} companions of the target" if copies else ""))
 
 

@@ -2,13 +2,13 @@
 
     python train.py CHECKPOINT [CHECKPOINT ...] [-o vae.safetensors] [options]
 
-the network    --chunk C, --tokens T, --width D, --blocks N, --heads H, --ratio R, --beta B: the
-               fields of VAEConfig in vae.py, where the reasons of the defaults stand
-               --init NAME     pca (the warm start), random (the paper's), or a VAE file, which goes
-                               on in stage 2 and brings its own network (pca)
-the stages     --steps1 N, --steps2 N, --lr X, --batch N, --holdout F: the fields of Schedule below
+the network    --chunk, --tokens, --width, --blocks, --heads, --ratio, --beta: see VAEConfig (vae.py)
+               --init NAME     pca (warm start), random (the paper's), or a VAE file, which goes on
+                               in stage 2 and brings its own network (pca)
+the stages     --steps1, --steps2, --lr, --batch, --holdout: see Schedule below
                --select REGEX  which tensors (floats of two or more dimensions in numbered layers)
-output         -o, --output PATH, --log FILE (a JSON line per validation), --force (overwrite)
+output         -o, --output PATH, --log FILE (a JSON line per validation; torchrun takes that flag
+               for its own: torchrun ... -- train.py ...), --force (overwrite)
 machine        --device auto|cpu|cuda, --dtype float32|bfloat16 (of the products), --seed, --quiet
 
 Paper: abstract, Sec. 3.2. Stage 1 trains a deterministic, high-capacity autoencoder (KL off); stage
@@ -52,8 +52,7 @@ class Schedule:
     weight_decay: float = 1e-5  # paper: AdamW, 1e-5
     clip: float = 1.0           # paper: gradient clipping, no value given
     checks: int = 20            # validations per stage; the best state is kept
-    patience: int = 8           # checks without a better one that end a stage: a new neck is at
-    #                             first worse than its start
+    patience: int = 8           # checks without a better one that end a stage
     seed: int = 0               # of everything random
     device: str = "cpu"
     dtype: str = "float32"      # of the products; the weights and the optimiser stay float32
@@ -73,9 +72,8 @@ VALIDATION_WINDOWS = 256    # at most, in one batch: 262,144 weights
 def learning_rate(step, steps, peak, warmup):
     """Linear warm-up, then paper: cosine to zero."""
     ramp = max(1, round(warmup * steps))
-    if step < ramp:
-        return peak * (step + 1) / ramp
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp)))
+    done = max(0, step - ramp) / max(1, steps - ramp)       # of the way down, 0 to 1
+    return peak * min((step + 1) / ramp, 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def beta_at(step, steps, beta, warmup):
@@ -149,7 +147,7 @@ def validate(vae, windows, stage):
         figures["nmse"] = masked_mse(vae.decode(mu_BTZ, real_BT), x_BTC, real_BTC)
         figures |= {"kl": kl, "sigma": (0.5 * logvar_BTZ[real_BT]).exp().mean()}
         figures["active"] = (mu_BTZ[real_BT].var(dim=0, correction=0) > 0.01).float().mean()
-    return {key: value.item() for key, value in figures.items()}
+    return {key: value.item() for key, value in figures.items()}        # numbers, for JSON
 
 
 def train_step(vae, windows, schedule, stage, optimiser, beta, picks, noise):
@@ -160,7 +158,7 @@ def train_step(vae, windows, schedule, stage, optimiser, beta, picks, noise):
     with torch.autocast(x_BTC.device.type, torch.bfloat16, enabled=schedule.dtype == "bfloat16"):
         loss = stage_loss(vae, stage, x_BTC, real_BTC, beta, noise)[0]
     optimiser.zero_grad(set_to_none=True)
-    loss.backward()
+    loss.backward()                             # float32, whatever the products were
     for parameter in vae.parameters() if size > 1 else []:
         if parameter.grad is not None:      # data-parallel: the mean of all processes' gradients
             distributed.all_reduce(parameter.grad.div_(size))
@@ -175,10 +173,9 @@ def run_stage(vae, windows, schedule, stage, steps, peak, log):
     decay, warmup, rank = schedule.weight_decay, schedule.warmup, rank_and_size()[0]
     optimiser = torch.optim.AdamW(vae.parameters(), peak, (0.9, 0.95), weight_decay=decay)
     picks = np.random.default_rng([schedule.seed, stage])       # every process: the same windows
-    noise = generator(schedule.seed, stage, rank)               # but noise of its own
-    best, state, stale, ended = {}, None, 0, ""
-    silent, began = schedule.quiet or rank > 0 or None, time.perf_counter()
-    bar = tqdm(range(steps + 1), desc=f"stage {stage}", disable=silent, leave=False)
+    noise = generator(schedule.seed, stage, rank)               # but noise of its own each
+    best, state, stale, ended, began = {}, None, 0, "", time.perf_counter()
+    bar = tqdm(range(steps + 1), f"stage {stage}", leave=False, disable=schedule.quiet or None)
     try:
         for step in bar:
             rate = optimiser.param_groups[0]["lr"] = learning_rate(step, steps, peak, warmup)
@@ -200,7 +197,7 @@ def run_stage(vae, windows, schedule, stage, steps, peak, log):
     except KeyboardInterrupt:       # Ctrl-C: the best state so far is worth keeping
         need(best, "training", "interrupted before its first check", "run it again")
         ended = "interrupted"
-    vae.load_state_dict(state)
+    vae.load_state_dict(state)      # the best, not the last
     seconds = round(time.perf_counter() - began, 2)
     return {**best, "stage": stage, "steps": step, "lr": peak, "ended": ended, "seconds": seconds}
 
@@ -211,15 +208,14 @@ def train_vae(parents, config, schedule=Schedule(), log=lambda record: None, sta
     parents: [(checkpoint, [TensorSlot, ...]), ...], which share one VAE.  start: a trained VAE,
     which goes on in stage 2.  Raises CheckpointError (NaN in a file; a loss that is not finite)."""
     gather(None)                            # under torchrun: the processes meet
-    vae = copy.deepcopy(start) if start else VAE(config, generator(schedule.seed))
-    vae = vae.to(schedule.device)
+    vae = copy.deepcopy(start or VAE(config, generator(schedule.seed))).to(schedule.device)
     windows = Windows(parents, vae.config, schedule)
     peak, stages = schedule.lr or (8e-3 if vae.config.init == "random" else 1e-4), []
     if not start:
-        stages.append(run_stage(vae, windows, schedule, 1, schedule.steps1, peak, log))     # KL off
+        stages.append(run_stage(vae, windows, schedule, 1, schedule.steps1, peak, log))
         start_neck(vae, windows, schedule.batch)
     if start or stages[0]["ended"] != "interrupted":
-        stages.append(run_stage(vae, windows, schedule, 2, schedule.steps2, peak, log))     # KL on
+        stages.append(run_stage(vae, windows, schedule, 2, schedule.steps2, peak, log))
     return vae.eval(), stages
 
 
@@ -277,8 +273,9 @@ def start_parser(name, doc, texts, switches=""):
         add("--" + flag)
     for flag in ["force", "quiet", *switches.split()]:
         add("--" + flag, action="store_true")
-    if rank_and_size()[0]:              # under torchrun the first process speaks for all
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+    if rank_and_size()[0]:      # under torchrun the first process speaks for all
+        sys.stdout = open(os.devnull, "w")
+        parser.set_defaults(quiet=True)
     return parser, add
 
 
@@ -295,8 +292,9 @@ def parse(argv):
     a = parser.parse_intermixed_args(argv)
     given, pairs = dict(vars(a), device=pick_device(a.device)), 2 * max(1, a.heads)
     given["width"] = -(-max(a.width, a.chunk) // pairs) * pairs     # room for a chunk, in pairs
-    given["init"] = a.init if a.init in ("pca", "random") else "random"     # a FILE brings its own
-    if a.init != given["init"] and any(given[f.name] != f.default for f in fields(VAEConfig)[:-2]):
+    given["init"] = a.init if a.init in ("pca", "random") else "random"
+    own = any(given[field.name] != field.default for field in fields(VAEConfig)[:-2])
+    if given["init"] != a.init and own:
         parser.error("--init FILE brings its network: drop the flags of the network")
     try:
         return [a, *(kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given})
@@ -310,15 +308,14 @@ def main(argv=None):
     start = None if a.init in ("pca", "random") else Codec.load(a.init).vae
     checkpoints = [Checkpoint(path) for path in a.checkpoints]
     inputs = [file for checkpoint in checkpoints for file in checkpoint.files]
-    for path in filter(None, (a.output, a.log)):        # a log is appended to
+    for path in filter(None, (a.output, a.log)):        # a log may exist: it is appended to
         check_output(path, inputs + [a.init] * bool(start), a.force or path == a.log)
-    parents = [(c, [measure(c, e.name) for e in c.entries.values() if is_selected(e, a.select)])
-               for c in checkpoints]
-    for checkpoint, slots in parents:
-        need(slots, checkpoint.path, "no tensor is selected", "change --select")
-        print(f"{checkpoint.path}: {len(slots)} tensors, {sum(s.numel for s in slots):,} weights")
-    config = start.config if start else config
-    print(f"r = {config.true_ratio:g}: {config.chunk} weights -> {config.latent} latent numbers")
+    parents = []
+    for checkpoint in checkpoints:
+        entries = [e for e in checkpoint.entries.values() if is_selected(e, a.select)]
+        need(entries, checkpoint.path, "no tensor is selected", "change --select")
+        parents.append((checkpoint, [measure(checkpoint, entry.name) for entry in entries]))
+        print(f"{checkpoint.path}: {len(entries)} tensors")
     first = rank_and_size()[0] == 0     # under torchrun only the first process writes
     with open(a.log if a.log and first else os.devnull, "a") as stream:
         vae, stages = train_vae(parents, config, schedule, start=start, log=lambda record: print(
@@ -326,8 +323,8 @@ def main(argv=None):
     print(*map(describe_stage, stages), sep="\n")
     if first:
         save_vae(a.output, vae, stages, select=a.select, schedule=asdict(schedule))
-        print(f"wrote {a.output} ({sum(p.numel() for p in vae.parameters()):,} parameters)")
-    return 130 if stages[-1]["ended"] == "interrupted" else 0
+        print(f"wrote {a.output}: r = {vae.config.true_ratio:g}")
+    return 130 if stages[-1]["ended"] == "interrupted" else 0       # as shells expect
 
 
 if __name__ == "__main__":
