@@ -331,7 +331,8 @@ def factorise(model, base, rank, quiet=True):
 
 
 def extract(model, base, rank, output, force=False, quiet=True):
-    """Write the adapter of a rank that is nearest to a model over its base.
+    """Write the adapter of a rank that is nearest to a model over its base. In memory are one matrix
+    and the factors.
 
     Args:     model, base, output: paths; force: overwrite
     Returns:  the record of `factorise`
@@ -416,7 +417,7 @@ def print_loss(a, record):
           f"{a.model} and {a.base} (Frobenius norm)")
     print(f"worst matrix: {worst}, {percent(share)} of its own difference")
     if record["left_out"]:
-        print(f"note: {len(record['left_out'])} other tensors differ, which an adapter cannot hold "
+        print(f"note: an adapter cannot hold {len(record['left_out'])} of the tensors that differ "
               f"({', '.join(record['left_out'][:3])}): {percent(record['left_out_share'])} of the "
               "difference's norm")
     if record["lost"] > MUCH:

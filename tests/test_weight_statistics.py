@@ -73,17 +73,14 @@ def test_records(models):
         np.testing.assert_allclose(r["curve"], r["curve_noise"], atol=0.03)
 
 
-def shell(*words):
-    line = [sys.executable, ROOT / "experiments/weight_statistics.py", *words]
-    return subprocess.run(line, capture_output=True, text=True)
-
-
-def test_the_command_prints_both_tables(models):
-    done = shell(models["a"])
+def test_the_command_prints_both_tables(models, capsys):
+    line = [sys.executable, ROOT / "experiments/weight_statistics.py", models["a"]]
+    done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr
     assert "kurtosis" in done.stdout and "explained variance" in done.stdout
     assert done.stdout.count("\n") == 1 + 14 + 7 + 3 + 7    # headings, tensors, means, roles
-    records = json.loads(shell(models["a"], "--json").stdout)
+    assert run(models["a"], "--json") == 0
+    records = json.loads(capsys.readouterr().out)
     assert len(records) == 14 and list(records[0]) == [
         "name", "layer", "role", "shape", *ws.MOMENTS, "spectrum", "spectrum_noise"]
 
