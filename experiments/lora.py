@@ -37,6 +37,7 @@ FOREIGN = ("use_dora", "modules_to_save", "lora_bias", "use_qalora", "target_par
 # from the base: then W + s B A is not the model that was trained.
 STARTS = ("gaussian", "eva", "orthogonal", "mica")
 MUCH = 0.1      # of the difference's norm (1 % of its square): a larger loss is a warning
+ROUNDED = 0.01  # of the products' norm: if fold's rounding moves the result by more, it says so
 
 
 # --- Reading an adapter ---------------------------------------------------------------------------
@@ -153,9 +154,10 @@ def open_both(base, adapter):
 
 
 def folded(base, adapter, name):
-    """One tensor of the folded model, as (start, piece) of whole rows.
+    """One tensor of the folded model, as (start, piece, squares) of whole rows.
 
     Equation:  W + s B A: product and sum in float64, then one rounding to the base's dtype
+    squares:   |rounding|^2 and |s B A|^2 of the piece
     """
     entry, changes = base.entries[name], name in adapter.added
     rows, columns = entry.shape if changes else (entry.numel, 1)
@@ -163,12 +165,15 @@ def folded(base, adapter, name):
     for first, last in spans(rows, max(1, PIECE // columns)):
         piece = base.read(name, first * columns, last * columns)
         check_finite(piece, entry.file, name)
+        squares = 0.0, 0.0
         if changes:
-            product = s * (left[first:last] @ right)
-            piece = (piece.double() + product.reshape(-1)).to(entry.dtype)
+            product = s * (left[first:last] @ right).reshape(-1)
+            total = piece.double() + product
+            piece = total.to(entry.dtype)
             check_finite(piece, adapter.path, name, f"the sum does not fit {entry.dtype}",
                          "store the base in float32")
-        yield first * columns, piece
+            squares = tuple(x.square().sum().item() for x in (piece.double() - total, product))
+        yield first * columns, piece, squares
 
 
 def folded_tensors(base, adapter):
@@ -181,7 +186,7 @@ def folded_tensors(base, adapter):
     base, adapter = open_both(base, adapter)
     tensors = {}
     for name, entry in base.entries.items():
-        pieces = [piece for _, piece in folded(base, adapter, name)]
+        pieces = [piece for _, piece, _ in folded(base, adapter, name)]
         tensors[name] = torch.cat(pieces).reshape(entry.shape)
     return tensors
 
@@ -189,7 +194,8 @@ def folded_tensors(base, adapter):
 def fold(base, adapter, output, force=False, quiet=True):
     """Write the folded model, tensor by tensor.  base, adapter, output: paths; force: overwrite.
 
-    Returns:  {"folded": number of matrices that change, "notes": [what a user should know, ...]}
+    Returns:  {"folded": number of matrices that change, "rounding": how far the rounding to the
+              base's dtype moves them, over the norm of what the adapter adds, "notes": [...]}
     """
     (base, adapter), output = open_both(base, adapter), os.fspath(output)
     folder = base.folder is not None and not output.endswith(".safetensors")
@@ -197,6 +203,7 @@ def fold(base, adapter, output, force=False, quiet=True):
     names = {"model.safetensors", "README.md", *map(os.path.basename, copies)} if folder else None
     check_output(output, [*base.files, *adapter.files, *copies], force, names)
     facts = {"lsmerge.base": called(base.path), "lsmerge.adapter": called(adapter.path)}
+    rounding = added = 0.0
     with create(output, base.entries.values(), facts, folder) as file:
         for copy in copies:
             shutil.copyfile(copy, Path(file.path).with_name(os.path.basename(copy)))
@@ -204,13 +211,15 @@ def fold(base, adapter, output, force=False, quiet=True):
             line = f"`{facts['lsmerge.adapter']}` folded into it: W + s B A."
             Path(file.path).with_name("README.md").write_text(card("fold", called(base.path), line))
         for name in tqdm(base.entries, unit="tensor", leave=False, disable=quiet or None):
-            for start, piece in folded(base, adapter, name):
+            for start, piece, squares in folded(base, adapter, name):
                 file.put(name, start, piece)
-        base.check_unchanged(), adapter.file.check_unchanged()
-    return {"folded": len(adapter.added), "notes": fold_notes(base, adapter)}
+                rounding, added = rounding + squares[0], added + squares[1]
+    share = math.sqrt(rounding / added) if added else 0.0
+    return {"folded": len(adapter.added), "rounding": share,
+            "notes": fold_notes(base, adapter, share)}
 
 
-def fold_notes(base, adapter):
+def fold_notes(base, adapter, rounding):
     """What is not wrong, but may not be what was meant."""
     notes = []
     rest = [place(name).role for name, entry in base.entries.items()
@@ -221,6 +230,9 @@ def fold_notes(base, adapter):
     wanted, found = called(adapter.config.get("base_model_name_or_path")), own_name(base)
     if wanted and found and wanted != found:
         notes.append(f"the adapter names {wanted!r} as its base, this one is {found!r}")
+    if rounding > ROUNDED:
+        notes.append(f"rounding to the base's dtype moves the result by {percent(rounding)} of "
+                     "what the adapter adds; a float32 copy of the base would keep it")
     return notes
 
 
@@ -331,8 +343,8 @@ def factorise(model, base, rank, quiet=True):
 
 
 def extract(model, base, rank, output, force=False, quiet=True):
-    """Write the adapter of a rank that is nearest to a model over its base. In memory are one matrix
-    and the factors.
+    """Write the adapter of a rank that is nearest to a model over its base. One matrix and the
+    factors are in memory.
 
     Args:     model, base, output: paths; force: overwrite
     Returns:  the record of `factorise`
@@ -341,7 +353,6 @@ def extract(model, base, rank, output, force=False, quiet=True):
     check_pair(model, base)
     check_output(output, [*model.files, *base.files], force, {CONFIG, WEIGHTS, "README.md"})
     factors, record = factorise(model, base, rank, quiet)
-    model.check_unchanged(), base.check_unchanged()
     config, lost = peft_config(base, rank, factors), percent(record["lost"])
     text = card("extract", called(config["base_model_name_or_path"]),
                 f"Rank {rank} of `{called(model.path)}`; lost {lost} of the difference's norm.")

@@ -221,6 +221,23 @@ def test_modules_without_factors_are_said(models, tmp_path, capsys):
     assert "the difference is zero" in out and "to 3 matrices" in out
 
 
+def test_what_rounding_takes_is_said(models, tmp_path, capsys):
+    """bfloat16 keeps 8 bits of a weight, and so fewer of the small number that is added to it."""
+    path, tensors = write_adapter(tmp_path / "x")
+    record = lora.fold(models["half"], path, tmp_path / "m.safetensors")
+    base, got = load_file(models["half"]), load_file(tmp_path / "m.safetensors")
+    error = whole = 0.0
+    for module in MODULES:
+        added = product(tensors, module)
+        seen = (got[module + ".weight"].double() - base[module + ".weight"].double()).numpy()
+        error, whole = error + ((seen - added) ** 2).sum(), whole + (added ** 2).sum()
+    assert record["rounding"] == pytest.approx(math.sqrt(error / whole), rel=1e-6)
+    for name in ("half", "a"):
+        path, _ = write_adapter(tmp_path / name, lora_alpha=0.8)
+        assert run("fold", models[name], path, "-o", tmp_path / "n.safetensors", "--force") == 0
+        assert ("note: rounding" in capsys.readouterr().out) == (name == "half")
+
+
 @pytest.mark.parametrize("named, config, noted", [
     ("org/Llama-2-7b", {"_name_or_path": "org/Llama-2-7b-hf"}, True),
     ("org/Llama-2-7b", {"_name_or_path": "/data/Llama-2-7b/"}, False),
@@ -438,7 +455,7 @@ def test_what_an_adapter_cannot_hold_counts_as_lost(models, tmp_path, capsys):
     assert run("extract", expert, models["a"], "--rank", 1, "-o", tmp_path / "x") == 0
     out = capsys.readouterr().out
     assert "warning: lost 60 %" in out
-    assert "note: an adapter cannot hold 1 of the tensors" in out and "(model.norm.weight): 60 %" in out
+    assert "an adapter cannot hold 1 of the tensors" in out and "(model.norm.weight): 60 %" in out
     assert set(read_result(tmp_path / "x")[1]) == {QA, QB}
 
 

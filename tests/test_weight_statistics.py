@@ -115,7 +115,7 @@ def test_a_picture_is_an_svg_and_never_an_input(models, tmp_path, capsys):
     assert run(odd, "--figure", odd) == 1
     assert "input" in capsys.readouterr().err and odd.read_bytes() == models["a"].read_bytes()
     assert run(models["a"], "--figure", tmp_path / "none/f.svg") == 1
-    assert "folder does not exist" in capsys.readouterr().err
+    assert "its folder" in capsys.readouterr().err
 
 
 def test_the_picture(models, tmp_path, capsys):
