@@ -38,7 +38,7 @@ def standardised(model):
 def test_pca_leaves_the_tail_of_the_singular_values(model, Z):
     x = np.concatenate(standardised(model))
     values = np.linalg.svd(x - x.mean(0), compute_uv=False)
-    tensors, nmse, errors = model.rebuilt(tables.through_pca(*tables.pca(model.chunks(16), Z)))
+    tensors, nmse, errors = model.rebuilt(tables.ThroughPCA(*tables.pca(model.chunks(16), Z)))
     assert nmse == pytest.approx((values[Z:] ** 2).sum() / x.size, rel=1e-6, abs=1e-12)
     assert nmse == pytest.approx(np.mean(list(errors.values())))                     # equal sizes
     assert torch.equal(tensors["norm.weight"], torch.ones(3))
@@ -49,9 +49,9 @@ def test_pca_leaves_the_tail_of_the_singular_values(model, Z):
 def test_noise_has_the_error_that_it_is_given(model):
     """768 draws: the mean of their squares is within 5 sqrt(2 / 384) = 36 % of each tensor's."""
     asked = {slot.name: nmse for slot, nmse in zip(model.slots, (0.5, 0.01))}
-    _, _, found = model.rebuilt(tables.through_noise(asked, seed=1))
+    _, _, found = model.rebuilt(tables.ThroughNoise(asked, seed=1))
     assert found == {name: pytest.approx(nmse, rel=0.36) for name, nmse in asked.items()}
-    assert found != model.rebuilt(tables.through_noise(asked, seed=2))[2]
+    assert found != model.rebuilt(tables.ThroughNoise(asked, seed=2))[2]
 
 
 def test_effective_ratio_counts_the_codec():
@@ -91,7 +91,6 @@ def test_one_scale_is_that_of_all_weights_together(model):
     every = np.concatenate([model.file.read_tensor(s.name).double().numpy().ravel() for s in model.slots])
     for slot in curriculum.slots_of(model, "one scale"):
         assert (slot.mean, slot.scale) == (pytest.approx(every.mean()), pytest.approx(every.std()))
-    assert len({slot.key for slot in model.slots}) == 2 and len({slot.key for slot in curriculum.slots_of(model, "role")}) == 1
 
 
 SMALL = dict(chunk=8, tokens=4, width=16, blocks=1, heads=2, init="random")
@@ -112,6 +111,7 @@ def test_a_pooled_code_sees_the_whole_window_but_no_padding():
 def test_huber_by_hand():
     x, real = torch.tensor([[[0.0, 0.5, 3.0, 7.0]]]), torch.tensor([[[True, True, True, False]]])
     class Zero:                                            # decodes everything to 0: the errors are x itself
+        config = VAEConfig()
         encode_stream = decode_stream = lambda self, x_BTC, real_BT: torch.zeros_like(x_BTC)
     loss = curriculum.huber_loss(Zero(), None, 1, (x, real, None), 0.0, None)[0]
     assert loss.item() == pytest.approx((0 + 0.125 + 2.5) / 3)

@@ -3,6 +3,8 @@
 Sizes are small for testing; oracles: complex numbers and explicit loops for the forward pass, 8 bits a byte for a model
 that knows nothing, counting by hand for the sums, float64 for adapters.
 """
+import ast
+import graphlib
 import json
 import re
 import sys
@@ -39,6 +41,26 @@ def model():
     for weight in lm.parameters():
         torch.nn.init.normal_(weight, mean=float(weight.dim() == 1), std=0.2)
     return lm
+
+
+def imports(file, modules):
+    """Those of the modules that a file imports anywhere, at its head or within a function."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    return found & set(modules)
+
+
+def test_no_module_imports_what_imports_it():
+    """The folder once had paper_tables.py import, late, the tables that imported it."""
+    graph = {file.stem: file for file in EXPERIMENTS.glob("*.py")}
+    graph = {name: imports(file, graph) for name, file in graph.items()}
+    assert "scores" in graph["paper_tables"] and "tiny_lm" in graph["evaluate"]
+    order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, naming it
+    assert order.index("scores") < order.index("grid") < order.index("paper_tables")
 
 
 def oracle_logits(tensors, text):

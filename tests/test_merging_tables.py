@@ -12,8 +12,9 @@ import baselines
 import merging_tables
 import paper_tables
 from conftest import ROOT
-from merging_tables import Row, Sheet, drift, noise_sizes, noisy_copies, only, record, verdict
-from paper_tables import Difference
+from evaluate import DOMAINS
+from merging_tables import Row, Sheet, drift, noise_sizes, noisy_copies, only, record
+from scores import Difference, verdict
 
 MODELS = ROOT / "experiments" / "models"
 
@@ -28,7 +29,7 @@ def test_verdict_by_hand(mean, se_text, se_seeds, said):
 
 def row(name, kind, against, *shifts):
     """Two documents per domain, 1 and 2 bits, and a seed per shift."""
-    return Row(name, kind, against, {d: np.array([[1.0 + s, 2.0 + s] for s in shifts]) for d in paper_tables.DOMAINS}, {}, {})
+    return Row(name, kind, against, {d: np.array([[1.0 + s, 2.0 + s] for s in shifts]) for d in DOMAINS}, {}, {})
 
 
 @pytest.mark.parametrize("shifts, base, noise, claim", [
@@ -87,7 +88,7 @@ def test_choice_is_by_validation_text(tmp_path, monkeypatch):
     asked = []
     def scores(models, split="test"):
         asked.append(split)
-        return {d: np.array([models]) for d in paper_tables.DOMAINS}
+        return {d: np.array([models]) for d in DOMAINS}
     monkeypatch.setattr(sheet, "scores", scores)
     assert sheet.choose([("a", [2.0, 3.0]), ("b", [1.0, 1.0]), ("c", [5.0, 0.0])])[0] == "b" and set(asked) == {"validation"}
 
@@ -118,7 +119,7 @@ def test_quick_run(table, short, monkeypatch, capsys):
 
 def test_an_exact_codec_ties_with_weight_space(short):
     """r = 1 without training is a linear map: lerp and task arithmetic of latents are those of weights."""
-    rows = {r["row"]: r for r in merging_tables.measure("4", short, seeds=1, quick=True, quiet=True)}
+    rows = {r["row"]: r for r in merging_tables.measure_merging("4", short, seeds=1, quick=True, quiet=True)}
     for name in ("lerp 0.5", "task arithmetic"):
         found = rows[f"code + arithmetic: {name}, latents [r 1]"]
         assert found["difference"]["weights"]["verdict"] == "ties" and abs(found["difference"]["weights"]["mean"]) < 1e-5

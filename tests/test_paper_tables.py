@@ -1,4 +1,4 @@
-"""The verdict's arithmetic by hand; planted cases in which it must say yes and no; the maps of explore_transfer.py."""
+"""The verdict's arithmetic by hand; planted cases in which it must say yes and no; the maps of coordinates.py."""
 import math
 
 import numpy as np
@@ -6,18 +6,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import explore_transfer
-import paper_tables
+import coordinates
+import grid as grids
+import scores as scoring
 from chunking import Checkpoint
 from lsmerge import Alignment, Codec
 from merge import Job, measure_slots, merge_tensor, plan_merge
-from paper_tables import Cell, Grid, difference, judge, pooled
+from evaluate import DOMAINS, bits_per_byte
+from grid import Cell, Grid
+from scores import Difference, difference, judge, pooled
 from tiny_lm import TinyLM
 from vae import VAE, VAEConfig
 
 
 def scores(code, prose, arithmetic):
-    return {d: np.array(v, dtype=float) for d, v in zip(paper_tables.DOMAINS, (code, prose, arithmetic))}
+    return {d: np.array(v, dtype=float) for d, v in zip(DOMAINS, (code, prose, arithmetic))}
 
 
 BASE = scores([[1, 2, 3]], [[2, 2, 2]], [[5, 4]])
@@ -39,7 +42,7 @@ def test_seeds_enter_the_error():
     d = difference(BASE, control)
     assert d.mean == pytest.approx(-0.6) and d.se_seeds == pytest.approx(0.3) and d.se == pytest.approx(0.3)
     assert not d.better                                            # exactly two standard errors are not more than two
-    assert paper_tables.Difference(0, 0.3, 0.4).se == pytest.approx(0.5)
+    assert Difference(0, 0.3, 0.4).se == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("gain, beats, verdict", [
@@ -95,8 +98,8 @@ def test_planted_source_transfers_and_noise_does_not(tmp_path, monkeypatch):
     """The target is a damaged copy of the source, the text the source's own: the source must help, noise must not."""
     truth = teacher()
     text = samples(truth, 36)
-    monkeypatch.setattr(paper_tables, "held_out", lambda domain, split: tuple(
-        text[paper_tables.DOMAINS.index(domain) * 12 + (0 if split == "test" else 6):][:6]))
+    monkeypatch.setattr(scoring, "held_out", lambda domain, split: tuple(
+        text[DOMAINS.index(domain) * 12 + (0 if split == "test" else 6):][:6]))
     target = write(tmp_path / "target.safetensors", noisy(truth, 0.4))
     sources = [write(tmp_path / "helps.safetensors", truth), write(tmp_path / "nothing.safetensors", noisy(truth, 1.0, 6))]
     grid = Grid(target, exact_codec())
@@ -113,7 +116,7 @@ def test_planted_source_transfers_and_noise_does_not(tmp_path, monkeypatch):
         assert {c: len(s["code"]) for c, s in controls.items()} == {"zero": 1, "noise": 2, "shuffled": 2}
         verdicts[source] = judge(grid.scores[cell, "test"], base, controls)[2]
     assert verdicts == {"helps": "transfers", "nothing": "not reproduced"}
-    rows = paper_tables.records(grid, {})
+    rows = grids.records(grid, {})
     assert [r["verdict"] for r in rows if r["row"] == "cell" and r["lam"] == 0.5] == ["transfers", "not reproduced"]
 
 
@@ -140,34 +143,34 @@ def test_carried_noise_shows_what_sinkhorn_borrows(tmp_path):
     target = write(tmp_path / "target.safetensors", teacher(1))
     grid = Grid(target, exact_codec())
     pairs = grid.pairs(target, "depth")
-    noise = [(n, t, paper_tables.noise_parent(s, torch.Generator().manual_seed(0))) for n, t, s in pairs]
+    noise = [(n, t, grids.noise_parent(s, torch.Generator().manual_seed(0))) for n, t, s in pairs]
     cosine = lambda how: np.mean([torch.cosine_similarity(z.flatten(), t.z_NZ.flatten(), 0).item()
                                   for z, (_, t, _) in zip(grid.transported(noise, how), noise)])
     assert abs(cosine(Alignment("mean"))) < 0.03 and abs(cosine(Alignment("gaussian"))) < 0.03
     assert cosine(Alignment("sinkhorn")) > 0.1
 
 
-# --- The maps of explore_transfer.py --------------------------------------------------------------------------------
+# --- The maps of coordinates.py --------------------------------------------------------------------------------
 def disguised(tensors, seed=3):
     """The same function in other coordinates: stream rotated, units permuted and flipped, heads permuted and turned."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
     hidden, heads, units = tensors["model.embed_tokens.weight"].shape[1], 2, 48
-    layers = {i: explore_transfer.LayerMap(torch.randperm(units, generator=generator), draw(units).sign(),
+    layers = {i: coordinates.LayerMap(torch.randperm(units, generator=generator), draw(units).sign(),
                                            torch.randperm(heads, generator=generator), torch.linalg.qr(draw(heads, 32, 32)).Q, draw(heads, 16))
               for i in range(2)}
-    mapping = explore_transfer.Map(torch.linalg.qr(draw(hidden, hidden)).Q, layers, [0, 1])
-    return explore_transfer.carried(tensors, mapping), mapping
+    mapping = coordinates.Map(torch.linalg.qr(draw(hidden, hidden)).Q, layers, [0, 1])
+    return coordinates.carried(tensors, mapping), mapping
 
 
 @pytest.mark.parametrize("points", ["weights", "text"])
 def test_a_disguised_model_is_recovered(points):
     """Every freedom the map claims, used at once and undone: the target's own weights come back."""
-    target = explore_transfer.folded(teacher(4))
+    target = coordinates.folded(teacher(4))
     text = torch.randint(256, (24, 64), generator=torch.Generator().manual_seed(0)) if points == "text" else None
     source, _ = disguised(target)
-    mapping = explore_transfer.fit(target, source, text)
-    result = explore_transfer.cut(explore_transfer.carried(source, mapping), mapping, target)
+    mapping = coordinates.fit(target, source, text)
+    result = coordinates.cut(coordinates.carried(source, mapping), mapping, target)
     for name, w in result.items():                                # float32 activations under the fit by text
         torch.testing.assert_close(w, target[name], rtol=1e-6, atol=1e-6 if text is None else 2e-3)
 
@@ -176,13 +179,13 @@ def test_the_map_keeps_the_sources_function():
     """Other depth, other width, no kinship: whatever the fit chose, the whole source must still compute the same."""
     target, source = teacher(4), teacher(5, hidden=96, layers=3)
     source |= {name: torch.linspace(0.5, 2, len(w)) for name, w in source.items() if w.dim() == 1}     # gains that matter
-    target, source = explore_transfer.folded(target), explore_transfer.folded(source)
+    target, source = coordinates.folded(target), coordinates.folded(source)
     documents = [bytes(range(start, start + 60)) for start in (0, 60, 120)]
-    before, after = explore_transfer.own_loss(source, explore_transfer.fit(target, source), documents)
+    before, after = coordinates.own_loss(source, coordinates.fit(target, source), documents)
     assert after == pytest.approx(before, rel=1e-5)
-    broken, mapping = disguised(explore_transfer.folded(teacher(4)))
+    broken, mapping = disguised(coordinates.folded(teacher(4)))
     broken["model.layers.0.mlp.up_proj.weight"][0] *= -1           # a flip without its partner is another function
     head = broken["model.embed_tokens.weight"]
-    loss = lambda tensors: explore_transfer.bits_per_byte(explore_transfer.Untied(tensors, head), documents).mean()
-    intact, _ = disguised(explore_transfer.folded(teacher(4)))
+    loss = lambda tensors: bits_per_byte(coordinates.Untied(tensors, head), documents).mean()
+    intact, _ = disguised(coordinates.folded(teacher(4)))
     assert abs(loss(broken) - loss(intact)) > 1e-3
