@@ -106,7 +106,7 @@ def print_table5(rows, chosen):
           "differences ± standard error. On the right,\nfor orientation, the paper's accuracies "
           "(WinoGrande / ARC-C / HellaSwag, higher is better)")
     print(HEAD)
-    print(row_text("base", find(rows, row="base")[0], paper_note("base", "base")))
+    print(row_text("base", find(rows, row="base")[0], paper_note("base")))
     print(row_text("round trip of the codec alone", find(rows, row="round trip")[0]))
     for source in dict.fromkeys(row["source"] for row in find(rows, row="cell")):
         for lam in REPORTED:
