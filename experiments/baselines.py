@@ -7,7 +7,6 @@ Out:   a state dict in the order of the first: every float tensor (embeddings an
        the stored types. Nothing is changed in place.
 Paper: Sec. 4, Tables 3 and 4. delta_i = W_i - W_base is the task vector of model i.
     soup             Wortsman et al. 2022, "Model soups", Recipe 1:  W = mean_i W_i
-    greedy_soup      the same, over those models only that help
     task_arithmetic  Ilharco et al. 2023, "Editing models with task arithmetic":
                      W = W_base + lam sum_i delta_i
     slerp            Shoemake 1985:  (sin((1 - t) theta) a + sin(t theta) b) / sin theta, theta the
@@ -23,17 +22,14 @@ differs: TIES. The authors' code breaks a drawn election by the majority of all 
        here, as in the paper, one threshold holds for the whole model.
 differs: DARE-TIES. Dropping takes the place of trimming, as in mergekit (which then adds where we
        average, as TIES does).
-differs: greedy soup. Recipe 1 also keeps an ingredient that leaves the score as it was; the
-       authors' code and ours do not.
-Left out on purpose: weights per layer, what needs data (AIM, Fisher). Previous: scores.py.
-Next:  grid.py.
+Left out on purpose: weights per layer, what needs data (AIM, Fisher); which models to keep
+       (greedy_soup.py). Previous: scores.py. Next: grid.py.
 """
 import math
-from typing import NamedTuple
 
 import torch
 
-from lsmerge import convex_weights, lerp
+from lsmerge import combine, convex_weights
 
 PARALLEL = 1e-6     # sine of an angle so small that slerp and lerp agree to 1e-12 (at 0: 0 / 0)
 
@@ -95,39 +91,8 @@ def soup(models):
     names, merged = float_names(models), dict(models[0])
     for name in names:
         parts = [model[name].double() for model in models]
-        merged[name] = lerp(parts, [1 / len(models)] * len(models))
+        merged[name] = combine(parts, [1 / len(models)] * len(models))
     return merged
-
-
-class Greedy(NamedTuple):
-    """tensors: the soup; kept: indices into models, best first; score: that of the soup."""
-    tensors: dict
-    kept: list
-    score: float
-
-
-def greedy_soup(models, score):
-    """From the best model down, keep each one that raises the score of the soup of all kept so far.
-    score: tensors -> number, higher is better; asked 2 N - 1 times, with float64 (`as_stored` is
-           the caller's); use text that no table reports.
-    Raises ValueError if a score is NaN (no comparison with it is true), else as float_names.
-    """
-    float_names(models)                                     # before the first, costly score
-    alone = [soup_score(models, [i], score) for i in range(len(models))]
-    first, *others = sorted(range(len(models)), key=lambda i: -alone[i])    # of equals the first
-    kept, best = [first], alone[first]
-    for i in others:
-        value = soup_score(models, [*kept, i], score)
-        if value > best:
-            kept, best = [*kept, i], value
-    return Greedy(soup([models[i] for i in kept]), kept, best)
-
-
-def soup_score(models, indices, score):
-    value = float(score(soup([models[i] for i in indices])))
-    if math.isnan(value):
-        raise ValueError(f"the score of the soup of models {indices} is not a number")
-    return value
 
 
 def task_arithmetic(base, models, lam=1.0):
@@ -152,7 +117,7 @@ def slerp(a, b, t):
         weights = line
         if math.sin(theta) > PARALLEL:                      # never for NaN: a zero has no direction
             weights = [math.sin(w * theta) / math.sin(theta) for w in line]
-        merged[name] = lerp([v_a, v_b], weights)
+        merged[name] = combine([v_a, v_b], weights)
     return {**a, **merged}
 
 
@@ -218,7 +183,7 @@ def dare(base, models, p=0.9, weights=None, *, generator):
     weights = [1 / len(models)] * len(models) if weights is None else weights
     if len(weights) != len(models):
         raise ValueError(f"{len(weights)} weights for {len(models)} models: give one each")
-    update = {name: lerp([delta[name] for delta in deltas], weights) for name in deltas[0]}
+    update = {name: combine([delta[name] for delta in deltas], weights) for name in deltas[0]}
     return plus(base, update)
 
 

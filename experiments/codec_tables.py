@@ -16,6 +16,9 @@ Out:   per compression ratio r, checkpoint and method: NMSE (squared relative er
        Beside r the white-noise line 1 - 1/r, what PCA would lose if weights were noise, and the
        effective ratio, weights / (latent numbers + the codec's own numbers).
 Paper: Sec. 5.4, Table 7 (a VAE of Gemma-3-4B on other models), Table 8 (beside PCA).
+ours:  one neck for all tensors. The records of commit 7a067b4 are of a VAE with a neck of its own
+       per tensor (`VAEConfig.necks`), which kept more of the family than PCA at every r > 1, and
+       cannot be run any more.
 Previous: merging_tables.py. Next: curriculum.py.
 """
 import time
@@ -26,7 +29,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from chunking import Checkpoint, chunk, is_selected, measure, open_checkpoint, scale, unscale
+from chunking import Checkpoint, chunk, is_selected, measure, scale, unscale
 from evaluate import DOMAINS
 from lsmerge import Codec
 from scores import QUICK, difference, machine, pooled, score, stacked, summary
@@ -53,7 +56,7 @@ class Model:
 
     @classmethod
     def open(cls, path):
-        file = open_checkpoint(path)
+        file = Checkpoint(path)
         chosen = [entry.name for entry in file.entries.values() if is_selected(entry)]
         return cls(Path(path).resolve().stem, file, [measure(file, name) for name in chosen])
 
@@ -162,7 +165,7 @@ class Sheet:
     def measure(self, ratio, models):
         """All methods at one ratio, on the family (Table 8) or on unseen models (Table 7)."""
         parents = [model.parent for model in self.family]
-        trained = [train_vae(parents, VAEConfig(ratio=ratio), seed=seed)
+        trained = [train_vae(parents, VAEConfig(ratio=ratio), Schedule(seed=seed))
                    for seed in range(self.seeds if ratio > 1 else 1)]
         vaes, stages = zip(*trained)
         C, Z, r = vaes[0].config.chunk, vaes[0].config.latent, vaes[0].config.true_ratio

@@ -62,13 +62,13 @@ class PooledVAE(VAE):
             nn.init.normal_(module.weight, 0, module.in_features ** -0.5, generator=generator)
             nn.init.zeros_(module.bias)
 
-    def encode(self, x_BTC, real_BT=None, place=None):
+    def encode(self, x_BTC, real_BT=None):
         h_BTD = self.encode_stream(x_BTC, real_BT)
         seen_BTD = h_BTD if real_BT is None else h_BTD * real_BT[..., None]
         mu_BTZ = self.pool(seen_BTD.flatten(1)).view(*h_BTD.shape[:2], -1)
         return Posterior(mu_BTZ, self.neck_logvar(h_BTD))
 
-    def decode(self, z_BTZ, real_BT=None, place=None):
+    def decode(self, z_BTZ, real_BT=None):
         h_BTD = self.unpool(z_BTZ.flatten(1)).view(*z_BTZ.shape[:2], -1)
         return self.decode_stream(h_BTD, real_BT)
 
@@ -78,15 +78,14 @@ def through_streams(vae, x_BTC, real_BT):
     return vae.decode_stream(vae.encode_stream(x_BTC, real_BT), real_BT)
 
 
-def huber_loss(vae, teacher, stage, batch, beta, generator, *_):
+def huber_loss(vae, stage, x_BTC, real_BTC, beta, noise):
     """train.stage_loss with Huber's loss (delta = 1 standard deviation), not the squared error."""
-    x_BTC, real_BTC, _ = batch
     real_BT = real_BTC.any(dim=-1)
     if stage == 1:
         decoded_BTC, kl = through_streams(vae, x_BTC, real_BT), torch.zeros(())
     else:
         posterior = vae.encode(x_BTC, real_BT)
-        decoded_BTC = vae.decode(sample(posterior, generator), real_BT)
+        decoded_BTC = vae.decode(sample(posterior, noise), real_BT)
         kl = kl_divergence(posterior, real_BT)
     loss = F.huber_loss(decoded_BTC[real_BTC], x_BTC[real_BTC])
     return loss + beta / vae.config.true_ratio * kl, loss, kl
@@ -98,15 +97,14 @@ class Distillation:
     def __init__(self):
         self.plain, self.teacher = train.stage_loss, None
 
-    def __call__(self, vae, teacher, stage, batch, beta, generator, *more):
+    def __call__(self, vae, stage, x_BTC, real_BTC, beta, noise):
         if stage == 1:
-            return self.plain(vae, teacher, stage, batch, beta, generator, *more)
+            return self.plain(vae, stage, x_BTC, real_BTC, beta, noise)
         if self.teacher is None:            # at the first batch: the streams as stage 1 left them
             self.teacher = copy.deepcopy(vae).requires_grad_(False)
-        x_BTC, real_BTC, _ = batch
         real_BT = real_BTC.any(dim=-1)
         posterior = vae.encode(x_BTC, real_BT)
-        decoded_BTC = vae.decode(sample(posterior, generator), real_BT)
+        decoded_BTC = vae.decode(sample(posterior, noise), real_BT)
         loss = vae_loss(decoded_BTC, posterior, x_BTC, real_BTC, beta, vae.config.true_ratio)
         with torch.no_grad():
             taught_BTC = through_streams(self.teacher, x_BTC, real_BT)
@@ -121,7 +119,7 @@ def companded(flat_L, slot):
 
 def expanded(flat_L, slot):
     """Inverse of companded."""
-    y = flat_L.double() * SPREAD
+    y = flat_L * SPREAD
     return unscale(y.sign() * y.abs().clamp(max=20).expm1(), slot)
 
 
@@ -205,7 +203,8 @@ def run_variant(variant, seed, models, before, documents):
     found, began = {}, time.perf_counter()
     with changed(change):
         parents = [(models[name].file, slots_of(models[name], change)) for name in FAMILY]
-        vae, stages = train.train_vae(parents, VAEConfig(**config), Schedule(**schedule), seed)
+        vae, stages = train.train_vae(parents, VAEConfig(**config),
+                                      Schedule(**schedule, seed=seed))
         seconds, way = time.perf_counter() - began, ThroughCodec(Codec(vae))
         for name, model in models.items():
             as_seen = dataclasses.replace(model, slots=slots_of(model, change))

@@ -34,6 +34,7 @@ sys.path.insert(0, str(HERE.parent))
 import merge
 import train
 from evaluate import DOMAINS, held_out
+from lsmerge import Codec
 from scores import (QUICK, Difference, append, difference, find, machine, pooled, score,
                     verdict)
 from tiny_lm import load
@@ -87,7 +88,7 @@ class Search:
         vae, flags = self.file("vae"), SETTINGS[setting]
         silently(train.main, *map(self.file, EXPERTS), "-o", vae, "--seed", seed, *flags)
         facts = {"setting": setting, "flags": flags, "seed": seed,
-                 "nmse": merge.load_vae(vae)[1]["stages"][-1]["nmse"]}
+                 "nmse": Codec.load(vae).record["stages"][-1]["nmse"]}
         for pair in PAIRS:
             for residual in (False, True):
                 report, scores = self.merged(pair, "--vae", vae, "--max-nmse", 10,

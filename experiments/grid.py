@@ -24,8 +24,8 @@ import torch
 from align import Moments, control_latents
 from chunking import Checkpoint
 from evaluate import DOMAINS
-from lsmerge import Alignment, Codec, Parent, Transport, cast, convex_weights, lerp
-from merge import Job, measure_slots, plan_merge, training_parents
+from lsmerge import Alignment, Codec, Parent, bring, cast, combine, convex_weights
+from merge import measure_slots, plan_merge, training_parents
 from scores import find, judge, machine, pooled, score, stacked, summary
 from tiny_lm import TinyLM
 from train import Schedule, train_vae
@@ -62,8 +62,8 @@ class Encoded(Parent):
 
 def noise_parent(parent, generator):
     """A source without content: as many latents as its own, Gaussian with their moments."""
-    twin = Encoded(*parent)
-    twin.z_NZ = control_latents("noise", parent.z_NZ, Moments.of(parent.z_NZ), generator)
+    twin, moments = Encoded(*parent), Moments.of(parent.z_NZ)
+    twin.z_NZ = control_latents("noise", parent.z_NZ, moments, generator).float()
     return twin
 
 
@@ -71,7 +71,7 @@ def trained_codec(target, sources, config, schedule=Schedule()):
     """(Codec, its training record): one VAE trained on all models."""
     target, sources = Checkpoint(target), [Checkpoint(source) for source in sources]
     tasks = measure_slots(plan_merge(target, sources, align="mean")[2], target, sources)
-    vae, stages = train_vae(training_parents(Job(target, sources, tasks, [])), config, schedule)
+    vae, stages = train_vae(training_parents(target, sources, tasks), config, schedule)
     return Codec(vae), stages
 
 
@@ -92,20 +92,19 @@ class Grid:
         files = [self.target, Checkpoint(source)]
         _, _, tasks = plan_merge(files[0], files[1:], align="mean", by=pairing)
         found = []
-        for number, task in enumerate(measure_slots(tasks, files[0], files[1:])):
+        for task in measure_slots(tasks, files[0], files[1:]):
             if task.action == "encoded":
                 mine, theirs = (Encoded(functools.partial(file.read, slot.name), slot, self.codec)
                                 for file, slot in zip(files, task.slots))
-                found.append((number, self.encoded.setdefault(task.name, mine), theirs))
+                found.append((task.number, self.encoded.setdefault(task.name, mine), theirs))
         return found
 
     def transported(self, pairs, how, seed=0):
         """[z~ of each pair]: Algorithm 1, lines 3 and 4, or a control; seeds as in merge.py."""
         found = []
         for number, target, source in pairs:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-            transport = Transport(target, source, how, target.N, generator)
-            found.append(transport(target.latents(0, target.N), 0, target.N))
+            way = bring(target, source, how, (seed, number, 1, 1))
+            found.append(way.codes(target.latents(0, target.N), 0, target.N))
         return found
 
     def model(self, pairs, transported, lam):
@@ -113,7 +112,8 @@ class Grid:
         tensors = dict(self.tensors)
         for (_, target, _), z_aligned_JZ in zip(pairs, transported):
             slot = target.slot
-            z_merged_JZ = lerp([target.latents(0, target.N), z_aligned_JZ], convex_weights([lam]))
+            z_parents = [target.latents(0, target.N), z_aligned_JZ]
+            z_merged_JZ = combine(z_parents, convex_weights([lam]))
             merged_L = cast(target.codec.decode(z_merged_JZ, slot, slot.numel), slot)
             tensors[slot.name] = merged_L.reshape(slot.shape)
         return TinyLM.from_state_dict(tensors)

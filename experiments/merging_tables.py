@@ -31,15 +31,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-import lsmerge
+import lora
 import merge
 import train
-from baselines import dare, dare_ties, greedy_soup, noise_average, soup, ties
-from chunking import Checkpoint, is_selected
+from baselines import dare, dare_ties, noise_average, soup, ties
+from chunking import Checkpoint
 from evaluate import DOMAINS
+from greedy_soup import greedy_soup
 from lsmerge import Codec, Parent, ls_merge
 from scores import QUICK, difference, machine, pooled, score, stacked, summary, verdict
-from tiny_lm import ADAPTER, fold
 
 # Codecs. The first is exact and linear (r = 1), so that merging latents is merging weights. The
 # second has a posterior ten times as wide (sigma near 0.1), the third a code of half the size (the
@@ -49,8 +49,9 @@ DRAWS = {"r 1": (1, 8, 32), "r 1, beta 0.01": (1, 8, 32), "r 2": (8,)}      # K 
 PAIRS = (("code", "arithmetic"), ("code", "prose"))
 TASK_LAMBDAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 DENSITIES, DROPS, SCALES = (0.2, 0.5), (0.5, 0.9), (0.2, 0.4, 1.0)  # of TIES; p of DARE; lambda
-PARTS = {"MLP": "mlp", "attention": "self_attn", "both": None}      # --select of Table 6
+PARTS = {"MLP": "mlp", "attention": "self_attn", "both": "mlp|self_attn"}       # of Table 6
 ACROSS_LAM = 0.1                # the paper's lambda across shapes
+RANK = 8                        # of the adapters of make_models.py
 BASE = {"base": "base"}
 
 
@@ -83,10 +84,12 @@ class Sheet:
         """A model's float32 copy; of an adapter, its base with the adapter folded in."""
         copy = self.scratch / f"{name}.safetensors"
         if not copy.exists():
-            folder = self.models / "lora" / name
-            own = folder / ADAPTER if folder.is_dir() else self.models / f"{name}.safetensors"
-            tensors = fold(self.tensors("base"), folder) if folder.is_dir() else load_file(own)
-            save_file({key: w.float().contiguous() for key, w in tensors.items()}, copy)
+            folder, own = self.models / "lora" / name, self.models / f"{name}.safetensors"
+            if folder.is_dir():
+                own = folder / lora.WEIGHTS
+                lora.fold(self.file("base"), folder, copy)
+            else:
+                save_file({key: w.float() for key, w in load_file(own).items()}, copy)
             self.digests[name] = hashlib.sha256(own.read_bytes()).hexdigest()
         return copy
 
@@ -100,7 +103,7 @@ class Sheet:
             path = self.scratch / f"vae {codec}.safetensors"
             run(train.main, *files, "-o", path, *CODECS[codec], *self.training, "--quiet")
             self.codecs[codec] = path
-            self.stages[codec] = merge.load_vae(path)[1]["stages"][-1]
+            self.stages[codec] = Codec.load(path).record["stages"][-1]
 
     def where(self, codec):
         """Flags of merge.py: through this codec, whatever it loses, or in weight space."""
@@ -116,6 +119,13 @@ class Sheet:
             models.append(load_file(out))
             reports.append(json.loads(report.read_text()))
         return models, reports[0]
+
+    def cut(self, tensors, rank=RANK):
+        """A model whose difference to the base is cut to factors of this rank."""
+        whole, adapter = self.scratch / "whole.safetensors", self.scratch / "cut"
+        save_file(tensors, whole)
+        lora.extract(whole, self.file("base"), rank, adapter, force=True)
+        return lora.folded_tensors(self.file("base"), adapter)
 
     def scores(self, models, split="test"):
         """Of the models of all seeds: domain -> (S, documents)."""
@@ -166,11 +176,11 @@ def noisy_copies(center, sizes, K, seed):
 def prior_draws(path, vae, K, seed):
     """The decoded mean of K draws from N(0, I) (paper: Sec. 3.3); a tensor's mean and scale, and
     whatever is not encoded, are the model's."""
-    file, codec, tensors = Checkpoint(path), Codec(merge.load_vae(vae)[0]), load_file(path)
-    for number, task in enumerate(merge.measure_slots(merge.plan_merge(file, [])[2], file, [])):
+    file, codec, tensors = Checkpoint(path), Codec.load(vae), load_file(path)
+    for task in merge.measure_slots(merge.plan_merge(file, [])[2], file, []):
         if task.action == "encoded":
             read = functools.partial(file.read, task.name)
-            parent = Parent(read, task.slots[0], codec, samples=K, seed=seed * 10_007 + number,
+            parent = Parent(read, task.slots[0], codec, samples=K, seed=(seed, task.number),
                             prior=True)
             pieces = [piece for _, piece in ls_merge(parent, [], [1.0])]
             tensors[task.name] = torch.cat(pieces).reshape(tensors[task.name].shape)
@@ -278,30 +288,22 @@ def pair_rows(sheet, pair, codecs):
 
 
 # --- Table 6: what is merged ----------------------------------------------------------------------
-def only(target, merged, path, pattern):
-    """The target with the selected tensors of a merge: merge.py itself would average the others in
-    weight space."""
-    chosen = [entry.name for entry in Checkpoint(path).entries.values()
-              if is_selected(entry, pattern)]
-    return {name: merged[name] if name in chosen else w for name, w in target.items()}
-
-
 def table6(sheet):
     """Each part alone: across shapes against null controls, two experts against weight space."""
     codec = next(iter(CODECS))
     sheet.train(("base", "large", "code", "prose"), [codec])
     for name in ("base", "code"):
         sheet.add(name, "parent", [sheet.tensors(name)], {})
-    for part, pattern in PARTS.items():
-        select = ("--select", pattern) if pattern else ()
-        across_rows(sheet, part, select, codec)
-        midpoint_rows(sheet, part, pattern, select, codec)
+    for part in PARTS:
+        across_rows(sheet, part, codec)
+        midpoint_rows(sheet, part, codec)
 
 
-def across_rows(sheet, part, select, codec):
-    """large -> base through the aligner of other shapes, and the null controls."""
+def across_rows(sheet, part, codec):
+    """large -> base, transported by the paper's Gaussian map, and the null controls."""
     tag, controls = f"large -> base, {part}", {}
-    merge_flags = (sheet.file("base"), sheet.file("large"), "--lam", ACROSS_LAM, *select)
+    merge_flags = (sheet.file("base"), sheet.file("large"), "--lam", ACROSS_LAM,
+                   "--align", "gaussian", "--select", PARTS[part])
     for control in ("zero", "noise", "shuffled"):
         models, report = sheet.merged(*merge_flags, "--control", control, codec=codec,
                                       seeds=1 if control == "zero" else sheet.seeds)
@@ -311,34 +313,32 @@ def across_rows(sheet, part, select, codec):
     sheet.add(tag, "latent", models, BASE | controls, report)
 
 
-def midpoint_rows(sheet, part, pattern, select, codec):
+def midpoint_rows(sheet, part, codec):
     """code + prose at lambda = 0.5, all else code's, in weight space and through the codec."""
-    tag, code, own = f"code + prose, {part}", sheet.file("code"), sheet.tensors("code")
-    against = {"code": "code"}
+    tag, against = f"code + prose, {part}", {"code": "code"}
+    merge_flags = sheet.file("code"), sheet.file("prose"), "--select", PARTS[part]
     for name, kind, through in ((f"{tag}: weights", "weight", None), (tag, "latent", codec)):
-        models, report = sheet.merged(code, sheet.file("prose"), *select, codec=through)
-        placed = [only(own, model, code, pattern) for model in models]
-        sheet.add(name, kind, placed, against, report if through else None)
+        models, report = sheet.merged(*merge_flags, codec=through)
+        sheet.add(name, kind, models, against, report if through else None)
         against = against | {"weights": name}
 
 
 # --- Table 3: ten LoRA experts --------------------------------------------------------------------
 def adapter_rows(sheet, names, codec):
-    """The adapters merged among themselves: factor by factor, or by their products, cut to factors
-    of rank 8 again."""
-    folders, base = [sheet.models / "lora" / name for name in names], sheet.tensors("base")
+    """What one adapter of rank 8 holds of the ten: their factors averaged, or their soup as whole
+    models cut to factors again."""
+    folders = [sheet.models / "lora" / name for name in names]
     against, mean = BASE | {"whole models": "soup, weights"}, sheet.scratch / "mean"
     shutil.copytree(folders[0], mean)
-    factors = soup([load_file(folder / ADAPTER) for folder in folders])
-    save_file({key: w.float() for key, w in factors.items()}, mean / ADAPTER)
-    sheet.add("soup of factors: mean B times mean A", "weight", [fold(base, mean)], against)
+    factors = soup([load_file(folder / lora.WEIGHTS) for folder in folders])
+    save_file({key: w.float() for key, w in factors.items()}, mean / lora.WEIGHTS)
+    averaged = lora.folded_tensors(sheet.file("base"), mean)
+    sheet.add("soup of factors: mean B times mean A", "weight", [averaged], against)
+    files = [sheet.file(name) for name in names]
     for kind, label, through in (("weight", "weights", None),
                                  ("latent", f"latents [{codec}]", codec)):
-        out, report = sheet.scratch / f"adapter, {kind}", sheet.scratch / "report.json"
-        run(merge.main, *folders, "--operator", "soup", *sheet.where(through), "-o", out,
-            "--report", report, "--force", "--quiet")
-        sheet.add(f"soup of adapters, {label}", kind, [fold(base, out)], against,
-                  json.loads(report.read_text()))
+        (whole,), report = sheet.merged(*files, "--operator", "soup", codec=through)
+        sheet.add(f"soup of adapters, {label}", kind, [sheet.cut(whole)], against, report)
         against = against | {"weights": "soup of adapters, weights"}
 
 
@@ -371,12 +371,16 @@ def latent_soup(sheet, files, codec):
 
 def greedy_rows(sheet, names, experts, files, codec):
     """Greedy soups, chosen by validation text of all three domains, in weights and in latents."""
-    greedy = greedy_soup(experts, lambda tensors: sheet.quality([tensors]))
-    sheet.add("greedy soup, weights", "weight", [greedy.tensors],
-              kept=[names[i] for i in greedy.kept])
-    kept = lsmerge.greedy_soup(len(names), lambda kept: sheet.quality(
-        latent_soup(sheet, [files[i] for i in kept], codec)[0]))
-    models, report = latent_soup(sheet, [files[i] for i in kept], codec)
+    def weights(kept):
+        return [soup([experts[i] for i in kept])]
+
+    def latents(kept):
+        return latent_soup(sheet, [files[i] for i in kept], codec)
+
+    kept = greedy_soup(len(names), lambda kept: sheet.quality(weights(kept)))
+    sheet.add("greedy soup, weights", "weight", weights(kept), kept=[names[i] for i in kept])
+    kept = greedy_soup(len(names), lambda kept: sheet.quality(latents(kept)[0]))
+    models, report = latents(kept)
     sheet.add(f"greedy soup, latents [{codec}]", "latent", models,
               BASE | {"weights": "greedy soup, weights"}, report, kept=[names[i] for i in kept])
 

@@ -79,7 +79,7 @@ class RealModel:
 def measure_ratio(real, unseen, ratio, fit_NC, seed=0):
     """Rows of one ratio."""
     began = time.perf_counter()
-    vae, stages = train_vae([real.model.parent], VAEConfig(ratio=ratio), seed=seed)
+    vae, stages = train_vae([real.model.parent], VAEConfig(ratio=ratio), Schedule(seed=seed))
     seconds, r, weights = time.perf_counter() - began, vae.config.true_ratio, real.model.weights
     through = ThroughCodec(Codec(vae))
     found = real.after(through)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from chunking import Checkpoint
 from grid import (CONTROLS, HEAD, YES, Cell, Grid, facts_of, mean_control, records, row_text,
                   trained_codec)
-from lsmerge import convex_weights, lerp
+from lsmerge import combine, convex_weights
 from scores import QUICK, find
 from train import Schedule
 from vae import VAEConfig
@@ -39,7 +39,7 @@ def plain_average(grid, source, lambdas):
         weights, tensors = convex_weights([lam]), {}
         for name, mine in grid.tensors.items():
             pair = [mine.double(), other.read_tensor(name).double()]
-            tensors[name] = lerp(pair, weights).to(mine.dtype)
+            tensors[name] = combine(pair, weights).to(mine.dtype)
         grid.score(Cell(source.stem, "weights", "depth", lam), tensors)
 
 

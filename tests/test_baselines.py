@@ -1,13 +1,12 @@
 """Weight-space baselines against examples by hand, closed forms, brute force and statistics with a
 margin."""
-import itertools
 import math
 
 import pytest
 import torch
 
-from baselines import (as_stored, dare, dare_ties, greedy_soup, noise_average, slerp, soup,
-                       task_arithmetic, ties)
+from baselines import (as_stored, dare, dare_ties, noise_average, slerp, soup, task_arithmetic,
+                       ties)
 
 
 def model(dtype=torch.float64, **tensors):
@@ -74,43 +73,6 @@ def test_slerp_keeps_the_radius_where_mergekit_takes_the_chord():
     inside the circle."""
     ours = slerp(model(w=[1, 0]), model(w=[math.cos(0.02), math.sin(0.02)]), 0.5)
     close(ours, w=[math.cos(0.01), math.sin(0.01)])
-
-
-# --- Greedy soup ----------------------------------------------------------------------------------
-def test_greedy_soup_by_hand():
-    """Score -|mean - 3|: alone 4 -> -1, 1 -> -2, 6 -> -3, 7 -> -4, so the order is 4, 1, 6, 7.
-    4 with 1: 2.5, -0.5, kept; with 6: 11 / 3, -0.67, left; with 7: 4, -1, left."""
-    models = [model(w=[v]) for v in (7.0, 1.0, 6.0, 4.0)]
-    tensors, kept, score = greedy_soup(models, lambda m: -abs(m["w"].item() - 3))
-    close(tensors, w=[2.5])
-    assert kept == [3, 1] and score == -0.5
-
-
-def test_an_ingredient_that_changes_nothing_stays_out():
-    kept = greedy_soup([model(w=[2]), model(w=[2]), model(w=[1])], lambda m: m["w"].item()).kept
-    assert kept == [0]                                      # of two equal ones the first given
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_greedy_soup_against_all_subsets(seed):
-    """The definition, without a running state: i is in exactly if it raises the score of those of
-    its betters that are in. Of all 2^5 sets only one satisfies that for every i."""
-    vectors = torch.randn(5, 3, generator=seeded(seed), dtype=torch.float64)
-    goal = torch.randn(3, generator=seeded(100 + seed), dtype=torch.float64)
-    def value(members):
-        return -(vectors[list(members)].mean(0) - goal).square().sum().item()
-    order = sorted(range(5), key=lambda i: value([i]), reverse=True)
-    def satisfied(chosen):
-        for place, i in enumerate(order):
-            betters = [j for j in order[:place] if j in chosen]
-            helps = value([*betters, i]) > value(betters) if betters else place == 0
-            if (i in chosen) != helps:
-                return False
-        return True
-    sets = [c for size in range(6) for c in itertools.combinations(order, size) if satisfied(c)]
-    found = greedy_soup([{"w": v} for v in vectors], lambda m: -(m["w"] - goal).square().sum())
-    assert sets == [tuple(found.kept)] and found.score == pytest.approx(value(sets[0]), abs=1e-12)
-    close(found.tensors, w=vectors[list(sets[0])].mean(0))
 
 
 # --- TIES -----------------------------------------------------------------------------------------
@@ -220,7 +182,6 @@ def test_noise_has_the_norm_it_was_given():
 MERGES = {"soup": lambda base, models: soup([base, *models]),
           "task_arithmetic": task_arithmetic, "ties": ties,
           "slerp": lambda base, models: slerp(base, models[0], 0.5),
-          "greedy_soup": lambda base, models: greedy_soup([base, *models], len).tensors,
           "dare": lambda base, models: dare(base, models, generator=seeded()),
           "dare_ties": lambda base, models: dare_ties(base, models, generator=seeded())}
 
@@ -245,7 +206,6 @@ def test_models_that_do_not_match(merge, change, named):
     *((lambda t=t: slerp(A, B, t), "lambda") for t in (-0.1, 1.1)), (lambda: soup([]), "no models"),
     *((lambda merge=MERGES[name]: merge(BASE, []), "no models")
       for name in ("task_arithmetic", "ties", "dare", "dare_ties")),
-    (lambda: greedy_soup([A, B], lambda m: math.nan), "not a number"),
     (lambda: noise_average(A, 0, 0.1, seeded()), "k 0"),
     *((lambda r=r: noise_average(A, 1, r, seeded()), "relative")
       for r in (-0.1, math.inf, math.nan))])

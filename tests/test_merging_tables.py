@@ -14,7 +14,7 @@ import merging_tables
 import paper_tables
 from conftest import ROOT
 from evaluate import DOMAINS
-from merging_tables import Row, Sheet, drift, noise_sizes, noisy_copies, only, record
+from merging_tables import Row, Sheet, drift, noise_sizes, noisy_copies, record
 from scores import Difference, verdict
 
 MODELS = ROOT / "experiments" / "models"
@@ -73,12 +73,28 @@ def test_drift_is_over_the_parents_distance():
     assert drift({}) is None and drift({"distance": nowhere}) is None
 
 
-def test_only_the_selected_tensors_are_placed():
-    path = MODELS / "code.safetensors"
-    target = load_file(path)
-    placed = only(target, {name: w + 1 for name, w in target.items()}, path, "mlp")
-    changed = {name for name in target if not torch.equal(placed[name], target[name])}
-    assert changed == {name for name in target if ".mlp." in name}
+def test_only_the_selected_tensors_are_merged(tmp_path):
+    """Table 6 rests on it: what --select does not name stays the target's, norms and embeddings
+    too."""
+    sheet = Sheet(MODELS, tmp_path)
+    code = sheet.tensors("code")
+    for part, roles in (("MLP", [".mlp."]), ("both", [".mlp.", ".self_attn."])):
+        flags = "--select", merging_tables.PARTS[part]
+        (merged,), _ = sheet.merged(sheet.file("code"), sheet.file("prose"), *flags)
+        changed = {name for name in code if not torch.equal(merged[name], code[name])}
+        assert changed == {name for name in code if any(role in name for role in roles)}
+
+
+def test_a_cut_difference_is_of_the_rank(tmp_path):
+    """Two directions with singular values 3 and 2, and eight of 1: rank 2 keeps the two."""
+    sheet = Sheet(MODELS, tmp_path)
+    base, name = sheet.tensors("base"), "model.layers.0.self_attn.q_proj.weight"
+    turn = torch.linalg.qr(torch.randn(128, 10, generator=torch.Generator().manual_seed(0))).Q
+    sizes = torch.tensor([3.0, 2.0] + [1.0] * 8)
+    whole = base | {name: base[name] + turn * sizes @ turn.T}
+    cut = sheet.cut(whole, rank=2)
+    kept = (turn * sizes)[:, :2] @ turn[:, :2].T
+    torch.testing.assert_close(cut[name] - base[name], kept, rtol=1e-4, atol=1e-4)
 
 
 def test_the_product_in_weight_space_is_the_baselines_soup(tmp_path):

@@ -6,19 +6,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import coordinates
 import grid as grids
+import merge
 import scores as scoring
-from chunking import Checkpoint
 from evaluate import DOMAINS, bits_per_byte
-from grid import Cell, Grid
+from grid import Grid
 from lsmerge import Alignment, Codec
-from merge import Job, measure_slots, merge_tensor, plan_merge
 from scores import Difference, difference, judge, pooled
 from tiny_lm import TinyLM
-from vae import VAE, VAEConfig
 
 
 def scores(code, prose, arithmetic):
@@ -96,13 +94,6 @@ def noisy(tensors, share, seed=5):
     return result
 
 
-def exact_codec():
-    """r = 1 without blocks, its neck set by hand: train_vae would import the optimiser first."""
-    vae = VAE(VAEConfig(blocks=0), torch.Generator().manual_seed(0))
-    vae.set_neck(torch.zeros(vae.config.width), vae.embed.weight @ vae.embed.weight.T)
-    return Codec(vae)
-
-
 def write(path, tensors):
     save_file({name: w.float().contiguous() for name, w in tensors.items()}, path)
     return path
@@ -122,7 +113,7 @@ def test_planted_source_transfers_and_noise_does_not(tmp_path, monkeypatch):
     target = write(tmp_path / "target.safetensors", noisy(truth, 0.4))
     sources = [write(tmp_path / "helps.safetensors", truth),
                write(tmp_path / "nothing.safetensors", noisy(truth, 1.0, 6))]
-    grid = Grid(target, exact_codec())
+    grid = Grid(target, Codec.load("exact"))
     grid.measure_base(sources[0])
     for source in sources:
         grid.measure_source(source, ("none",), "depth", (0.2, 0.5))
@@ -146,20 +137,19 @@ def test_a_cell_is_what_the_command_writes(tmp_path):
     """Encoding once and keeping the transport changes nothing: the tensors of merge.py's stream."""
     target = write(tmp_path / "target.safetensors", teacher(1))
     source = write(tmp_path / "source.safetensors", teacher(2, hidden=96, layers=3))
-    codec = exact_codec()
-    grid, files = Grid(target, codec), [Checkpoint(target), Checkpoint(source)]
-    tasks = measure_slots(plan_merge(files[0], files[1:], align="mean")[2], files[0], files[1:])
+    grid, output = Grid(target, Codec.load("exact")), tmp_path / "merged.safetensors"
     pairs = grid.pairs(source, "depth")
-    for how, seed in ((Alignment("none"), 0), (Alignment("gaussian"), 0),
-                      (Alignment("sinkhorn"), 0), (Alignment(control="noise"), 3)):
-        mine = grid.model(pairs, grid.transported(pairs, how, seed), 0.3).state_dict()
-        job = Job(files[0], files[1:], tasks, [0.3], how=how, seed=seed)
-        def put(name, start, piece):
+    for align, control, seed in (("none", None, 0), ("gaussian", None, 0), ("sinkhorn", None, 0),
+                                 ("gaussian", "noise", 3)):
+        transported = grid.transported(pairs, Alignment(align, control), seed)
+        flags = ["--control", control] if control else []
+        merge.main([*map(str, (target, source)), "--lam", "0.3", "--align", align, *flags, "--vae",
+                    "exact", "--seed", str(seed), "-o", str(output), "--force", "--quiet"])
+        written = load_file(output)
+        assert set(written) == set(grid.tensors)
+        for name, w in grid.model(pairs, transported, 0.3).state_dict().items():
             # equal but for the size of the codec's batches, which float32 sums see
-            own = mine[name].reshape(-1)[start:start + len(piece)]
-            torch.testing.assert_close(own, piece, rtol=1e-4, atol=1e-6)
-        for number in range(len(tasks)):
-            merge_tensor(job, [codec, codec], number, put)
+            torch.testing.assert_close(w, written[name], rtol=1e-4, atol=1e-6)
 
 
 def likeness(grid, pairs, how):
@@ -172,7 +162,7 @@ def test_carried_noise_shows_what_sinkhorn_borrows(tmp_path):
     """The finding behind the fourth control: the plan finds, for each slot, what resembles it, in
     pure noise as well."""
     target = write(tmp_path / "target.safetensors", teacher(1))
-    grid = Grid(target, exact_codec())
+    grid = Grid(target, Codec.load("exact"))
     noise = [(number, mine, grids.noise_parent(theirs, torch.Generator().manual_seed(0)))
              for number, mine, theirs in grid.pairs(target, "depth")]
     assert abs(likeness(grid, noise, Alignment("mean"))) < 0.03
