@@ -91,8 +91,8 @@ class Search:
                  "nmse": Codec.load(vae).record["stages"][-1]["nmse"]}
         for pair in PAIRS:
             for residual in (False, True):
-                report, scores = self.merged(pair, "--vae", vae, "--max-nmse", 10,
-                                             *(["--residual"] if residual else []))
+                how = ["--residual"] if residual else ["--max-nmse", 10]
+                report, scores = self.merged(pair, "--vae", vae, *how)
                 yield facts | {"pair": list(pair), "residual": residual} | self.row(
                     pair, report, scores)
 
