@@ -25,7 +25,7 @@ from align import Moments, control_latents
 from chunking import Checkpoint
 from evaluate import DOMAINS
 from lsmerge import Alignment, Codec, Parent, bring, cast, combine, convex_weights
-from merge import measure_slots, plan_merge, training_parents
+from merge import measure_task, plan_merge, training_parents
 from scores import find, judge, machine, pooled, score, stacked, summary
 from tiny_lm import TinyLM
 from train import Schedule, train_vae
@@ -67,10 +67,16 @@ def noise_parent(parent, generator):
     return twin
 
 
+def encoded_tasks(target, sources, by="depth"):
+    """Who meets whom among the encoded tensors, with statistics, of any shapes."""
+    _, _, tasks = plan_merge(target, sources, align="mean", by=by)
+    return [measure_task(target, sources, task) for task in tasks if task.action == "encoded"]
+
+
 def trained_codec(target, sources, config, schedule=Schedule()):
     """(Codec, its training record): one VAE trained on all models."""
     target, sources = Checkpoint(target), [Checkpoint(source) for source in sources]
-    tasks = measure_slots(plan_merge(target, sources, align="mean")[2], target, sources)
+    tasks = encoded_tasks(target, sources)
     vae, stages = train_vae(training_parents(target, sources, tasks), config, schedule)
     return Codec(vae), stages
 
@@ -89,14 +95,11 @@ class Grid:
         """[(number, target, source)] of the encoded tensors. Everything else stays the target's in
         every cell, equal shapes or not: what is compared are the latents alone, and a control must
         not receive the source's embeddings."""
-        files = [self.target, Checkpoint(source)]
-        _, _, tasks = plan_merge(files[0], files[1:], align="mean", by=pairing)
-        found = []
-        for task in measure_slots(tasks, files[0], files[1:]):
-            if task.action == "encoded":
-                mine, theirs = (Encoded(functools.partial(file.read, slot.name), slot, self.codec)
-                                for file, slot in zip(files, task.slots))
-                found.append((task.number, self.encoded.setdefault(task.name, mine), theirs))
+        files, found = [self.target, Checkpoint(source)], []
+        for task in encoded_tasks(self.target, files[1:], pairing):
+            mine, theirs = (Encoded(functools.partial(file.read, slot.name), slot, self.codec)
+                            for file, slot in zip(files, task.slots))
+            found.append((task.number, self.encoded.setdefault(task.name, mine), theirs))
         return found
 
     def transported(self, pairs, how, seed=0):

@@ -38,6 +38,7 @@ from baselines import dare, dare_ties, noise_average, soup, ties
 from chunking import Checkpoint
 from evaluate import DOMAINS
 from greedy_soup import greedy_soup
+from grid import encoded_tasks
 from lsmerge import Codec, Parent, ls_merge
 from scores import QUICK, difference, machine, pooled, score, stacked, summary, verdict
 
@@ -177,13 +178,11 @@ def prior_draws(path, vae, K, seed):
     """The decoded mean of K draws from N(0, I) (paper: Sec. 3.3); a tensor's mean and scale, and
     whatever is not encoded, are the model's."""
     file, codec, tensors = Checkpoint(path), Codec.load(vae), load_file(path)
-    for task in merge.measure_slots(merge.plan_merge(file, [])[2], file, []):
-        if task.action == "encoded":
-            read = functools.partial(file.read, task.name)
-            parent = Parent(read, task.slots[0], codec, samples=K, seed=(seed, task.number),
-                            prior=True)
-            pieces = [piece for _, piece in ls_merge(parent, [], [1.0])]
-            tensors[task.name] = torch.cat(pieces).reshape(tensors[task.name].shape)
+    for task in encoded_tasks(file, []):
+        read = functools.partial(file.read, task.name)
+        parent = Parent(read, task.slots[0], codec, K, (seed, task.number), prior=True)
+        pieces = [piece for _, piece in ls_merge(parent, [], [1.0])]
+        tensors[task.name] = torch.cat(pieces).reshape(tensors[task.name].shape)
     return tensors
 
 
