@@ -43,6 +43,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import chunking
+import lsmerge
 from bench_functions import bench_align, bench_codec, bench_training, codec_operations
 from bench_models import full_network, llama_pair, qwen2_pair
 from vae import VAEConfig
@@ -129,12 +130,12 @@ def merge_row(folder, entries, dtype, network):
     """One run of merge.py over what its arithmetic and its bytes alone would take."""
     arithmetic = getattr(torch, dtype)
     before, disk = matmul_rate(arithmetic), copy_rate(folder / "a.safetensors", folder / "copy")
-    vae = folder / "full.safetensors" if network == "full" else "exact"
+    vae = str(folder / "full.safetensors") if network == "full" else "exact"
     seconds, peak, report = run_merge(folder, "--vae", vae, "--dtype", dtype)
     rate = (before + matmul_rate(arithmetic)) / 2
     # A copy reads and writes its bytes: both parents are read, one result is written.
     files = [folder / f"{name}.safetensors" for name in ("a", "b", "merged")]
-    least = codec_operations(network, entries, 2) / rate
+    least = codec_operations(lsmerge.Codec.load(vae), entries, 2) / rate
     least += sum(file.stat().st_size for file in files) / 2 / disk
     return dict(what="merge", weights=sum(e.numel for e in entries), dtype=dtype, network=network,
                 seconds=round(seconds, 2), least=round(least, 2), ratio=round(seconds / least, 3),

@@ -29,10 +29,12 @@ import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -40,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import align
 import chunking
 import lsmerge
+import merge
 import train
 from bench_models import full_network
 from vae import VAE, VAEConfig, kl_divergence, sample
@@ -238,7 +241,7 @@ def codec_operations(codec, entries, parents):
     parent goes both ways for the gate."""
     encode, decode = window_operations(codec)
     windows = sum(-(-entry.numel // (codec.C * codec.T)) for entry in entries)
-    seen = sum(-(-min(entry.numel, merge.GATE) // (codec.C * codec.T)) for entry in entries)
+    seen = sum(-(-min(e.numel, merge.GATE_WEIGHTS) // (codec.C * codec.T)) for e in entries)
     return parents * (windows + seen) * encode + (windows + parents * seen) * decode
 
 
@@ -355,18 +358,18 @@ def release_loss(vae, x_BTC, real_BTC, generator):
 
 def train_release(parents, seed, budget, log):
     """The release's recipe: one stage. Ends at REACH or after `budget` steps."""
-    config, generator, batch = VAEConfig(init="random"), torch.Generator().manual_seed(seed), 64
-    vae = VAE(config, generator)
-    windows = train.Windows(parents, config, train.Schedule().holdout, generator)
+    schedule, noise = train.Schedule(seed=seed), lsmerge.generator(seed)
+    vae, picks = VAE(VAEConfig(init="random"), noise), np.random.default_rng(seed)
+    windows = train.Windows(parents, vae.config, schedule)
     optimiser = torch.optim.AdamW(vae.parameters(), lr=1e-4, weight_decay=1e-5)
     for step in range(budget + 1):
         if step % 25 == 0 or step == budget:
-            figures = train.validate(vae, windows, 2, batch, "cpu")
+            figures = train.validate(vae, windows, 2)
             log({"stage": 2, "step": step, **figures})
             if figures["nmse"] <= REACH or step == budget:
                 return
-        ((x_BTC, real_BTC),) = windows.batches(windows.draw(batch, generator), batch, "cpu")
-        loss = release_loss(vae, x_BTC, real_BTC, generator)
+        chosen = picks.integers(len(windows.training), size=schedule.batch)
+        loss = release_loss(vae, *windows.read(windows.training[chosen]), noise)
         optimiser.param_groups[0]["lr"] = train.learning_rate(step, budget, 1e-4, 0.0)
         optimiser.zero_grad()
         loss.backward()
@@ -376,7 +379,7 @@ def train_release(parents, seed, budget, log):
 
 def train_curriculum(parents, seed, budget, log):
     """This repository's two stages, from the same kind of start; `budget` is the release's."""
-    train.train_vae(parents, VAEConfig(init="random"), CURRICULUM, seed, log=log)
+    train.train_vae(parents, VAEConfig(init="random"), replace(CURRICULUM, seed=seed), log)
 
 
 RECIPES = {"release": train_release, "curriculum": train_curriculum}

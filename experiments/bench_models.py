@@ -57,7 +57,7 @@ def qwen2_shapes(config):
 def write_model(path, shapes, seed, noise_seed=None):
     """A file of N(0, SPREAD^2) weights, with `noise_seed` plus N(0, NOISE^2); returns entries."""
     entries = [chunking.Entry(name, torch.bfloat16, shape, "", 0) for name, shape in shapes.items()]
-    with chunking.Output(path, entries) as output:
+    with chunking.create(path, entries) as output:
         for number, entry in enumerate(entries):
             draws = torch.Generator().manual_seed(1000 * seed + number)
             noise = torch.Generator().manual_seed(1000 * (noise_seed or 0) + number)
