@@ -1,18 +1,21 @@
-"""Alignment: carry a source model's latents onto a target's slots (paper: Sec. 3.3, Algorithm 1).
+"""align.py: carry a source model's latents onto a target's slots.                 (read fourth)
 
-Read after vae.py, before train.py. Enters: the latents of one tensor of the source, z_source_IZ, and of its
-partner in the target, z_target_JZ; a row is a chunk, I source chunks, J target chunks, Z latent numbers each.
-Leaves: z_aligned_JZ, the source's content in the target's slots, for the interpolation in lsmerge.py.
-    line 1   pair_layers                   which source layer meets which target layer
-    line 3   project                       I x Z_source -> J x Z_target by overlap along the sequence
-    line 4   sinkhorn -> barycentric_map   transport of points, from unprojected latents
-             gaussian_map, mean_map        transport of moments, fitted on projected latents
-    report   wasserstein2, Moments.spread;  control_latents: what a source without content would have done
-Pure functions on any device, in float64 (lower precisions are upcast). Deliberately absent: hidden units are
-known only up to a permutation, and no transport of *chunks* can see that; unbalanced transport.
+Paper: Sec. 3.3, Algorithm 1. Enters: the latents of one tensor of the source, z_source_IZ, and of its
+partner in the target, z_target_JZ; a row is a chunk, I source chunks, J target chunks, Z latent numbers
+each. Leaves: z_aligned_JZ, the source's content in the target's slots, for the interpolation.
+
+    line 1   pair_layers                    which source layer meets which target layer
+    line 3   project                        I x Z_source -> J x Z_target, by overlap along the sequence
+    line 4   ALIGNERS                       name -> function; a fork adds a function and a line
+             sinkhorn -> barycentric_map    transport of points, from unprojected latents
+             gaussian_map, mean_map         transport of moments, fitted on projected latents
+    report   wasserstein2, Moments.spread;  control_latents: what a source without content would do
+
+Pure functions on any device, in float64 (lower precisions are upcast). No transport of *chunks* can
+see hidden units, which are known only up to a permutation. Deliberately absent: unbalanced transport.
 """
-
 from typing import NamedTuple
+
 import torch
 
 # Sinkhorn's regularisation, over the largest cost. At 0.05 / 0.01 / 0.001 the map between two Gaussian clouds
@@ -24,12 +27,14 @@ MEMORY, PERIOD = 8, 3  # extrapolation: steps it looks back on, and steps from o
 MAX_MOVE = 50.0        # log units a potential may move before the kernel is rebuilt (exp overflows at 709)
 FLOOR = 1e-9           # smallest eigenvalue of a source covariance, over the mean eigenvalue
 LIMIT_BYTES = 2 ** 28  # of one cost matrix: 5792 x 5792; sinkhorn adds one of that size, the kernel
+CONTROLS = "zero", "noise", "shuffled"
 
 
 def pair_layers(n_source: int, n_target: int, by: str = "depth") -> list[int | None]:
     """The source layer of each target layer j; None = no partner, the target's own stays.
     ours:   "depth": floor(j (L_s - 1) / (L_t - 1) + 1/2), first to first, last to last; L_t = 1: the middle
-    paper:  "index": Algorithm 1, line 1, read literally: the first min(L_s, L_t) layers pair in order"""
+    paper:  "index": Algorithm 1, line 1, read literally: the first min(L_s, L_t) layers pair in order
+    Example: n_source = 6, n_target = 4 by depth: layers 0, 2, 3, 5"""
     if min(n_source, n_target) < 1 or by not in ("depth", "index"):
         raise ValueError(f"cannot pair {n_source} with {n_target} layers by {by!r}; use 'depth' or 'index'")
     if by == "index":
@@ -73,17 +78,6 @@ def project(z_IZ, n_target: int, z_target: int | None = None):
     if len(z) != n_target:
         z = project_rows(z, 0, len(z), 0, n_target, n_target)
     return z if z_target in (None, z.shape[1]) else project(z.T.contiguous(), z_target).T.contiguous()
-
-
-def blocks(n_source: int, n_target: int, limit_bytes: int = LIMIT_BYTES) -> list[tuple[int, int, int, int]]:
-    """Blocks (i0, i1, j0, j1), each a transport of its own whose float64 cost matrix keeps to the limit. Both
-    sequences are cut in proportion, into min(n_s, n_t) blocks at most; one block where everything fits.
-    ours: what is lost is that a chunk can no longer reach slots outside its own stretch of the tensor."""
-    count, most = 1, min(n_source, n_target)
-    while count < most and 8 * -(-n_source // count) * -(-n_target // count) > limit_bytes:
-        count += 1
-    cut = [(k * n_source // count, k * n_target // count) for k in range(count + 1)]
-    return [(i0, i1, j0, j1) for (i0, j0), (i1, j1) in zip(cut, cut[1:])]
 
 
 def squared_cost(z_source_IZ, z_target_JZ):
@@ -161,7 +155,13 @@ def _rebuild(kernel_IJ, cost, unit, g):
 
 def _potentials(cost, unit, kernel, a, b, tolerance, max_iterations):
     """Sinkhorn's fixed point: f_I, g_J in that unit, for which exp(f + g - cost / unit) has marginals a, b.
-    A step is  u = a / (K v),  v = b / (K^T u):  two products with a kernel K, far cheaper than two logsumexp.
+    The textbook loop is four lines; the plan is then u_i K_ij v_j, and f = log u, g = log v:
+
+        K = exp(-cost / unit);  v = 1
+        repeat:  u = a / (K v)          the rows of the plan sum to a
+                 v = b / (K^T u)        its columns to b
+
+    Here the same with two additions, for small epsilon:
     - absorption: K is built around (f0, g0), so v = exp(g - g0) is what g has moved since; nothing overflows
     - extrapolation (Anderson): from the last MEMORY steps, by least squares, the point where the step would
       vanish. Plain steps alone stall: 512 planted pairs in 8 dimensions, epsilon 0.005, are off by 4e-6 after
@@ -201,15 +201,6 @@ def barycentric_map(plan_IJ, z_source_IZ, b_J):
     if ((plan.sum(0) <= 0) & (b[:, 0] > 0)).any():
         raise ValueError("a column of the plan is empty although its slot has mass; raise epsilon")
     return torch.where(b > 0, plan.T @ z / b.where(b > 0, 1.0), plan.sum(1) @ z / plan.sum())
-
-
-def respread(z_aligned_JZ, z_source_IZ):
-    """Undo the blur's loss of norm: one factor about the mean, to the spread that the source's latents had.
-    ours: averaging shrinks the cloud, and shrinkage alone can look harmless or good at small lam. One factor
-    keeps every direction and borrows nothing from the target. Below 1e-6 is only rounding: left as is."""
-    aligned, source = Moments.of(z_aligned_JZ), Moments.of(z_source_IZ)
-    factor = source.spread / aligned.spread if aligned.spread > 1e-6 * source.spread else 1.0
-    return aligned.mean_Z + (z_aligned_JZ.double() - aligned.mean_Z) * factor
 
 
 class Moments:
@@ -263,6 +254,7 @@ def gaussian_map(source: Moments, target: Moments) -> Affine:
     """Optimal transport between two Gaussians: the mapped cloud has the target's mean and covariance.
     Equation:  z~ = mu_t + A (z - mu_s),   A = S_s^{-1/2} (S_s^{1/2} S_t S_s^{1/2})^{1/2} S_s^{-1/2}
     Source:    paper: Sec. 3.3, Eq. 2 under a Gaussian model (silent about samples and regularisation)
+    Example:   in one dimension A = sigma_t / sigma_s; in general A S_s A = S_t
     Floor:     ours: if an eigenvalue of S_s is below FLOOR times the larger cloud's mean eigenvalue, that is
                added to all: |A| <= sqrt(Z / FLOOR) even for n < Z, Z = 1, constant clouds. The price: where
                the source hardly varies, the result varies less than the target"""
@@ -298,3 +290,43 @@ def control_latents(kind: str, z_target_JZ, target: Moments, generator=None):
         return z[torch.randperm(len(z), generator=generator, device=generator.device).to(z.device)]
     noise = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=generator.device).to(z.device)
     return target.mean_Z + noise @ target.factor_ZZ.T
+
+
+# --- Line 4 as a table -----------------------------------------------------------------------------
+class Meeting(NamedTuple):
+    """A source and the target over a stretch of J slots: all that an aligner may look at."""
+    z_source_IZ: torch.Tensor       # the source's latents under these slots
+    z_projected_JZ: torch.Tensor    # the same, projected (line 3)
+    z_target_JZ: torch.Tensor
+    source: Moments                 # of all projected latents of this tensor
+    target: Moments                 # of all target latents of this tensor
+    epsilon: float = EPSILON
+
+
+class Aligned(NamedTuple):
+    """What an aligner returns; the last two are evidence for the report."""
+    z_JZ: torch.Tensor
+    iterations: int = 0
+    error: float = 0.0              # the larger of both sides' marginal errors
+
+
+def align_none(m: Meeting) -> Aligned:
+    return Aligned(m.z_projected_JZ)
+
+
+def align_mean(m: Meeting) -> Aligned:
+    return Aligned(apply_affine(mean_map(m.source, m.target), m.z_projected_JZ))
+
+
+def align_gaussian(m: Meeting) -> Aligned:
+    return Aligned(apply_affine(gaussian_map(m.source, m.target), m.z_projected_JZ))
+
+
+def align_sinkhorn(m: Meeting) -> Aligned:
+    found = sinkhorn(squared_cost(m.z_source_IZ, m.z_target_JZ), epsilon=m.epsilon)
+    z_JZ = barycentric_map(found.plan_IJ, m.z_source_IZ, found.plan_IJ.sum(0))
+    return Aligned(z_JZ, found.iterations, max(found.source_error, found.target_error))
+
+
+ALIGNERS = {"none": align_none, "mean": align_mean, "gaussian": align_gaussian,
+            "sinkhorn": align_sinkhorn}
