@@ -122,7 +122,7 @@ def test_merge_runs_on_the_synthetic_pair(tmp_path):
 
 
 # --- --codec --------------------------------------------------------------------------------------
-@pytest.mark.parametrize("config", [VAEConfig(), VAEConfig(chunk=32, ratio=2, width=64, blocks=3)])
+@pytest.mark.parametrize("config", [VAEConfig(), VAEConfig(chunk=32, ratio=0.8, width=64, blocks=3)])
 def test_operations_are_what_torch_counts(config):
     """torch's counter knows products only, not attention on a CPU: T x T x D twice per block."""
     codec = lsmerge.Codec(bench_functions.full_network(config))
