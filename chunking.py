@@ -219,7 +219,7 @@ MAGIC = [(b"PK\x03\x04", "a zip archive (a torch .bin/.pt or an .npz)", CONVERT)
          (b"version https://git-lfs", "a git-lfs pointer, not the weights", "run `git lfs pull`"),
          (b"<", "a web page or XML, not the weights", "download the file itself")]
 # Side tensors of GPTQ, AWQ, bitsandbytes, fp8, compressed-tensors: their integers are no weights.
-QUANTISED = re.compile(r"\.(qweight|SCB|weight_scale(_inv)?|weight_packed|scales)$|quant_state")
+QUANTISED = re.compile(r"\.(qweight|SCB|weight_scale(_inv)?|weight_packed)$|quant_state|scales$")
 
 
 def read_header(path):
@@ -466,7 +466,7 @@ def command(run):
     sys.stdout.reconfigure(errors="backslashreplace")       # a path may hold bytes that are no text
     try:
         return run() or 0
-    except (CheckpointError, FloatingPointError) as error:
+    except CheckpointError as error:
         line = error
     except OSError as error:
         line = CheckpointError(error.filename or "I/O", error.strerror or error, "check the path, "
