@@ -1,6 +1,8 @@
 """Tiny checkpoints with Llama's names, written by the safetensors library itself (an independent
 writer). Small for testing."""
 import os
+
+os.environ["OMP_NUM_THREADS"] = "1"     # before torch: a pool of threads would not survive a fork
 import sys
 from pathlib import Path
 
@@ -10,8 +12,7 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
-torch.set_num_threads(1)                # the matrices here are tiny: a second thread only waits
-os.environ["OMP_NUM_THREADS"] = "1"     # and so for the commands that tests start
+torch.set_num_threads(1)    # the matrices here are tiny: a second thread only waits
 
 
 def llama_tensors(seed, hidden=64, layers=2, mlp=96, vocab=40, dtype=torch.float32, kv=None):
