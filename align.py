@@ -4,7 +4,7 @@ Paper: Sec. 3.3, Algorithm 1. Enters: the latents of one tensor of the source, z
 partner in the target, z_target_JZ; a row is a chunk, I source chunks, J target chunks, Z latent numbers
 each. Leaves: z_aligned_JZ, the source's content in the target's slots, for the interpolation.
 
-    line 1   pair_layers                    which source layer meets which target layer
+    line 1   pair_layers, pair_places       which source layer, which tensor, meets which of the target
     line 3   project                        I x Z_source -> J x Z_target, by overlap along the sequence
     line 4   ALIGNERS                       name -> function; a fork adds a function and a line
              sinkhorn -> barycentric_map    transport of points, from unprojected latents
@@ -43,6 +43,25 @@ def pair_layers(n_source: int, n_target: int, by: str = "depth") -> list[int | N
         return [n_source // 2]
     # in integers: floating point can put a half on either side
     return [(2 * j * (n_source - 1) + n_target - 1) // (2 * (n_target - 1)) for j in range(n_target)]
+
+
+def pair_places(target: dict, source: dict, by: str = "depth") -> dict:
+    """{target name: source name} of tensors that meet: layers by `pair_layers`, roles with their like.
+    Args:     names -> (layer or None, role). A role that stands twice in a layer has no partner"""
+    groups = {}, {}
+    for group, places in zip(groups, (target, source)):
+        for name, where in places.items():
+            group.setdefault(tuple(where), []).append(name)
+    layers = [sorted({layer for layer, _ in group} - {None}) for group in groups]
+    partner, pairs = {None: None}, {}
+    if all(layers):
+        found = pair_layers(len(layers[1]), len(layers[0]), by)
+        partner |= {here: layers[1][j] for here, j in zip(layers[0], found) if j is not None}
+    for (layer, role), names in groups[0].items():
+        match = groups[1].get((partner[layer], role), []) if layer in partner else []
+        if len(names) == len(match) == 1:
+            pairs[names[0]] = match[0]
+    return pairs
 
 
 def source_range(j0: int, j1: int, n_source: int, n_target: int) -> tuple[int, int]:
@@ -195,7 +214,7 @@ def barycentric_map(plan_IJ, z_source_IZ, b_J):
     Equation:  z~[j] = sum_i plan[i, j] z_source[i] / b[j]
     Source:    differs: usually target points are averaged at source positions: nothing of the source stays
     Args:      b_J (J,) the plan's target masses: divide by THIS side, I != J is the normal case
-    Returns:   (J, Z), a blurred cloud: see respread. A slot of mass 0 gets the source's mean
+    Returns:   (J, Z), a blurred cloud. A slot of mass 0 gets the source's mean
     Raises:    ValueError if a slot that has mass gets none"""
     plan, z, b = plan_IJ.double(), z_source_IZ.double(), b_J[:, None]
     if ((plan.sum(0) <= 0) & (b[:, 0] > 0)).any():

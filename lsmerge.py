@@ -1,9 +1,9 @@
 """lsmerge.py: LS-Merge on one screen.                                             (read first)
 
-    checkpoint -> chunks -> latents -> projected, transported -> merged latents -> chunks -> checkpoint
+    checkpoint -> chunks -> latents -> projected, transported -> merged latents -> chunks -> weights
         W           X         z               z~                     z_lambda         X^         W^
 
-`ls_merge`, at the end of this file, is the method for one tensor: encode, align, interpolate, decode.
+`ls_merge`, at the end of this file, is the method for one tensor: encode, align, merge, decode.
 Which tensors meet is decided in merge.py; the arrows are made in chunking.py, vae.py and align.py.
 
 Dimension key (a suffix names a tensor's axes):
@@ -24,8 +24,9 @@ Paper                           here                                    where
     Algorithm 1, line 1         align.pair_layers, merge.plan_merge
     Algorithm 1, lines 2 to 6   ls_merge
 
-A worked example: q_proj of 128 x 128 has L = 16,384 weights, with C = 64 N = 256 chunks, with T = 16
-B = 16 windows; at r = 1 each chunk has Z = 64 latent numbers. All of it is one piece (PIECE weights).
+A worked example: a q_proj of 128 x 128 has L = 16,384 weights: with C = 64 these are N = 256
+chunks, with T = 16 B = 16 windows; at r = 1 a chunk has Z = 64 latent numbers. All of it is one
+piece: tensors are merged in pieces of 2^18 weights, so that memory does not depend on their size.
 """
 import copy, math
 from dataclasses import dataclass
@@ -35,22 +36,23 @@ import numpy as np
 import torch
 
 import align as ot
-from chunking import (PIECE, Checkpoint, CheckpointError, TensorSlot, chunk, from_windows, need, scale,
-                      spans, to_windows, unchunk, unscale)
+from chunking import (PIECE, Checkpoint, CheckpointError, TensorSlot, chunk, from_windows, need,
+                      scale, spans, to_windows, unchunk, unscale)
 from vae import VAE, Folded, Posterior, VAEConfig, sample
 
-BATCH_CHUNKS = 512      # per forward pass: enough for the matrix units, small enough for a core's cache
+BATCH_CHUNKS = 512      # per forward pass: many enough for the matrix units, few enough for a cache
 
 
 class Codec:
     """E and D on the chunks of one tensor: a VAE with its device and arithmetic."""
 
-    def __init__(self, vae, device="cpu", dtype=torch.float32, record=None):
+    def __init__(self, vae, device="cpu", dtype=torch.float32, record=None, files=()):
         if not vae.ready:
             raise ValueError("the VAE's neck was never set: train it first (train.train_vae)")
-        self.vae, self.record, self.device, self.dtype = vae, record or {}, device, dtype
+        self.vae, self.record, self.files = vae, record or {}, files        # as it was loaded
+        self.device, self.dtype = device, dtype
         self.C, self.T, self.Z = vae.config.chunk, vae.config.tokens, vae.config.latent
-        self.linear = Folded.fits(vae)      # then it is two products, and any number of chunks at once
+        self.linear = Folded.fits(vae)      # then two products, of any number of chunks at once
         net = Folded(vae) if self.linear else copy.deepcopy(vae)
         self.net = net.to(device, dtype).eval().requires_grad_(False)
 
@@ -65,10 +67,12 @@ class Codec:
             return cls(VAE(VAEConfig(), torch.Generator().manual_seed(0)), device, dtype)
         file = Checkpoint(path)
         try:
-            vae, record = VAE.from_file({n: file.read_tensor(n) for n in file.entries}, file.metadata)
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(path, str(error), "pass a file that train.py wrote") from None
-        return cls(vae, device, dtype, record)
+            tensors = {name: file.read_tensor(name) for name in file.entries}
+            vae, record = VAE.from_file(tensors, file.metadata)
+        except (ValueError, TypeError, RuntimeError) as error:
+            what = " ".join(str(error).split())
+            raise CheckpointError(path, what, "pass a file that train.py wrote") from None
+        return cls(vae, device, dtype, record, file.files)
 
     def _batches(self, rows_NX, real_N1):
         """Windows of T rows, some at a time; the mask only where a window is not full."""
@@ -80,10 +84,10 @@ class Codec:
 
     @torch.inference_mode()
     def encode(self, flat_L, slot, samples=0, generator=None, prior=False):
-        """z = E(w): (N, Z) float32.  flat_L: raw weights, a whole number of windows or a tensor's end.
+        """z = E(w): (N, Z) float32.  flat_L: raw weights, whole windows or a tensor's end.
 
-        samples = 0: the posterior mean; K: the mean of K draws from q(z | w) (paper: self-merging), or,
-        with `prior`, from N(0, I).
+        samples = 0: the posterior mean; K: the mean of K draws from q(z | w) (paper: self-merging),
+        or, with `prior`, from N(0, I).
         """
         chunks_NC, real_NC = chunk(scale(flat_L.to(self.device), slot), self.C)
         parts = []
@@ -121,11 +125,11 @@ class Parent(NamedTuple):
     def N(self): return self.slot.n_chunks(self.codec.C)
 
     @property
-    def step(self):             # chunks at a time: whole windows, since attention sees whole windows
+    def step(self):             # chunks at a time: whole windows, as attention sees them
         return max(1, PIECE // (self.codec.C * self.codec.T)) * self.codec.T
 
     def latents(self, first, last):
-        """z of chunks [first, last): (last - first, Z). Encoded are the whole windows around them."""
+        """z of chunks [first, last): (last - first, Z), encoded in the whole windows around them"""
         C, T = self.codec.C, self.codec.T
         begin = first // T * T
         flat_L = self.read(begin * C, -(-last // T) * T * C)
@@ -146,10 +150,10 @@ class Parent(NamedTuple):
 
 # --- Operators. Each is z = sum_i c_i z_i over the parents' codes; they differ in the c_i. --------
 def combine(parts, weights):
-    """sum_i c_i z_i.  paper: Sec. 3.3, z_lambda = (1 - lambda) z_a + lambda z_b; N models: a barycentre.
+    """sum_i c_i z_i.  paper: Sec. 3.3, z_lambda = (1 - lambda) z_a + lambda z_b; a barycentre of N.
 
-    Why r = 1 is plain averaging: with a linear codec and statistics that the parents share, D(E(w)) =
-    w and D is affine, so that for weights that sum to 1  D(sum c_i E(w_i)) = sum c_i w_i.
+    Why the exact codec is plain averaging: with statistics that the parents share D(E(w)) = w, and
+    D is affine, so that for weights that sum to 1  D(sum c_i E(w_i)) = sum c_i w_i.
     """
     merged = weights[0] * parts[0]
     for weight, part in zip(weights[1:], parts[1:]):
@@ -158,24 +162,26 @@ def combine(parts, weights):
 
 
 def convex_weights(lam):
-    """[lambda_1, ...] of the sources -> [1 - sum, lambda_1, ...].  Raises ValueError beyond the simplex."""
+    """[lambda_1, ...] -> [1 - sum, lambda_1, ...].  ValueError beyond the simplex."""
     if not all(0 <= value <= 1 for value in lam) or sum(lam) > 1 + 1e-9:
-        raise ValueError(f"lambda {', '.join(map(str, lam))}: each must lie in [0, 1], their sum too")
+        raise ValueError(f"lambda {', '.join(map(str, lam))}: each must be in [0, 1], the sum too")
     return [max(0.0, 1 - sum(lam)), *lam]
 
 
 def task_weights(lam):
-    """Task arithmetic (Ilharco et al. 2023; paper: Table 4), z = z_target + sum_i lambda_i (z_i -
-    z_base), the base last. Beyond 1 it extrapolates, below 0 it takes a skill away."""
+    """Task arithmetic (Ilharco et al. 2023; paper: Table 4): z_t + sum_i lambda_i (z_i - z_base);
+    the base stands last. Beyond 1 it extrapolates, below 0 it takes a skill away."""
     if not all(-10 <= value <= 10 for value in lam):
-        raise ValueError(f"lambda {', '.join(map(str, lam))}: each must lie in [-10, 10]")
+        raise ValueError(f"lambda {', '.join(map(str, lam))}: each must be in [-10, 10]")
     return [1.0, *lam, -sum(lam)]
 
 
 def slerp_weights(lam, dot, norm_a, norm_b):
-    """Spherical interpolation (Shoemake 1985): sin((1 - lambda) W) / sin W and sin(lambda W) / sin W,
-    cos W = <a, b> / |a| |b|. Takes `inner`, not the vectors: each is a whole tensor long. lerp
-    where the angle says nothing (parallel, opposed or zero vectors)."""
+    """Spherical interpolation (Shoemake 1985): with cos W = <a, b> / |a| |b|
+
+        c_a = sin((1 - lambda) W) / sin W,   c_b = sin(lambda W) / sin W
+
+    from what `inner` gives. lerp where the angle says nothing (parallel or zero vectors)."""
     cosine = max(-1.0, min(1.0, dot / (norm_a * norm_b))) if norm_a * norm_b > 0 else 1.0
     angle = math.acos(cosine)
     if math.sin(angle) < 1e-6:
@@ -195,7 +201,7 @@ def inner(pairs):
 # --- Alignment: a source's latents before they meet the target's (Algorithm 1, lines 3 and 4) -----
 @dataclass(frozen=True)
 class Alignment:
-    """`method`: a name in align.ALIGNERS; `control`: a null control in the source's place, or None."""
+    """`method`: a name in align.ALIGNERS; `control`: a null control in the source's place."""
     method: str = "none"
     control: str | None = None
     epsilon: float = ot.EPSILON     # Sinkhorn's
@@ -206,16 +212,16 @@ class Alignment:
 
 
 def bring(target, source, how=Alignment(), seed=(0,)):
-    """The source as `ls_merge` takes it: itself where shapes agree and nothing is asked for, else on
-    its way through a Transport.  seed: of a control's noise."""
+    """The source as `ls_merge` takes it: itself where shapes agree and nothing is asked for, else
+    through a Transport.  seed: of a control's noise."""
     if source.slot.shape == target.slot.shape and how.method == "none" and not how.control:
         return source
     return Transport(target, source, how, seed)
 
 
 class Transport:
-    """z~ of one source, piece by piece.  Fitted first: mean and covariance of the target's chunks and
-    of the source's projected ones, each over the WHOLE tensor (n chunks of d = Z numbers)."""
+    """z~ of one source, piece by piece.  Fitted first: mean and covariance of the target's chunks
+    and of the source's projected ones, over the WHOLE tensor (n chunks of d = Z numbers)."""
 
     def __init__(self, target, source, how, seed=(0,)):
         self.target, self.source, self.how, self.noise = target, source, how, generator(*seed)
@@ -227,9 +233,9 @@ class Transport:
 
     @property
     def step(self):
-        """Slots at a time. A piece meets as much of the source as lies under it. For Sinkhorn a piece
-        is one transport problem, as large as its cost matrix may be: no mass crosses its border (ours:
-        a change of the method that memory forces, from 5,792 x 5,792 chunks on)."""
+        """Slots at a time. A piece meets what of the source lies under it. For Sinkhorn a piece is
+        one transport problem, as large as its cost matrix may be: no mass crosses its border.
+        (ours: a change of the method, which memory forces from 5,792 x 5,792 chunks on.)"""
         share, T = self.source.N / self.target.N, self.target.codec.T       # source chunks per slot
         most = self.target.step / max(1.0, share)
         if self.how.method == "sinkhorn":
@@ -238,7 +244,7 @@ class Transport:
         return max(1, math.ceil(most / T)) * T
 
     def under(self, j0, j1):
-        """The source's latents under the slots [j0, j1): as they are (I, Z), and projected (J, Z)."""
+        """The source's latents under slots [j0, j1): as they are (I, Z), and projected (J, Z)."""
         I, J, Z = self.source.N, self.target.N, self.target.codec.Z
         i0, i1 = ot.source_range(j0, j1, I, J)
         z_IZ = ot.project(self.source.latents(i0, i1), i1 - i0, Z)      # Z differs between two VAEs
@@ -249,8 +255,12 @@ class Transport:
         if self.how.control:
             z_JZ = ot.control_latents(self.how.control, z_target_JZ, self.goal, self.noise)
         else:
-            meeting = ot.Meeting(*self.under(j0, j1), z_target_JZ, self.found, self.goal, self.how.epsilon)
-            z_JZ, iterations, error = ot.ALIGNERS[self.how.method](meeting)         # line 4
+            meeting = ot.Meeting(*self.under(j0, j1), z_target_JZ, self.found, self.goal,
+                                 self.how.epsilon)
+            try:
+                z_JZ, iterations, error = ot.ALIGNERS[self.how.method](meeting)     # line 4
+            except ValueError as failed:
+                need(False, "alignment", failed, "raise --epsilon", self.target.slot.name)
             self.iterations, self.error = self.iterations + iterations, max(self.error, error)
         self.aligned.add(z_JZ)
         return z_JZ.float()
@@ -278,22 +288,33 @@ def cast(flat_L, slot):
 def ls_merge(target, sources, weights, residual=False):
     """LS-Merge of one tensor (paper: Algorithm 1, lines 2 to 6), as a stream of pieces.
 
-    Args:      target    Parent;  sources: what `bring` made of theirs;  weights: c_i, the target's first
+    Args:      target    a Parent;  sources: what `bring` made of theirs;  weights: all parents' c_i
                residual  add back what the codec lost of each parent that entered unaligned (ours):
                          W^ = sum_k c_k W_k + (D(z_lambda) - sum_k c_k D(z_k))
-    Returns:   iterator of (start, weights in the target's dtype); no sources: the target's round trip
+    Returns:   iterator of (start, weights in the target's dtype); no sources: the round trip
     """
     C, slot, parents = target.codec.C, target.slot, [target, *sources]
-    for j0, j1 in spans(target.N, min(parent.step for parent in parents)):
+    for j0, j1 in spans(target.N, min(parent.step for parent in sources or [target])):
         start, stop = j0 * C, min(j1 * C, slot.numel)
         z_target_JZ = target.latents(j0, j1)                                            # line 2
         z_aligned = [source.codes(z_target_JZ, j0, j1) for source in sources]           # lines 3, 4
         z_merged_JZ = combine([z_target_JZ, *z_aligned], weights)                       # line 5
-        # The target's statistics decode: a source of another shape entered by its own, so that what
-        # it brings is its pattern of weights, in the target's unit.
+        # The target's statistics decode: a source of another shape entered by its own, and what it
+        # brings is its pattern of weights, in the target's unit.
         merged_L = target.codec.decode(z_merged_JZ, slot, stop - start)                 # line 6
         if residual:
             for weight, parent in zip(weights, parents):
-                if isinstance(parent, Parent):
-                    merged_L += weight * parent.lost(j0, j1)
+                if isinstance(parent, Parent):      # not through a Transport: it entered unaligned
+                    merged_L = merged_L + weight * parent.lost(j0, j1)
         yield start, cast(merged_L, slot)
+
+
+def weight_merge(readers, weights, entry):
+    """The baseline: the operator on raw weights, in pieces; the target's bytes if it is alone."""
+    wide = torch.float64 if entry.dtype == torch.float64 else torch.float32
+    for start, stop in spans(entry.numel):
+        if any(weights[1:]):
+            raw = [read(start, stop).to(wide) for read in readers]
+            yield start, cast(combine(raw, weights), entry)
+        else:
+            yield start, readers[0](start, stop)

@@ -1,44 +1,55 @@
-"""merge.py: the command.                                                          (read last)
+"""merge.py: the command.                                                             (read last)
 
     python merge.py TARGET [SOURCE ...] [options]
 
-TARGET gives names, shapes, dtypes and companions of the result. A model is a .safetensors file, a folder
-in the Hugging Face layout, or an index of shards. Without SOURCE the target is merged with itself.
+TARGET gives names, shapes, dtypes and companions of the result; alone, it is merged with itself. A
+model is a .safetensors file, a Hugging Face folder or an index of shards. In brackets: defaults.
 
-what     --lam L[,L...]    weight of each source, the target has the rest; 0 is the target's round trip
-                           (0.5 for one source, 1/(N+1) each for N; across shapes 0.1 in all: the paper's
-                           best range is 0.05 to 0.2). --lambda is understood, too
-         --operator NAME   lerp, slerp, soup (uniform), task-arithmetic: z_target + sum lambda (z_i -
-                           z_base), lambda in [-10, 10] (lerp)
+what     --lam L[,L...]    weight of each source (also --lambda), the target has the rest; 0 is the
+                           target's round trip (0.5 for one source, 1/(N+1) each for N; across
+                           shapes 0.1 in all: the paper's best range is 0.05 to 0.2)
+         --operator NAME   lerp, slerp, soup (uniform), task-arithmetic: z_target + sum of lambda
+                           (z_i - z_base), lambda in [-10, 10], as --lam=-0.5,2 (lerp)
          --base MODEL      the sources' ancestor, for task-arithmetic
-         --samples K       average K draws from each parent's posterior (8 without SOURCE; else 0, the mean)
-         --select REGEX    what is merged, by name; all else stays the target's (floats of two or more
-                           dimensions in numbered layers are encoded, norms and embeddings averaged)
+         --samples K       average K posterior draws of each parent (8 without SOURCE, else 0)
+         --select REGEX    what is merged, by name; all else stays the target's (floats of two or
+                           more dimensions in numbered layers are encoded, the rest is averaged)
 how      --align NAME      auto, none, mean, gaussian, sinkhorn (auto: none, across shapes gaussian)
          --epsilon E       Sinkhorn's regularisation, over the largest cost (0.01)
-         --control NAME    zero, noise, shuffled: a null control in the place of the source's latents
+         --control NAME    zero, noise, shuffled: a null control in place of the source's latents
          --residual        add back what the codec lost: lambda = 0 is then the target, bit for bit
-         --space weight    the same operator without the codec: the baseline
-codec    --vae FILE|exact  a trained VAE; exact: the untrained one, LS-Merge = plain averaging (exact)
+         --space SPACE     latent, or weight: the same operator without the codec (latent)
+codec    --vae FILE|exact  a trained VAE; exact: untrained, LS-Merge = plain averaging (exact)
          --init random     instead: train the paper's VAE on the inputs first, in two stages
-         --save-vae FILE   keep it
-         --source-vae FILE a second VAE, for the sources' architecture
+         --save-vae FILE   keep it;  --source-vae FILE  a second VAE, for the sources' architecture
          --max-nmse X      refuse a codec whose round trip of a parent is worse (0.001)
          --roundtrip       encode and decode the target only
 output   -o, --output PATH the result (merged.safetensors; merged/ if TARGET is a folder)
          --dry-run         print the plan, write nothing
-         --report FILE     JSON report
-         --force           overwrite an existing output, never an input
-machine  --device NAME     auto, cpu, cuda (auto)
-         --dtype NAME      float32, bfloat16: the codec's arithmetic (float32)
-         --seed S, --quiet seed of all noise (0); no progress bars
+         --report FILE     JSON report;  --force  overwrite an existing output, never an input
+machine  --device NAME     auto, cpu, cuda (auto);   --dtype NAME  float32, bfloat16 (float32)
+         --seed S          of all noise (0);         --quiet       no progress bars
 
-The run, straight down (`main`): open the parents; plan who meets whom (paper: Algorithm 1, line 1); get a
-codec; check that it can carry these weights; write what `ls_merge` yields, tensor by tensor; report.
+Refused are flags that would change nothing:
+         without SOURCE    --lam --align --control --source-vae --operator --base --space
+         with --roundtrip  --samples (it takes the mean)
+         with --space weight  --vae --init --save-vae --source-vae --max-nmse --roundtrip --samples
+         with --space weight  --align --epsilon --control --residual --device --dtype
+         with slerp        --align --control --samples (it takes codes as they are)
+         with soup         --lam
+         with --dry-run    --report
+         with --init       --vae --source-vae (it trains one for all)
+         with --residual   --max-nmse
+         without --init    --save-vae
+         without sinkhorn  --epsilon
+         without task-arithmetic  --base
+
+The run, straight down (`main`): open the parents; plan who meets whom (paper: Algorithm 1, line 1);
+get a codec; check that it can carry these weights; write what `ls_merge` yields; report.
 """
 if __name__ == "__main__":      # Ctrl-C during the imports: end without a traceback
     import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)
-import argparse, contextlib, json, math, os, shutil, sys, time
+import contextlib, glob, json, math, os, re, shutil, sys, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -49,17 +60,16 @@ from tqdm import tqdm
 
 import align as ot
 import lsmerge as ls
-from chunking import (STOP, Checkpoint, CheckpointError, Output, Parser, Place, check_output, command,
-                      create, is_selected, measure, need, place, read_json, spans)
-from lsmerge import Alignment, Codec, Parent, Transport, bring, ls_merge
-from train import (Schedule, add_common_arguments, describe_stage, gather, pick_device, rank_and_size,
-                   save_vae, train_vae)
+from chunking import (STOP, Checkpoint, Output, check_output, command, create, is_selected, measure,
+                      need, place, spans)
+from train import (Schedule, describe_stage, gather, pick_device, rank_and_size, save_vae,
+                   start_parser, train_vae)
 from vae import VAEConfig
 
 VERSION = "2.0"
-SAMPLES = 8             # draws of a self-merge
+SAMPLES = 8             # draws of a self-merge: their noise shrinks by sqrt(8)
 MAX_NMSE = 1e-3         # a relative error of 3 %; beyond it a language model's loss is seen to rise
-GATE_WEIGHTS = 1 << 16  # of a tensor, in windows evenly spread: the gate then takes seconds
+GATE_WEIGHTS = 1 << 16  # of a tensor, in windows evenly spread: the gate takes seconds
 WORKERS = 16            # threads at most: each holds a piece of every parent
 
 
@@ -73,8 +83,7 @@ class Task:
     action: str             # "encoded", "averaged" (the same operator on the weights), "copied"
     partners: tuple = ()    # (index of the source, name there)
     slots: tuple = ()       # statistics: the target's, then one per partner
-    common: int = 0         # averaged: so many leading elements (rows that both vocabularies have)
-    why: str = ""           # of a tensor that is not encoded
+    why: str = ""           # if it is copied
 
     @property
     def indices(self):      # of the parents: 0 the target, i the i-th source
@@ -82,109 +91,58 @@ class Task:
 
 
 def selected(checkpoint, pattern):
-    return [entry.name for entry in checkpoint.entries.values() if is_selected(entry, pattern)]
+    """{name: shape} of the tensors to encode."""
+    return {e.name: e.shape for e in checkpoint.entries.values() if is_selected(e, pattern)}
 
 
-def aliases(target, source, encoded):
-    """{name in the target: name in the source}: the same, but for a leading part ('model.' and '', or
-    a wrapper's prefix) where the encoded names differ in that and nothing else."""
-    mine = theirs = ""
-    for other in source.entries if encoded[0] not in source.entries else ():
-        tail = os.path.commonprefix([encoded[0][::-1], other[::-1]])[::-1]
-        old, new = encoded[0].removesuffix(tail), other.removesuffix(tail)
-        if all(n.startswith(old) and new + n[len(old):] in source.entries for n in encoded):
-            mine, theirs = old, new
-    return {n: theirs + n[len(mine):] if n.startswith(mine) else n for n in target.entries}
-
-
-def pair_names(source, encoded, pattern, by="depth"):
-    """The same across shapes: layers by proportional depth, roles with their like. A role that stands
-    twice in a layer has no partner."""
-    groups = {}, {}
-    for group, names in zip(groups, (encoded, selected(source, pattern))):
-        for name in names:
-            group.setdefault(place(name), []).append(name)
-    mine, theirs = groups
-    layers = [sorted({where.layer for where in group} - {None}) for group in groups]
-    partner, pairs = {None: None}, {}
-    if all(layers):
-        found = ot.pair_layers(len(layers[1]), len(layers[0]), by)
-        partner |= {here: layers[1][j] for here, j in zip(layers[0], found) if j is not None}
-    for where, names in mine.items():
-        known = where.layer in partner
-        match = theirs.get(Place(partner[where.layer], where.role), []) if known else []
-        if len(names) == len(match) == 1:
-            pairs[names[0]] = match[0]
-    return pairs
-
-
-def common_part(mine, theirs):
-    """Leading elements that two tensors share: all, or the common rows of two vocabularies, or 0."""
-    if theirs is None or not theirs.is_float or len(mine.shape) != len(theirs.shape):
-        return 0
-    words = place(mine.name).role in ("embed", "head") and mine.shape[1:] == theirs.shape[1:]
-    return min(mine.numel, theirs.numel) if words or mine.shape == theirs.shape else 0
-
-
-def rest_task(task, target, sources, names):
-    """A tensor that is not encoded, in a run of equal shapes: averaged as far as all parents go."""
-    entry, partners, shares = target.entries[task.name], [], []
-    for i, source in enumerate(sources):
-        other = names[i][task.name]
-        embeds = [n for n in source.entries if place(n) == Place(None, "embed")]
-        if other not in source.entries and embeds and place(task.name) == Place(None, "head"):
-            # A source without a head is tied: its largest embedding is its head.
-            other = max(embeds, key=lambda n: source.entries[n].numel)
-        partners.append((i, other))
-        shares.append(common_part(entry, source.entries.get(other)))
-    if not all(shares):
-        lacking = ", ".join(source.path for source, share in zip(sources, shares) if not share)
-        return replace(task, why=f"missing or of another shape in {lacking}")
-    why = f"averaged in the first {min(shares):,} of {entry.numel:,} weights, which all have"
-    return replace(task, action="averaged", partners=tuple(partners), common=min(shares),
-                   why=why if min(shares) < entry.numel else "")
+def same_name(name, source):
+    """A tensor's name in another model: equal, or with a leading part ('model.') more or less."""
+    found = [n for n in source.entries if n.endswith("." + name) or name.endswith("." + n)]
+    return name if name in source.entries else found[0] if len(found) == 1 else None
 
 
 def plan_merge(target, sources, pattern=None, align="auto", by="depth", control=None):
     """(kind, method, [Task, ...] in the target's natural order).
 
-    kind: "cross-shape" if an encoded tensor of any parent differs in shape or is missing in another.
-    What is not encoded is averaged where shapes are equal, nothing is aligned and no pattern was given;
-    else it is the target's. (Under a null control too: a norm averaged with the source's would bring
-    in what the control is there to keep out.)
+    kind: "cross-shape" if an encoded tensor of a parent differs in shape or is missing in another.
+    What is not encoded is averaged where shapes are equal, nothing is aligned and no pattern was
+    given; else it is the target's. (Under a null control too: a norm averaged with the source's
+    would bring in what the control is there to keep out.)
     """
     encoded = selected(target, pattern)
     need(encoded, target.path, "no tensor is selected", "give --select a pattern that matches")
-    names = [aliases(target, source, encoded) for source in sources]
-    shapes = {n: target.entries[n].shape for n in encoded}
-    same = all({found[n]: shape for n, shape in shapes.items()}
-               == {n: source.entries[n].shape for n in selected(source, pattern)}
+    names = [{n: same_name(n, source) for n in target.entries} for source in sources]
+    same = all({found[n]: shape for n, shape in encoded.items()} == selected(source, pattern)
                for source, found in zip(sources, names))
     kind = "self" if not sources else "same-shape" if same else "cross-shape"
     method = align if align != "auto" else "gaussian" if kind == "cross-shape" else "none"
-    pairs = names if same else [pair_names(source, encoded, pattern, by) for source in sources]
+    if not same:        # layers by proportional depth, roles with their like
+        mine = {name: place(name) for name in encoded}
+        theirs = [{name: place(name) for name in selected(source, pattern)} for source in sources]
+    pairs = names if same else [ot.pair_places(mine, found, by) for found in theirs]
     for source, found in zip(sources, pairs):
         need(found, source.path, "no tensor pairs with one of the target by layer and role",
              "names are unknown or ambiguous: see chunking.ROLES, or narrow --select")
     average = kind == "same-shape" and method == "none" and not control and pattern is None
     tasks = []
     for number, (name, entry) in enumerate(target.entries.items()):
-        task = Task(name, number, entry.numel, "copied", why="copied, not encoded")
-        partners = tuple((i, found[name]) for i, found in enumerate(pairs) if name in found)
-        if name in shapes and (partners or not sources):
-            task = replace(task, action="encoded", partners=partners, why="")
-        elif name in shapes:
-            task = replace(task, why=f"copied, no source has one partner of role {place(name).role}")
-        elif average and entry.is_float:
-            task = rest_task(task, target, sources, names)
-        tasks.append(task)
+        partners = tuple((i, found[name]) for i, found in enumerate(pairs) if found.get(name))
+        kinds = [(sources[i].entries[n].shape, sources[i].entries[n].is_float) for i, n in partners]
+        action, why = "copied", "no such float in every source" if average else "not encoded"
+        if name in encoded:
+            merged = bool(partners) or not sources
+            action, why = "encoded" if merged else "copied", "no source has one partner of its role"
+        elif average and kinds == [(entry.shape, True)] * len(sources):
+            action = "averaged"
+        partners = partners if action != "copied" else ()
+        tasks.append(Task(name, number, entry.numel, action, partners, why=why))
     return kind, method, tasks
 
 
 def measure_task(target, sources, task):
-    """The task with its statistics. Every float that enters the result is read once here, so that NaN
-    and Inf are refused before any work. Equal shapes share the target's statistics: with an exact codec
-    the merge is then exactly weight interpolation."""
+    """The task with its statistics. Every float that enters the result is read once here, so that
+    NaN and Inf are refused before any work. Equal shapes share the target's statistics: with an
+    exact codec the merge is then exactly weight interpolation."""
     slots = [measure(target, task.name)] if target.entries[task.name].is_float else []
     for index, name in task.partners:
         own = measure(sources[index], name)
@@ -194,36 +152,32 @@ def measure_task(target, sources, task):
     return replace(task, slots=tuple(slots))
 
 
-def measure_slots(tasks, target, sources): return [measure_task(target, sources, t) for t in tasks]
-
-
 # --- The run: what the command line and the files have decided ------------------------------------
 @dataclass(frozen=True)
 class Run:
+    a: object               # the command line
     target: Checkpoint
     sources: list           # the base of a task arithmetic stands last
     kind: str
     tasks: list
     lam: list               # one per source proper
-    operator: str
-    space: str
-    how: Alignment
-    residual: bool
+    how: ls.Alignment
     samples: int
-    seed: int
-    quiet: bool
 
-    def weights(self, task):
-        """The parents' c_i; a source without a partner leaves its share to the target."""
-        if self.operator == "task-arithmetic":
+    def weights(self, task, pairs=None):
+        """The parents' c_i; a source without a partner leaves its share to the target. pairs: an
+        iterator over the two vectors' pieces, read only by slerp."""
+        if self.a.operator == "task-arithmetic" and task.partners:
             return ls.task_weights(self.lam)
+        if pairs and self.a.operator == "slerp" and task.action == "encoded":
+            return ls.slerp_weights(self.lam[0], *ls.inner(pairs))
         return ls.convex_weights([self.lam[index] for index, _ in task.partners])
 
-    def on_weights(self, task):
-        """Whether the weights themselves are combined (or copied): nothing to encode, no codec wanted,
-        or only the target is left and all that the codec loses comes back."""
-        alone = not any(self.weights(task)[1:]) and self.residual and not self.samples
-        return task.action != "encoded" or self.space == "weight" or alone
+    def in_weights(self, task):
+        """Whether the weights themselves are combined (or copied): nothing to encode, no codec
+        wanted, or only the target is left and all that the codec loses comes back."""
+        alone = not any(self.weights(task)[1:]) and self.a.residual and not self.samples
+        return task.action != "encoded" or self.a.space == "weight" or alone
 
     def readers(self, task):
         """How to read the tensor of the target, and its partners."""
@@ -232,14 +186,14 @@ class Run:
 
     def parents(self, task, codecs):
         """The same as Parents. Noise is seeded by run, tensor and parent."""
-        return [Parent(read, slot, codecs[min(k, len(codecs) - 1)], self.samples, (self.seed, task.number, k))
+        return [ls.Parent(read, slot, codecs[k > 0], self.samples, (self.a.seed, task.number, k))
                 for read, slot, k in zip(self.readers(task), task.slots, task.indices)]
 
 
 def spread(work, run, label):
-    """[work(task) for every task], the largest first: split over the processes of a torchrun, and in
-    each one thread per core with a tensor of its own. Reading, computing and writing overlap, and no
-    core waits for another after each small product. (The bytes do not depend on the threads.)"""
+    """[work(task) for every task], the largest first: split over the processes of a torchrun, in
+    each one thread per core with a tensor of its own. Reading, computing and writing overlap, and
+    no core waits for another after each small product. (Bytes do not depend on the threads.)"""
     rank, size = rank_and_size()
     order = sorted(range(len(run.tasks)), key=lambda n: -run.tasks[n].numel)[rank::size]
     threads, found = torch.get_num_threads(), {}
@@ -247,17 +201,15 @@ def spread(work, run, label):
     count = 1 if run.how.method == "sinkhorn" else min(threads, WORKERS)
     torch.set_num_threads(threads // count)
     pool = ThreadPoolExecutor(count)
-    try:
-        with tqdm(total=sum(run.tasks[n].numel for n in order), desc=label, unit="weights", leave=False,
-                  unit_scale=True, disable=run.quiet or bool(rank) or None) as bar:
-            for n, result in zip(order, pool.map(work, [run.tasks[n] for n in order])):
-                found[n] = result
-                bar.update(run.tasks[n].numel)
+    try:        # results in order, whichever ends first
+        results = pool.map(work, [run.tasks[n] for n in order])
+        for n in tqdm(order, desc=label, unit="tensor", leave=False, disable=run.a.quiet or None):
+            found[n] = next(results)
     except BaseException:
-        STOP.set()
+        STOP.set()          # threads that read notice it
         raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)      # waits for those that run
         torch.set_num_threads(threads)
         STOP.clear()
     found = {n: result for part in gather(found) for n, result in part.items()}
@@ -265,120 +217,101 @@ def spread(work, run, label):
 
 
 # --- The codec, and whether it can carry these weights --------------------------------------------
-def load_codecs(a):
-    """[the target's Codec, and the sources' if it is another], from files. First of all: a wrong file
-    is noticed before any weight is read."""
-    device, paths = pick_device(a.device), [path for path in (a.vae, a.source_vae) if path]
-    return [Codec.load(path, device, getattr(torch, a.dtype)) for path in paths]
-
-
-def train_codecs(a, run):
-    """--init random: the paper's VAE, trained on the inputs."""
-    size, device = rank_and_size()[1], pick_device(a.device)
-    schedule = Schedule(seed=a.seed, device=device, dtype=a.dtype, quiet=a.quiet,
-                        batch=-(-Schedule.batch // size) * size)
+def get_codecs(a, run=None):
+    """[the target's Codec, the sources']. From files, first of all: a wrong one is noticed at once;
+    with --init random, once the run is known, the paper's VAE trained on the inputs."""
+    device, dtype = pick_device(a.device), getattr(torch, a.dtype)
+    if run is None:
+        paths = [a.vae, a.source_vae or a.vae] if a.vae else []
+        return [ls.Codec.load(path, device, dtype) for path in paths]
+    schedule = Schedule(seed=a.seed, device=device, dtype=a.dtype, quiet=a.quiet)
     parents = training_parents(run.target, run.sources, run.tasks)
     vae, stages = train_vae(parents, VAEConfig(init="random"), schedule)
     print(*map(describe_stage, stages), sep="\n")
-    if stages[-1]["ended"] == "interrupted":
+    if stages[-1]["ended"] == "interrupted":        # Ctrl-C: no merge with half a codec
         raise KeyboardInterrupt
     if a.save_vae and rank_and_size()[0] == 0:
         save_vae(a.save_vae, vae, stages)
-    return [Codec(vae, device, getattr(torch, a.dtype))]
+    return [ls.Codec(vae, device, dtype)] * 2
 
 
 def training_parents(target, sources, tasks):
     """[(checkpoint, slots of its encoded tensors)], as `train_vae` takes them."""
     slots = [{} for _ in (target, *sources)]
-    for task in tasks if tasks else []:
-        if task.action == "encoded":
-            for k, slot in zip(task.indices, task.slots):
-                slots[k][slot.name] = slot
-    return [(model, list(found.values())) for model, found in zip((target, *sources), slots)]
+    for task in tasks:
+        for k, slot in zip(task.indices, task.slots if task.action == "encoded" else ()):
+            slots[k][slot.name] = slot
+    return [(model, [*found.values()]) for model, found in zip((target, *sources), slots)]
 
 
 def round_trip(run, codecs, task):
     """NMSE of D(E(w)) of each parent of an encoded tensor, on GATE_WEIGHTS of it."""
     errors = []
-    for parent in run.parents(task, codecs) if task.action == "encoded" else []:
-        width, numel = parent.codec.C * parent.codec.T, parent.slot.numel
-        starts = range(0, numel, width * max(1, numel // GATE_WEIGHTS))
+    for parent in run.parents(task, codecs) if task.action == "encoded" else ():
+        slot, codec, width = parent.slot, parent.codec, parent.codec.C * parent.codec.T
+        starts = range(0, slot.numel, width * max(1, slot.numel // GATE_WEIGHTS))
         flat_L = torch.cat([parent.read(start, start + width) for start in starts])
-        z_NZ = parent.codec.encode(flat_L, parent.slot)
-        apart_L = parent.codec.decode(z_NZ, parent.slot, len(flat_L)) - flat_L.to(z_NZ.device).float()
-        errors.append((apart_L.double() / parent.slot.scale).square().mean().item())
+        decoded_L = codec.decode(codec.encode(flat_L, slot), slot, len(flat_L))
+        apart_L = (decoded_L.cpu() - flat_L.float()).double() / slot.scale
+        errors.append(apart_L.square().mean().item())
     return errors
 
 
 def check_codec(run, codecs, bound):
-    """(gates, round trip) of the report. A parent's NMSE is the mean over its encoded weights; a codec
-    that loses more than the bound is refused, before anything is merged. With --residual no parent that
-    enters unaligned can be broken by the codec: its error comes back."""
-    found = spread(partial(round_trip, run, codecs), run, "check the codec")
-    sums, weights, worst, gates = Counter(), Counter(), {"name": None, "nmse": None}, []
-    for task, errors in zip(run.tasks, found):
+    """(gates, round trip) for the report. A parent's NMSE is the mean over its encoded weights; a
+    codec that loses more than the bound is refused before anything is merged. With --residual what
+    is lost of a parent that enters unaligned comes back: it needs no gate."""
+    sums, weights, worst, gates = Counter(), Counter(), {"name": None, "nmse": -1.0}, []
+    for task, errors in zip(run.tasks, spread(partial(round_trip, run, codecs), run, "check")):
         for k, slot, nmse in zip(task.indices, task.slots, errors):
             sums[k], weights[k] = sums[k] + nmse * slot.numel, weights[k] + slot.numel
-            if not nmse <= (worst["nmse"] or -1):
+            if not nmse <= worst["nmse"]:           # a NaN is the worst
                 worst = {"name": slot.name, "nmse": nmse}
     names = ["target", *(f"source {i + 1}" for i in range(len(run.lam))), "base"]
-    for k in sorted(sums) if not (run.residual and run.how == Alignment(epsilon=run.how.epsilon)) else []:
-        nmse = sums[k] / weights[k]
-        gates.append({"name": f"round trip of {names[k]}", "passed": True, "value": nmse, "bound": bound})
-        need(nmse <= bound, f"round trip of {names[k]}", f"this codec loses {nmse:.1%} of the variance (NMSE "
-             f"{nmse:.3g} > {bound:g}); nothing was merged", "use --vae exact, a VAE trained for longer or at "
-             "a lower ratio, --residual, or raise --max-nmse", worst["name"])
-    return gates, {"nmse": sums[0] / weights[0] if weights else None, "worst": worst}
+    unaligned = run.kind != "cross-shape" and run.how.method == "none" and not run.how.control
+    free = run.a.residual and (unaligned or not any(run.lam))
+    for k in sorted(weights) if not free else ():
+        nmse, name = sums[k] / weights[k], f"round trip of {names[k]}"
+        need(nmse <= bound or k == 0 and run.a.residual, name, f"the codec loses {nmse:.1%} of the "
+             f"variance (NMSE {nmse:.3g} > {bound:g}); nothing was merged", "--vae exact, a VAE "
+             "trained for longer or at a lower ratio, or raise --max-nmse", worst["name"])
+        gates.append({"name": name, "passed": True, "value": nmse, "bound": bound})
+    return gates, {"nmse": sums[0] / weights[0], "worst": worst}
 
 
 # --- The merge ------------------------------------------------------------------------------------
-def combine_weights(readers, weights, task, entry):
-    """The operator on raw weights: a stream of pieces like `ls_merge`'s. Copies what is copied."""
-    common = task.common if task.action == "averaged" else entry.numel
-    wide = torch.promote_types(entry.dtype, torch.float32)
-    rest = [(common + i, common + j) for i, j in spans(entry.numel - common)]
-    for start, stop in [*spans(common), *rest] if common < entry.numel else spans(common):
-        alone = not any(weights[1:]) or start >= common > 0
-        raw = [read(start, stop) for read in (readers[:1] if alone else readers)]
-        yield start, raw[0] if alone else ls.cast(ls.combine([w.to(wide) for w in raw], weights), entry)
-
-
 def merge_tensor(run, codecs, output, task):
     """Merge one tensor into the output. Returns (sums of squares, records of its transports)."""
     entry, readers, transports = run.target.entries[task.name], run.readers(task), []
-    weights = plain = run.weights(task)         # plain: the c_i of the same operator on raw weights
+    # The c_i of the operator on raw weights: for the baseline, and for the distance to it.
+    plain = run.weights(task, ([read(*span) for read in readers] for span in spans(task.numel)))
     squares = Counter()
-    if run.operator == "slerp" and task.action == "encoded":
-        plain = ls.slerp_weights(weights[1], *ls.inner([read(*s) for read in readers] for s in spans(task.numel)))
-    if run.on_weights(task):
-        pieces = combine_weights(readers, plain, task, entry)
+    if run.in_weights(task):
+        pieces = ls.weight_merge(readers, plain, entry)     # the baseline, or a copy
     else:
-        target, *sources = run.parents(task, codecs)
-        if run.operator == "slerp":
-            codes = ([p.latents(*s) for p in (target, *sources)] for s in spans(target.N, target.step))
-            weights = ls.slerp_weights(weights[1], *ls.inner(codes))
-        aligned = [bring(target, source, run.how, (*source.seed, 1)) for source in sources]
-        transports = [source for source in aligned if isinstance(source, Transport)]
-        pieces = ls_merge(target, aligned, weights, run.residual)
-    try:
-        for start, piece in pieces:
-            output.put(task.name, start, piece.cpu())
-            if task.action == "encoded":
-                squares.update(distances(run, task, readers, plain, start, piece))
-    except ValueError as error:
-        raise error if isinstance(error, CheckpointError) else CheckpointError(
-            "alignment", str(error), "raise --epsilon", task.name) from None
+        target, *sources = parents = run.parents(task, codecs)
+        steps = spans(target.N, target.step)
+        codes = ([parent.latents(*step) for parent in parents] for step in steps)
+        weights = run.weights(task, codes)
+        aligned = [ls.bring(target, source, run.how, (*source.seed, 1)) for source in sources]
+        # Only a transport has something to tell; a source of the target's shape goes as it is.
+        transports = [source for source in aligned if isinstance(source, ls.Transport)]
+        pieces = ls.ls_merge(target, aligned, weights, run.a.residual)
+    for start, piece in pieces:
+        output.put(task.name, start, piece.cpu())
+        if task.action == "encoded":
+            squares.update(distances(run, task, readers, plain, start, piece))
     return squares, [{"source": t.source.seed[-1], **t.record()} for t in transports]
 
 
 def distances(run, task, readers, plain, start, piece):
-    """Squared distances of a merged piece to the parents of its shape (read again, from the system's
-    file cache) and to what the operator gives on raw weights; and the square of the target."""
-    merged_L = piece.float()
+    """Squared distances of a merged piece to the parents of its shape (read again, from the file
+    cache) and to what the operator gives on raw weights; and the square of the target."""
+    merged_L, shape = piece.float(), task.slots[0].shape
     raw = {k: read(start, start + len(piece)).to(piece.device).float()
-           for k, slot, read in zip(task.indices, task.slots, readers) if slot.shape == task.slots[0].shape}
+           for k, slot, read in zip(task.indices, task.slots, readers) if slot.shape == shape}
     apart = {"norm": raw[0], **{k: merged_L - other for k, other in raw.items()}}
-    if run.kind == "same-shape" and run.space == "latent":
+    if run.kind == "same-shape" and run.a.space == "latent":
         apart["average"] = merged_L - ls.combine([*raw.values()], plain).to(piece.dtype).float()
     return {key: part.double().dot(part.double()).item() for key, part in apart.items()}
 
@@ -387,252 +320,220 @@ def distances(run, task, readers, plain, start, piece):
 def base_name(path): return os.path.basename(os.path.normpath(path))
 
 
-def make_report(a, run, codecs, gates, trip, results, seconds):
-    """The JSON report. Distances are Frobenius norms over the encoded tensors, over the target's norm;
+def make_report(run, codecs, gates, trip, results, clock):
+    """The JSON report. Distances are Frobenius norms over the encoded tensors, over the target's;
     null where undefined. No paths: they mean nothing elsewhere."""
-    squares, count = sum((found for found, _ in results), Counter()), Counter(t.action for t in run.tasks)
-    norm = squares.pop("norm", 0)
+    squares, a, count = Counter(), run.a, Counter(task.action for task in run.tasks)
+    for part, _ in results:
+        squares.update(part)
+    norm, lost = squares.pop("norm", 0), run.kind == "cross-shape"      # lost: no common shape
     far = {key: math.sqrt(value / norm) for key, value in squares.items() if norm}
-    encoded = sum(task.numel for task in run.tasks if task.action == "encoded")
-    average = 0.0 if run.space == "weight" else far.get("average")
+    average = 0.0 if a.space == "weight" else far.get("average")        # itself
     return {
-        "version": VERSION, "inputs": [base_name(path) for path in a.models],
-        "output": base_name(a.output), "seed": run.seed, "samples": run.samples, "kind": run.kind,
-        "ratio": codecs[0].vae.config.true_ratio if codecs else None, "lambda": run.lam,
-        "operator": run.operator, "space": run.space, "align": run.how.method, "control": run.how.control,
-        "tensors": {**{action: count[action] for action in ("encoded", "averaged", "copied")},
-                    "total": len(run.tasks), "weights_encoded": encoded,
+        "version": VERSION, "inputs": [*map(base_name, a.models)], "output": base_name(a.output),
+        "seed": a.seed, "samples": run.samples, "kind": run.kind, "lambda": run.lam,
+        "ratio": codecs[0].vae.config.true_ratio if codecs else None, "operator": a.operator,
+        "space": a.space, "align": run.how.method, "control": run.how.control,
+        "tensors": {"encoded": count["encoded"], "averaged": count["averaged"],
+                    "copied": count["copied"], "total": len(run.tasks),
+                    "weights_encoded": sum(t.numel for t in run.tasks if t.action == "encoded"),
                     "weights_total": sum(task.numel for task in run.tasks)},
-        "roundtrip": trip,
-        "distance": {"to_target": far.get(0), "to_average": average if run.kind == "same-shape" else None,
-                     "to_source": [far.get(i + 1) if run.kind != "cross-shape" else None
-                                   for i in range(len(run.lam))]},
+        "roundtrip": trip, "distance": {
+            "to_target": far.get(0), "to_average": average if run.kind == "same-shape" else None,
+            "to_source": [None if lost else far.get(i + 1) for i in range(len(run.lam))]},
         "alignment": [record for _, records in results for record in records], "kinship": None,
-        "gates": gates, "seconds": {key: round(value, 3) for key, value in seconds.items()}}
+        "gates": gates, "seconds": {stage: round(stop - start, 3) for stage, start, stop in zip(
+            ("read and check", "codec", "merge and write"), clock, clock[1:])}}
 
 
 def print_report(report, run):
     """For people: what was done, and what it means."""
-    tensors, d, lam = report["tensors"], report["distance"], ", ".join(f"{v:g}" for v in run.lam) or "-"
-    print(f"{report['kind']}: {report['operator']} in {report['space']} space, lambda {lam}, align "
-          f"{report['align']}, control {report['control'] or 'none'}, r = {report['ratio'] or '-'}")
-    print(f"tensors: {tensors['encoded']} encoded + {tensors['averaged']} averaged + {tensors['copied']} copied "
-          f"= {tensors['total']}; encoded: {tensors['weights_encoded']:,} of {tensors['weights_total']:,} weights")
-    for why in dict.fromkeys(task.why for task in run.tasks if task.why):
-        names = [task.name for task in run.tasks if task.why == why]
-        print(f"  {why}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}")
-    far = {"the target": d["to_target"], "the plain average": d["to_average"],
-           **{f"source {i + 1}": value for i, value in enumerate(d["to_source"])}}
+    far, lam = report["distance"], ", ".join(f"{value:g}" for value in run.lam) or "-"
+    print("{kind}: {operator} in {space} space, align {align}, control {control}, r = {ratio}, "
+          "lambda {lam}".format(lam=lam, **report))
+    print("tensors: {encoded} encoded + {averaged} averaged + {copied} copied = {total}; encoded: "
+          "{weights_encoded:,} of {weights_total:,} weights".format(**report["tensors"]))
+    copied = [task for task in run.tasks if task.action == "copied"]
+    for why in {task.why: 0 for task in copied}:
+        names = [task.name for task in copied if task.why == why]
+        print(f"  copied, {why}: {len(names)}, the first is {names[0]}")
+    names = "the target", "the plain average", *(f"source {i + 1}" for i in range(len(run.lam)))
+    shown = zip(names, (far["to_target"], far["to_average"], *far["to_source"]))
     print("distance, over the target's norm:", ", ".join(
-        f"{value:.4f} to {name}" for name, value in far.items() if value is not None))
+        f"{value:.4f} to {name}" for name, value in shown if value is not None))
     if run.kind == "self" and run.samples:
-        print(f"self-merging: the mean of {run.samples} draws from the posterior, which move the weights by "
-              f"{d['to_target'] or 0:.2%} of their norm")
-    for key in ("cost_before", "cost_after", "std_ratio", "n_over_d") if report["alignment"] else ():
+        print(f"self-merging: the mean of K = {run.samples} draws from the posterior: the distance")
+    for key in ("cost_before", "cost_after", "std_ratio") if report["alignment"] else ():
         values = sorted(record[key] for record in report["alignment"])
-        print(f"alignment: {key} {values[len(values) // 2]:.3g} [{values[0]:.3g}, {values[-1]:.3g}]")
+        print(f"alignment, {key}: {values[0]:.3g} to {values[-1]:.3g}")
     for gate in report["gates"]:
-        print(f"gate passed: {gate['name']}: NMSE {gate['value']:.2e} (bound {gate['bound']:.0e})")
-    print("seconds:", ", ".join(f"{stage} {value:.1f}" for stage, value in report["seconds"].items()))
+        print("gate passed: {name}: NMSE {value:.2e} (bound {bound:.0e})".format(**gate))
+    print("seconds:", ", ".join(f"{key} {value:.1f}" for key, value in report["seconds"].items()))
 
 
 def recipe(run):
-    """What the result says of itself in its header. No time, no path: equal runs give equal bytes."""
-    facts = {"version": VERSION, "operator": run.operator, "space": run.space, "align": run.how.method,
-             "control": run.how.control, "lambda": ", ".join(f"{v:g}" for v in run.lam), "seed": run.seed,
-             "samples": run.samples, "residual": "yes" if run.residual else None}
+    """What the result's header says. No time, no path: equal runs give equal bytes."""
+    facts = {"version": VERSION, "operator": run.a.operator, "space": run.a.space,
+             "align": run.how.method, "control": run.how.control, "seed": run.a.seed,
+             "lambda": ", ".join(f"{v:g}" for v in run.lam), "samples": run.samples,
+             "residual": "yes" if run.a.residual else None}
     return {f"lsmerge.{key}": str(value) for key, value in facts.items() if value not in (None, "")}
 
 
-def model_card(a, run, gates):
+def model_card(run, gates):
     """README.md of a result folder, in the Hub's format."""
-    names = [base_name(path) for path in [*a.models, *filter(None, [a.base])]]
+    names = [base_name(path) for path in [*run.a.models, *filter(None, [run.a.base])]]
     rows = [f"| {key[8:]} | {value} |" for key, value in recipe(run).items()]
     rows += [f"| {gate['name']} | NMSE {gate['value']:.1e} |" for gate in gates]
-    lines = ["---", "base_model:", *(f"- {json.dumps(name)}" for name in names), "tags:", "- merge",
-             "- lsmerge", "---", "", f"# {base_name(a.output)}", "",
-             f"{', '.join(names)}, merged with LS-Merge. Names, shapes, dtypes, tokenizer and configuration "
-             f"are those of {names[0]}.", "", "| | |", "|---|---|", *rows, ""]
-    return "\n".join(lines)
+    head = ["---", "base_model:", *(f"- {json.dumps(name)}" for name in names), "tags:", "- merge",
+            "- lsmerge", "---", "", f"# {base_name(run.a.output)}", "",
+            f"{', '.join(names)}, merged with LS-Merge; configuration and tokenizer of the first."]
+    return "\n".join([*head, "", "| | |", "|---|---|", *rows, ""])
 
 
-def print_notes(run, folder):
-    left = [name for name in sorted(os.listdir(folder)) if name.startswith(".lsmerge-")]
-    if left:
-        print(f"note: {folder} holds {', '.join(left)} of an unfinished run: delete what no run needs")
-    if run.kind == "cross-shape":
-        print("note: a merge across shapes: unrelated models have nothing to give each other (README)")
-
-
-def print_plan(a, run):
+def print_plan(run):
     """--dry-run: who meets whom, and how much is written."""
     for task in run.tasks:
-        if task.action == "encoded":
-            partners = [f" <- {run.sources[i].path}: {name}" for i, name in task.partners]
-            print(f"  {task.name} {list(run.target.entries[task.name].shape)}{''.join(partners)}")
-    count = Counter(task.action for task in run.tasks)
+        partners = "".join(f" <- {run.sources[i].path}: {name}" for i, name in task.partners)
+        print(f"  {task.name} {list(run.target.entries[task.name].shape)}: {task.action}{partners}")
     size = sum(e.numel * e.dtype.itemsize for e in run.target.entries.values())
-    print(f"{run.kind}, align {run.how.method}: {count['encoded']} encoded + {count['averaged']} averaged + "
-          f"{count['copied']} copied = {len(run.tasks)} tensors\noutput: {a.output}, {size:,} bytes of weights")
+    print(f"{run.kind}, align {run.how.method}; {run.a.output}: {size:,} bytes of weights")
 
 
 # --- The command line -----------------------------------------------------------------------------
 def parse(argv):
-    """The flags of the table above, which is also what --help prints."""
-    parser = Parser(prog="merge.py", usage=argparse.SUPPRESS, description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = partial(parser.add_argument, help=argparse.SUPPRESS)
-    add("models", nargs="+", metavar="MODEL")
-    for flag in ("--base", "--vae", "--save-vae", "--source-vae", "--report"):
-        add(flag)
-    for flag in ("--residual", "--roundtrip", "--dry-run"):
-        add(flag, action="store_true")
+    """The flags of the table above, which is what --help prints."""
+    parser, add = start_parser("merge.py", __doc__, "base vae save-vae source-vae report",
+                               "residual roundtrip dry-run")
+    add("models", nargs="+")
     add("-o", "--output")
     add("--lam", "--lambda")
     add("--operator", choices=("lerp", "slerp", "soup", "task-arithmetic"), default="lerp")
     add("--space", choices=("latent", "weight"), default="latent")
-    add("--samples", type=int)
-    add("--align", choices=("auto", *ot.ALIGNERS))
-    add("--epsilon", type=float)
+    add("--align", choices=("auto", *ot.ALIGNERS), default="auto")
     add("--control", choices=ot.CONTROLS)
     add("--init", choices=("random",))
-    add("--max-nmse", type=float)
-    add_common_arguments(add)
-    a = parser.parse_intermixed_args(argv)
+    for flag, kind in (("--samples", int), ("--epsilon", float), ("--max-nmse", float)):
+        add(flag, type=kind)
+    a = parser.parse_intermixed_args(argv)      # options and files in any order
     check_usage(a, parser)
-    if a.space == "latent" and not a.init:
-        a.vae = a.vae or "exact"
+    a.vae = a.vae or ("exact" if a.space == "latent" and not a.init else None)
     return a
 
 
 def check_usage(a, parser):
     """What the command line alone decides; makes `lam` a number for each source."""
-    n, beyond = len(a.models) - 1, a.align not in (None, "auto", "none") or a.control or a.samples
-    given = {"--" + key.replace("_", "-") for key, value in vars(a).items()
-             if value not in (None, False, parser.get_default(key))}
-    codec = given & {"--vae", "--init", "--save-vae", "--source-vae", "--align", "--epsilon", "--control",
-                     "--residual", "--roundtrip", "--max-nmse", "--samples", "--device", "--dtype"}
-    paired = given & {"--lam", "--align", "--control", "--source-vae", "--operator", "--space", "--base"}
-    for broken, what in (
-            (a.roundtrip and n, "--roundtrip takes the target alone"),
-            (not n and paired, f"there is no SOURCE: drop {', '.join(sorted(paired))}"),
-            (a.roundtrip and a.samples, "--roundtrip draws no samples: drop one of them"),
-            (not 0 <= (a.samples or 0) <= 4096, "--samples must lie between 0 and 4096"),
-            (a.operator == "slerp" and n != 1, "--operator slerp takes TARGET and one SOURCE"),
-            (a.operator == "slerp" and beyond, "--operator slerp takes posterior means that meet chunk by "
-             "chunk: drop --align, --control, --samples"),
-            (a.operator == "soup" and a.lam, "--operator soup weighs all parents alike: drop --lam"),
-            ((a.operator == "task-arithmetic") != bool(a.base), "--base goes with task-arithmetic"),
-            (a.dry_run and a.report, "--dry-run makes no report: drop --report"),
-            (a.space == "weight" and codec, f"--space weight uses no codec: drop {', '.join(sorted(codec))}"),
-            (a.vae and a.init, "--init trains a VAE, --vae brings one: drop one of them"),
-            (a.save_vae and not a.init, "--save-vae keeps a VAE trained here: it goes with --init"),
-            (a.source_vae and not a.vae, "--source-vae needs --vae for the target"),
-            (a.epsilon is not None and not (a.align == "sinkhorn" and 0 < a.epsilon < math.inf),
-             "--epsilon must be above 0 and goes with --align sinkhorn"),
-            (a.max_nmse is not None and not (0 < a.max_nmse < math.inf and not a.residual),
-             "--max-nmse must be above 0; --residual needs none")):
-        if broken:
-            parser.error(what)
+    n, lam = len(a.models) - 1, a.lam
+    given = {"--" + key.replace("_", "-"): value for key, value in vars(a).items()
+             if value not in (None, False, parser.get_default(key), "auto", "none")}
+    holds = {"without SOURCE": not n, "with --roundtrip": a.roundtrip, "with --init": a.init,
+             "with --space weight": a.space == "weight", "without --init": not a.init,
+             "with slerp": a.operator == "slerp", "with soup": a.operator == "soup",
+             "without task-arithmetic": a.operator != "task-arithmetic",
+             "without sinkhorn": a.align != "sinkhorn", "with --dry-run": a.dry_run,
+             "with --residual": a.residual}
+    for line in __doc__.split("change nothing:\n")[1].split("\n\n")[0].splitlines():
+        case, flags = re.split("  +", line.strip())     # the table above is the rule
+        useless = [flag for flag in flags.split() if flag in given]
+        if holds[case] and useless:
+            parser.error(f"{case} {useless[0]} would change nothing: drop it")
     try:
-        a.lam = [float(value) for value in a.lam.split(",")] if a.lam else []
-        a.lam = a.lam * n if len(a.lam) == 1 else a.lam
-        (ls.task_weights if a.base else ls.convex_weights)(a.lam)
+        a.lam = [float(value) for value in lam.split(",")] if lam is not None else []
+        a.lam = a.lam * n if len(a.lam) == 1 else a.lam         # one for all
+        (ls.task_weights if a.base else ls.convex_weights)(a.lam)       # in range?
     except ValueError as error:
         parser.error(f"--lam: {error}")
-    if len(a.lam) not in (0, n):
-        parser.error(f"--lam has {len(a.lam)} values for {n} sources: give one, or one each")
+    numbers = a.epsilon, a.max_nmse, None if a.samples is None else a.samples + 1, a.seed + 1
+    for holds, what in (
+            (len(a.lam) in (0, n), f"--lam has {len(a.lam)} values for {n} sources"),
+            (not a.roundtrip or n == 0, "--roundtrip takes the target alone"),
+            (a.operator != "slerp" or n == 1, "--operator slerp takes TARGET and one SOURCE"),
+            (a.operator != "task-arithmetic" or a.base, "--operator task-arithmetic needs --base"),
+            (all(number is None or 0 < number < 2 ** 32 for number in numbers),
+             "--samples and --seed must be 0 or more, --epsilon and --max-nmse above 0")):
+        if not holds:
+            parser.error(what)
 
 
 def companions(folder):
-    """Files of a model folder that go with the weights: configuration, tokenizer, templates, licence.
-    Not: weights in any format and their indexes, the state of a training, hidden files, the card."""
-    weights = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz",
-               ".index.json", ".tmp", ".lock")
-    state = ".", "optimizer", "scheduler", "rng_state", "trainer_state", "training_args", "events.out"
-    return [os.path.join(folder, name) for name in sorted(os.listdir(folder))
-            if not name.endswith(weights) and not name.startswith(state) and name != "README.md"
-            and os.path.isfile(os.path.join(folder, name))]
+    """Files of a model folder that go with the weights: configuration, tokenizer, code, licence."""
+    kept = r"^[^.].*\.(json|txt|model|jinja|py)$|^(LICEN[CS]E|NOTICE)"
+    lost = r"index\.json$|^(optimizer|scheduler|trainer_state|adapter_config)"
+    names = [n for n in sorted(os.listdir(folder)) if re.search(kept, n) and not re.search(lost, n)]
+    return [os.path.join(folder, n) for n in names if os.path.isfile(os.path.join(folder, n))]
 
 
-def open_run(a):
-    """The Run, and the files that go into a result folder (None: the result is a file). All that can
-    be refused without reading weights is refused here."""
-    target, *sources = models = [Checkpoint(path) for path in [*a.models, *filter(None, [a.base])]]
-    for config in [os.path.join(model.folder, "config.json") for model in models if model.folder]:
-        need(not os.path.isfile(config) or not read_json(config).get("quantization_config"), config,
-             "the model is quantised", "use the original 16- or 32-bit checkpoint")
+def open_run(a, codecs):
+    """(Run, files that go into a result folder; None: the result is a file). What can be refused
+    without reading weights is refused here."""
+    target, *sources = [Checkpoint(path) for path in [*a.models, *filter(None, [a.base])]]
     folder = target.folder if not (a.output or "").endswith(".safetensors") else None
     a.output = a.output or ("merged" if folder else "merged.safetensors")
     copies = companions(folder) if folder else None
     inside = {"model.safetensors", "README.md", *map(base_name, copies)} if folder else None
-    inputs = [file for model in models for file in model.files] + (copies or [])
-    inputs += [file for file in (a.vae, a.source_vae) if file and file != "exact"]
+    inputs = [file for model in (target, *sources) for file in model.files] + (copies or [])
+    inputs += [file for codec in codecs for file in codec.files]
     outputs = [path for path in (a.output, a.save_vae, a.report) if path and not a.dry_run]
-    for path in outputs:
-        check_output(path, inputs, a.force, inside if path == a.output else None)
-    need(len({*map(os.path.realpath, outputs)}) == len(outputs), a.output, "two outputs in one place",
-         "give each its own")
-    kind, method, tasks = plan_merge(target, sources, a.select, a.align or "auto", control=a.control)
-    equal = [flag for flag, is_given in (("--space weight", a.space == "weight"), ("task arithmetic", a.base),
-                                         ("slerp", a.operator == "slerp")) if is_given]
-    need(not equal or kind != "cross-shape", a.models[0], "encoded tensors of the models differ in shape or "
-         f"name, {' and '.join(equal)} needs equal ones", "choose another operator or another model")
-    need(not a.source_vae or kind == "cross-shape", a.source_vae, "equal shapes share one VAE",
+    for i, path in enumerate(outputs):          # none is an input, and none lies in another
+        check_output(path, inputs + outputs[:i], a.force, inside if path == a.output else None)
+    kind, method, tasks = plan_merge(target, sources, a.select, a.align, control=a.control)
+    equal = a.space == "weight" or a.base or a.operator == "slerp"
+    need(kind != "cross-shape" or not equal, target.path, "its encoded tensors and a source's "
+         "differ in shape or name", "drop --space weight, --base, slerp: they need equal ones")
+    need(kind == "cross-shape" or not a.source_vae, a.source_vae, "equal shapes share one VAE",
          "drop --source-vae")
     n = len(a.models) - 1
+    # lambda by default: see the table above
     share = 0.1 / n if kind == "cross-shape" and a.operator != "soup" else 1 / (n + 1)
     samples = a.samples if a.samples is not None else 0 if n or a.roundtrip else SAMPLES
-    how = Alignment(method, a.control, a.epsilon or ot.EPSILON)
-    return Run(target, sources, kind, tasks, a.lam or [share] * n, a.operator, a.space, how, a.residual, samples,
-               a.seed, a.quiet), copies
+    how = ls.Alignment(method, a.control, a.epsilon or ot.EPSILON)
+    return Run(a, target, sources, kind, tasks, a.lam or [share] * n, how, samples), copies
 
 
 @contextlib.contextmanager
-def open_output(a, run, copies, gates):
+def open_output(run, copies, gates):
     """The result, open for writing. Under torchrun the first process makes it, and all fill it."""
-    entries, header = run.target.entries.values(), recipe(run)
+    path, entries, header = run.a.output, run.target.entries.values(), recipe(run)
     if rank_and_size()[0]:
-        yield Output(gather(None)[0], entries, header)
+        yield Output(gather(None)[0], entries, header)      # the first process's file
         return
-    with create(a.output, entries, header, folder=copies is not None) as output:
-        gather(output.path)
+    with create(path, entries, header, folder=copies is not None) as output:
+        gather(output.path)             # the others wait for it
         folder = os.path.dirname(output.path)
         for file in copies or []:
             shutil.copyfile(file, os.path.join(folder, base_name(file)))
         if copies is not None:
             with open(os.path.join(folder, "README.md"), "w") as card:
-                card.write(model_card(a, run, gates))
+                card.write(model_card(run, gates))
         yield output
 
 
 def main(argv=None):
     a, clock = parse(argv), [time.perf_counter()]
-    codecs = load_codecs(a)
-    run, copies = open_run(a)
-    print_notes(run, os.path.dirname(os.path.realpath(a.output)))
+    codecs = get_codecs(a)
+    run, copies = open_run(a, codecs)
+    for left in glob.glob(os.path.join(glob.escape(os.path.dirname(a.output)), ".lsmerge-*")):
+        print(f"note: {left} is of an unfinished run: delete it if none is running")
+    if run.kind == "cross-shape":
+        print("note: across shapes nothing can be expected of models that are not related (README)")
     if a.dry_run:
-        return print_plan(a, run)
+        return print_plan(run)
     run = replace(run, tasks=spread(partial(measure_task, run.target, run.sources), run, "read"))
     clock.append(time.perf_counter())
-    codecs = train_codecs(a, run) if a.init else codecs
-    gates, trip = check_codec(run, codecs, a.max_nmse or MAX_NMSE) if codecs else ([], {"nmse": None})
+    codecs = get_codecs(a, run) if a.init else codecs
+    gates, trip = check_codec(run, codecs, a.max_nmse or MAX_NMSE) if codecs else ([], None)
     clock.append(time.perf_counter())
-    with open_output(a, run, copies, gates) as output:
+    with open_output(run, copies, gates) as output:         # appears whole, or not at all
         results = spread(partial(merge_tensor, run, codecs, output), run, "merge")
         output.written = [n for part in gather(output.written) for n in part]
-        for model in (run.target, *run.sources):
-            model.check_unchanged()
     clock.append(time.perf_counter())
-    seconds = dict(zip(("read and check", "codec", "merge"), (t - s for s, t in zip(clock, clock[1:]))))
-    report = make_report(a, run, codecs, gates, trip, results, seconds)
-    if rank_and_size()[0] == 0:
-        print_report(report, run)
-        if a.report:
-            with open(a.report + ".tmp", "w") as stream:
-                json.dump(report, stream, indent=1, allow_nan=False)
-            os.replace(a.report + ".tmp", a.report)
-        print(f"wrote {a.output}" + (f" and {len(copies)} companions of the target" if copies else ""))
+    report = make_report(run, codecs, gates, trip, results, clock)
+    print_report(report, run)
+    if a.report and rank_and_size()[0] == 0:
+        with open(a.report + ".tmp", "w") as stream:
+            json.dump(report, stream, indent=1, allow_nan=False)
+        os.replace(a.report + ".tmp", a.report)     # whole, or not at all
+    print(f"wrote {a.output}" + (f" and {len(copies)} companions of the target" if copies else ""))
 
 
 if __name__ == "__main__":
