@@ -16,13 +16,13 @@ largest tensor. Deliberately absent: pickles (they run code), memory maps (a fil
 under one kills the process), a table of architectures (names are enough).
 """
 import argparse, contextlib, json, math, os, re, secrets, shutil, signal, sys, threading
+from collections import namedtuple
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-PIECE = 1 << 18  # weights at a time: 1 MB in float32, so that a piece and its copies fit into a cache
+PIECE = 1 << 18     # weights at a time: 1 MB in float32, so that a piece fits into a core's cache
 
 
 # --- Names. Architecture knowledge is this table; a fork adds a line, not a branch. ---------------
@@ -30,26 +30,24 @@ PIECE = 1 << 18  # weights at a time: 1 MB in float32, so that a piece and its c
 # layers: in the whole name), the first match wins. Llama, BERT, GPT-2, GPT-NeoX, ViT, torch.nn.
 ROLES = [
     ("norm",    r"norm|(^|\.)ln_?\d|(^|\.)ln_f"),
-    ("router",  r"router|\bmlp\.gate$|block_sparse_moe\.gate$"),
-    ("qkv",     r"c_attn|qkv(_proj)?$|query_key_value|in_proj"),
-    ("q",       r"(q_proj|query|q_lin|wq|to_q)$"),
+    ("router",  r"router|\bmlp\.gate$|block_sparse_moe\.gate$"),       # mixtures of experts
+    ("qkv",     r"c_attn|qkv(_proj)?$|query_key_value|in_proj"),        # fused: GPT-2, NeoX
+    ("q",       r"(q_proj|query|q_lin|wq|to_q)$"),                      # Llama, BERT, T5, ...
     ("k",       r"(k_proj|key|k_lin|wk|to_k)$"),
     ("v",       r"(v_proj|value|v_lin|wv|to_v)$"),
     ("o",       r"(o_proj|out_proj|out_lin|wo|attention\.output\.dense|attn\.c_proj"
-                r"|attention\.dense|attn\.proj)$"),
-    ("gate_up", r"gate_up_proj$"),
+                r"|attention\.dense|attn\.proj)$"),                     # before down: output.dense
+    ("gate_up", r"gate_up_proj$"),                                      # fused: Phi-3
     ("gate",    r"(gate_proj|w1)$"),
     ("up",      r"(up_proj|w3|intermediate\.dense|c_fc|fc1|lin1|dense_h_to_4h)$"),
     ("down",    r"(down_proj|w2|output\.dense|mlp\.c_proj|fc2|lin2|dense_4h_to_h)$"),
-    ("embed",   r"embed|(^|\.)wte$|(^|\.)wpe$"),
+    ("embed",   r"embed|(^|\.)wte$|(^|\.)wpe$"),                        # words, positions, types
     ("head",    r"lm_head|(^|\.)score$|classifier|embed_out"),
 ]
 
 
-class Place(NamedTuple):
-    """Where a tensor sits in its model."""
-    layer: int | None       # None outside the numbered layers
-    role: str               # q, k, v, o, gate, up, down, norm, embed, head, ...
+# Where a tensor sits: its layer (None outside the numbered ones), and its role (q, k, v, o, ...).
+Place = namedtuple("Place", "layer role")
 
 
 def place(name):
@@ -81,9 +79,8 @@ def is_selected(entry, pattern=None):
     ours:  floats of two or more dimensions inside numbered layers: attention and MLP (paper: Table
            6); with a pattern, all floats of two or more dimensions whose name it finds. Norms and
            biases never are (paper: Sec. 3.2)."""
-    if not entry.is_float or len(entry.shape) < 2 or entry.numel == 0:
-        return False
-    return place(entry.name).layer is not None if pattern is None else bool(re.search(pattern, entry.name))
+    named = place(entry.name).layer is not None if not pattern else re.search(pattern, entry.name)
+    return bool(named) and entry.is_float and len(entry.shape) >= 2 and entry.numel > 0
 
 
 # --- Statistics: the record that makes chunks invertible ------------------------------------------
@@ -93,8 +90,8 @@ class Entry:
     name: str
     dtype: torch.dtype
     shape: tuple
-    file: str = ""
-    start: int = 0
+    file: str = ""          # named in every error
+    start: int = 0          # only where it comes from a file
 
     @property
     def numel(self): return math.prod(self.shape)       # L
@@ -131,17 +128,14 @@ def measure(checkpoint, name):
     for start, stop in spans(entry.numel):
         piece = checkpoint.read(name, start, stop).double()
         n, total = len(piece), piece.sum().item()
-        if not math.isfinite(total):        # one sum shows every NaN and Inf
-            wrong = (~piece.isfinite()).nonzero()[:, 0].tolist()
-            need(not wrong, entry.file, f"NaN or Inf at element {start + sum(wrong[:1])}",
-                 "repair or re-export the checkpoint", name)
+        need(math.isfinite(total), entry.file, f"NaN or Inf in elements {start} to {stop}",
+             "repair or re-export the checkpoint", name)      # one sum shows every NaN and Inf
         if n:
             piece, delta = piece.sub_(total / n), total / n - mean
             m2 += piece.dot(piece).item() + delta * delta * count * n / (count + n)
             mean, count = mean + delta * n / (count + n), count + n
     std = math.sqrt(m2 / count) if count else 0.0
-    need(math.isfinite(std) and std < 1e30 and abs(mean) < 1e30, entry.file,
-         "values too large for float32 arithmetic", "rescale the tensor", name)
+    need(std + abs(mean) < 1e30, entry.file, "too large for float32 arithmetic", "rescale it", name)
     # A spread of 1e-12 of the mean is the rounding of a constant tensor.
     scale = std if std > 1e-12 * abs(mean) else 1.0
     return TensorSlot(**vars(entry), mean=mean, scale=scale)
@@ -180,8 +174,7 @@ def to_windows(chunks_NC, real_NC, T):
     """T neighbouring chunks of ONE tensor form a window; the last is filled up with padding chunks.
     differs: the release concatenates all tensors and pads once; its windows straddle tensors."""
     N, C = chunks_NC.shape
-    if N % T:
-        fill = -N % T
+    if fill := -N % T:
         chunks_NC = torch.cat([chunks_NC, chunks_NC.new_zeros(fill, C)])
         real_NC = torch.cat([real_NC, real_NC.new_zeros(fill, real_NC.shape[1])])
     return chunks_NC.reshape(-1, T, C), real_NC.reshape(-1, T, real_NC.shape[1])
@@ -199,12 +192,9 @@ class CheckpointError(ValueError):
     """A file is not what it should be. One line: file, tensor, what is wrong, what to do."""
 
     def __init__(self, file, what, fix, tensor=None):
-        self.facts = file, what, fix, tensor
         where = f"{file}: " if tensor is None else f"{file}: tensor {tensor!r}: "
         line = f"{where}{what}; fix: {fix}"
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in line))
-
-    def __reduce__(self): return CheckpointError, self.facts        # it travels between processes
 
 
 AGAIN = "the file is damaged or incomplete: fetch or write it again"
@@ -227,11 +217,9 @@ MAGIC = [(b"PK\x03\x04", "a zip archive (a torch .bin/.pt or an .npz)", CONVERT)
          (b"\x80", "a pickle (an old torch .bin/.pt)", CONVERT),
          (b"GGUF", "a GGUF file", "de-quantise it to safetensors or use the original checkpoint"),
          (b"version https://git-lfs", "a git-lfs pointer, not the weights", "run `git lfs pull`"),
-         (b"<", "a web page or XML, not the weights", "download the file itself"),
-         (b"{", "JSON text, not the weights", "pass the .safetensors file")]
+         (b"<", "a web page or XML, not the weights", "download the file itself")]
 # Side tensors of GPTQ, AWQ, bitsandbytes, fp8, compressed-tensors: their integers are no weights.
-QUANTISED = re.compile(r"\.(qweight|qzeros|g_idx|SCB|absmax|weight_scale(_inv)?|weight_packed"
-                       r"|scales)$|\.quant_state\.")
+QUANTISED = re.compile(r"\.(qweight|SCB|weight_scale(_inv)?|weight_packed|scales)$|quant_state")
 
 
 def read_header(path):
@@ -244,12 +232,12 @@ def read_header(path):
     with open(path, "rb") as file:
         head = file.read(32)
         try:
-            with safe_open(path, framework="pt"):
+            with safe_open(path, framework="pt"):       # reads the header, not the weights
                 pass
         except SafetensorError as error:
             for magic, what, fix in MAGIC:
                 need(not head.startswith(magic), path, f"not a safetensors file but {what}", fix)
-            raise CheckpointError(path, f"no safetensors file, or cut short: {error}", AGAIN) from None
+            raise CheckpointError(path, f"no whole safetensors file: {error}", AGAIN) from None
         base = 8 + int.from_bytes(head[:8], "little")
         file.seek(8)
         header = json.loads(file.read(base - 8))
@@ -280,11 +268,10 @@ def read_index(path):
     """{tensor name: path of its shard}. No shard lies outside the folder of the index."""
     table, folder = read_json(path).get("weight_map"), os.path.dirname(path)
     need(isinstance(table, dict) and table, path, "has no weight_map", "pass a checkpoint's index")
-    for name, shard in table.items():
-        need(isinstance(shard, str) and shard == os.path.basename(shard) and shard.strip(".\0"),
-             path, f"the shard {shard!r} is no file beside it", "name the shards only", name)
-        need(os.path.isfile(os.path.join(folder, shard)), path, f"missing shard: {shard}", "fetch it")
-    return {name: os.path.join(folder, shard) for name, shard in table.items()}
+    shards = {n: os.path.join(folder, os.path.basename(str(shard))) for n, shard in table.items()}
+    for name, shard in shards.items():
+        need(os.path.isfile(shard), shard, f"is missing, {path} names it", "fetch it", name)
+    return shards
 
 
 def locate(path):
@@ -301,16 +288,10 @@ def locate(path):
         if "model" + end in found or len(found) == 1:
             return os.path.join(path, "model" + end if "model" + end in found else found[0])
     what = f"holds {len(found) or 'no'} .safetensors files: {', '.join((found or names)[:5])}"
-    raise CheckpointError(path, what, "pass one of them or an index; pickles must be converted first")
+    raise CheckpointError(path, what, "pass one of them or an index; pickles must be converted")
 
 
 STOP = threading.Event()    # set where a run is given up: the threads that read notice it
-
-
-def file_state(path):
-    """What changes when a file is replaced or rewritten."""
-    found = os.stat(path)
-    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class Checkpoint:
@@ -333,7 +314,6 @@ class Checkpoint:
         self.entries = {e.name: e for e in sorted(entries, key=lambda e: natural_key(e.name))}
         self.metadata, self.files = headers[0][1], sorted({found, *weights})
         self._open = {file: open(file, "rb") for file in weights}
-        self._seen = {file: file_state(file) for file in weights}
 
     def read(self, name, start=0, stop=None):
         """Elements [start, stop) of the flattened tensor, in the stored dtype: (stop - start,)."""
@@ -341,22 +321,18 @@ class Checkpoint:
         stop = entry.numel if stop is None else min(stop, entry.numel)
         if STOP.is_set():
             raise InterruptedError
-        if stop <= start:
+        if stop <= start:       # beyond the end, or an empty tensor
             return torch.empty(0, dtype=entry.dtype)
-        buffer = memoryview(bytearray((stop - start) * entry.dtype.itemsize))
-        position, handle, got = entry.start + start * entry.dtype.itemsize, self._open[entry.file], 0
-        while got < len(buffer):        # a read may return less than it was asked for
-            step = os.preadv(handle.fileno(), [buffer[got:]], position + got)
-            need(step, entry.file, "the file shrank while it was read", "run again", name)
-            got += step
-        return torch.frombuffer(buffer, dtype=entry.dtype)
+        width = entry.dtype.itemsize
+        data, handle = bytearray((stop - start) * width), self._open[entry.file].fileno()
+        got = os.preadv(handle, [data], entry.start + start * width)     # no shared file position
+        need(got == len(data), entry.file, "the file shrank while it was read", "run again", name)
+        return torch.frombuffer(data, dtype=entry.dtype)
 
-    def read_tensor(self, name): return self.read(name).reshape(self.entries[name].shape)
-
-    def check_unchanged(self):
-        """Raises if a file was replaced or rewritten since it was opened."""
-        for file, then in self._seen.items():
-            need(file_state(file) == then, file, "the file changed while it was read", "run again")
+    def read_tensor(self, name):
+        """A whole tensor, in its shape."""
+        entry = self.entries[name]      # in pieces: one read of the system gives 2 GiB at most
+        return torch.cat([self.read(name, *span) for span in spans(entry.numel)]).view(entry.shape)
 
 
 class StateDict(Checkpoint):
@@ -380,43 +356,42 @@ class Output:
         """entries: names, dtypes, shapes. new: make the file; else another process has made it."""
         # By dtype, then by name, as the library orders them: equal inputs give equal bytes.
         ordered = sorted(entries, key=lambda e: ([*DTYPES].index(CODES[e.dtype]), e.name))
-        header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
+        header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0     # as torch's are
         for entry in ordered:
             start, end = end, end + entry.numel * entry.dtype.itemsize
             header[entry.name] = {"dtype": CODES[entry.dtype], "shape": list(entry.shape),
                                   "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-len(text) % 8)             # aligned, as the format asks for
         self.path, self.written, self.size = path, [], 8 + len(text) + end
         self.entries = {e.name: replace(e, start=8 + len(text) + header[e.name]["data_offsets"][0])
                         for e in ordered}
-        self.handle = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if new else 0), 0o666)
+        self.file = open(path, "x+b" if new else "r+b", buffering=0)
         if new:
             if hasattr(os, "posix_fallocate"):      # a full disk says so now, not after an hour
-                os.posix_fallocate(self.handle, 0, self.size)
+                os.posix_fallocate(self.file.fileno(), 0, self.size)
             self._write(len(text).to_bytes(8, "little") + text, 0)
 
     def _write(self, data, position):
-        while len(data):                # a write may take less than it is given
-            done = os.pwrite(self.handle, data, position)
-            data, position = data[done:], position + done
+        done = os.pwrite(self.file.fileno(), data, position)
+        need(done == len(data), self.path, "the disk is full", "free some space, or another -o")
 
     def put(self, name, start, piece):
         """Elements [start, start + len(piece)) of a flattened tensor, in its declared dtype."""
         entry = self.entries[name]
         assert piece.dtype == entry.dtype, f"{name}: {piece.dtype}, declared {entry.dtype}"
-        data = memoryview(piece.contiguous().view(torch.uint8).numpy()) if len(piece) else b""
-        self._write(data, entry.start + start * entry.dtype.itemsize)
+        if len(piece):
+            data = memoryview(piece.contiguous().view(torch.uint8).numpy())
+            self._write(data, entry.start + start * entry.dtype.itemsize)
         self.written.append(len(piece))         # appending is atomic: threads need no lock
 
     def check(self):
-        """All is there, and the library's own reader, which others will use, sees it as planned."""
-        os.fsync(self.handle)
-        assert sum(self.written) == sum(e.numel for e in self.entries.values()), "pieces are missing"
+        """All pieces are there, and the library's own reader, which others will use, opens it."""
+        os.fsync(self.file)
+        whole = sum(entry.numel for entry in self.entries.values())
+        assert sum(self.written) == whole, "pieces are missing"
         with safe_open(self.path, framework="pt") as file:
-            parts = {name: file.get_slice(name) for name in file.keys()}
-            assert {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()
-                    } == {e.name: (e.shape, CODES[e.dtype]) for e in self.entries.values()}
+            assert {*file.keys()} == {*self.entries}
 
 
 @contextlib.contextmanager
@@ -428,23 +403,26 @@ def create(path, entries, metadata=None, folder=False):
     """
     path = os.path.realpath(path)       # a link is written through, not replaced
     partial = os.path.join(os.path.dirname(path), f".lsmerge-{secrets.token_hex(4)}.tmp")
+    aside = partial + ".old"
     try:
-        if folder:
+        if folder:                      # its permissions, and a file's: as the umask says
             os.mkdir(partial)
         output = Output(os.path.join(partial, "model.safetensors") if folder else partial,
                         entries, metadata, new=True)
         yield output
-        output.check()
+        output.check()                  # whatever is wrong is found before anybody sees the file
         if folder and os.path.exists(path):
             # Killed between the two renames, a run leaves both folders whole; the next one says so.
-            os.rename(path, partial + ".old")
-        os.replace(partial, path)
+            os.rename(path, aside)
+        os.replace(partial, path)       # in one step
     except OSError as error:
         error.filename = error.filename or path         # a full disk has no name of its own
         raise
     finally:
-        for rest in (partial, partial + ".old"):
-            shutil.rmtree(rest) if os.path.isdir(rest) else os.path.exists(rest) and os.unlink(rest)
+        if os.path.exists(aside) and not os.path.exists(path):      # the second rename failed
+            os.rename(aside, path)
+        for rest in filter(os.path.exists, (partial, aside)):
+            shutil.rmtree(rest) if os.path.isdir(rest) else os.unlink(rest)
 
 
 def write_tensors(path, tensors, metadata):
@@ -455,25 +433,20 @@ def write_tensors(path, tensors, metadata):
 
 
 def check_output(path, inputs, force, folder=None):
-    """Refuse, before any work, an output that is an input under any spelling, exists, or cannot be
-    made.  inputs: every file that the run reads.  folder: names in a result folder; None: a file.
-    """
+    """Refuse, before any work, an output that is an input, exists, or cannot be made.
+    inputs: all files that the run reads. folder: the names in a result folder; None: a file."""
     real, fix = os.path.realpath(path), "choose another -o"
-    exists = os.path.exists(real)
-    for file in inputs if exists else []:
-        # Where an input lies, and where it is said to lie: a cache of links leads elsewhere.
-        places = os.path.realpath(file), os.path.join(os.path.realpath(os.path.dirname(file)), "x")
-        need(not os.path.samefile(real, file) and not any(p.startswith(real + os.sep) for p in places),
-             path, f"the output is the input {file}", fix)
-    need(not exists or os.path.isdir(real) == (folder is not None), path,
-         "the output is no regular file" if folder is None else "the output is no folder", fix)
-    held = sorted(os.listdir(real)) if exists and folder is not None else [real] * exists
+    for file in inputs:     # where it lies, and where it is said to lie (a cache may be all links)
+        said = os.path.join(os.path.realpath(os.path.dirname(file)), os.path.basename(file))
+        for place_ in (os.path.realpath(file), said):
+            need(not (place_ + os.sep).startswith(real + os.sep), path, f"is the input {file}", fix)
+    held = os.listdir(real) if os.path.isdir(real) else [""] * os.path.exists(real)
     need(force or not held, path, "the output exists", fix + ", or pass --force")
-    others = [name for name in held if folder is not None and name not in folder]
-    need(not others, path, f"the folder also holds {', '.join(others[:5])}", "move that away, or " + fix)
-    parent = os.path.dirname(real)
-    need(os.path.isdir(parent), path, "its folder does not exist", "create the folder first")
-    need(os.access(parent, os.W_OK), path, "its folder is not writable", fix)
+    others = sorted({*held} - {*(folder or [""])})
+    need(not others, path, f"the folder also holds {', '.join(others[:5])}", "move that away")
+    need(not held or os.path.isdir(real) == (folder is not None), path,
+         "a file does not replace a folder, nor a folder a file", fix)
+    need(os.access(os.path.dirname(real), os.W_OK), path, "its folder cannot be written to", fix)
 
 
 # --- What all commands share: how they fail -------------------------------------------------------
@@ -486,25 +459,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(run):
-    """Run a command's main. What a file, a disk or the data can cause is one line on stderr and exit
-    code 1; 130 interrupted, 143 terminated. Signals unwind, so that `create` cleans up."""
+    """Run a command's main. What a file, a disk or the data can cause is one line on stderr and
+    exit code 1; 130 interrupted, 143 terminated. Signals unwind, so that `create` cleans up."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for sent in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(sent, lambda number, _: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.stdout.reconfigure(errors="backslashreplace")       # a path may hold bytes that are no text
     try:
         return run() or 0
     except (CheckpointError, FloatingPointError) as error:
         line = error
-    except BrokenPipeError:             # whoever read our output has gone: nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except OSError as error:
-        line = CheckpointError(error.filename or "I/O", error.strerror or error,
-                               "check path, permissions and free space")
-    except (MemoryError, torch.OutOfMemoryError):
+        line = CheckpointError(error.filename or "I/O", error.strerror or error, "check the path, "
+                               "permissions and free space")
+    except (MemoryError, torch.OutOfMemoryError):           # of the CPU, of a GPU
         line = "out of memory; fix: smaller --chunk, --tokens, --width or --batch"
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:           # Ctrl-C
         print("error: interrupted, no output was written; fix: run it again", file=sys.stderr)
         return 130
     print(f"error: {line}", file=sys.stderr)

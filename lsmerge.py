@@ -66,8 +66,9 @@ class Codec:
         file = Checkpoint(path)
         try:
             vae, record = VAE.from_file({n: file.read_tensor(n) for n in file.entries}, file.metadata)
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(path, str(error), "pass a file that train.py wrote") from None
+        except (ValueError, TypeError, RuntimeError) as error:
+            what = " ".join(str(error).split())
+            raise CheckpointError(path, what, "pass a file that train.py wrote") from None
         return cls(vae, device, dtype, record)
 
     def _batches(self, rows_NX, real_N1):
