@@ -40,5 +40,5 @@ def models(tmp_path_factory):
         save_file(llama_tensors(**options), paths[name], {"format": "pt"})
     import train
     paths["vae"] = folder / "vae.safetensors"
-    assert train.main([str(paths["a"]), str(paths["b"]), "-o", str(paths["vae"]), "--steps1", "0", "--steps2", "0", "--quiet"]) is None
+    assert train.main([str(paths["a"]), str(paths["b"]), "-o", str(paths["vae"]), "--steps1", "0", "--steps2", "0", "--quiet"]) == 0
     return paths

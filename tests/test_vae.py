@@ -300,35 +300,40 @@ def test_a_codec_whose_neck_was_never_set_refuses_to_work(options):
 
 
 # --- Files ----------------------------------------------------------------------------------------
-def test_file_round_trip_and_refusals():
+def test_file_round_trip():
     net = wake(v.VAE(config(), generator()))
-    tensors, metadata = net.to_file({"seed": 3})
-    back, record = v.VAE.from_file(tensors, metadata)
+    back, record = v.VAE.from_file(*net.to_file({"seed": 3}))
     assert record == {"seed": 3} and back.config == net.config and back.ready
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), back.parameters()))
-    name, facts = "embed.weight", asdict(net.config)
-    for broken, meta, word in [
-            ({k: t for k, t in tensors.items() if k != name}, metadata, "embed.weight"),
-            (tensors | {"extra": torch.ones(1)}, metadata, "extra"),
-            (tensors | {name: torch.ones(3, 8)}, metadata, r"\[3, 8\]"),
-            (tensors | {name: tensors[name] * math.nan}, metadata, "NaN"),
-            (tensors, {}, "not a VAE"),
-            (tensors, {"lsmerge.vae": json.dumps(facts | {"chunk": "8"})}, "chunk"),
-            (tensors, {"lsmerge.vae": json.dumps({"chunk": 8})}, "train.py")]:
-        with pytest.raises(ValueError, match=word):
-            v.VAE.from_file(broken, meta)
 
 
-@pytest.mark.parametrize("extra", [{"places": ["a", "b"], "necks": "tensor"}, {"places": []}])
-def test_a_file_of_the_earlier_version_is_refused_with_the_remedy(tmp_path, extra):
-    tensors, metadata = v.VAE(config(), generator()).to_file({})
-    old = metadata | {"lsmerge.vae": json.dumps(json.loads(metadata["lsmerge.vae"]) | extra)}
-    ck.write_tensors(tmp_path / "old.safetensors", tensors, old)
-    words = "old.safetensors.*not a VAE of this version.*train.py"
-    with pytest.raises(ck.CheckpointError, match=words):
-        Codec.load(tmp_path / "old.safetensors")
-    ck.write_tensors(tmp_path / "new.safetensors", tensors, metadata)
-    assert Codec.load(tmp_path / "new.safetensors").C == 8
+NAME, FACTS = "embed.weight", asdict(config())
+BROKEN = {
+    "a tensor is missing": ({NAME: None}, FACTS, NAME),
+    "one too many": ({"extra": torch.ones(1)}, FACTS, "extra"),
+    "another shape": ({NAME: torch.ones(3, 8)}, FACTS, r"\[3, 8\]"),
+    "NaN": ({NAME: torch.full((16, 8), math.nan)}, FACTS, "NaN"),
+    "no configuration": ({}, {}, "train.py"),
+    "half a configuration": ({}, {"chunk": 8}, "train.py"),
+    "a wrong type": ({}, FACTS | {"chunk": "8"}, "chunk"),
+    "an impossible value": ({}, FACTS | {"width": 4}, "width"),
+    "the earlier version": ({}, FACTS | {"places": ["a", "b"], "necks": "tensor"},
+                            "earlier version.*train.py"),
+    "the same at r = 1": ({}, FACTS | {"places": []}, "earlier version.*train.py"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_file_that_is_no_vae_is_one_line_with_the_remedy(tmp_path, case):
+    changes, facts, words = BROKEN[case]
+    tensors, _ = v.VAE(config(), generator()).to_file({})
+    tensors = {name: t for name, t in (tensors | changes).items() if t is not None}
+    path = tmp_path / "v.safetensors"
+    ck.write_tensors(path, tensors, {"lsmerge.vae": json.dumps(facts)})
+    with pytest.raises(ck.CheckpointError, match=words) as caught:
+        Codec.load(path)
+    line = str(caught.value)
+    assert line.startswith(str(path)) and "; fix: " in line and "\n" not in line
 
 
 @pytest.mark.parametrize("field, value", [
