@@ -23,7 +23,7 @@ differs: the paper's stage 2 also distils, it matches stage 1's output. Measured
 """
 if __name__ == "__main__":      # Ctrl-C during the imports: end without a traceback
     import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)
-import argparse, bisect, copy, datetime, itertools, json, math, os, re, sys, time, zlib
+import argparse, atexit, bisect, copy, datetime, itertools, json, math, os, re, sys, time, zlib
 from functools import partial
 from dataclasses import asdict, dataclass, fields
 
@@ -241,6 +241,7 @@ def gather(value):
     if len(values) > 1:
         if not distributed.is_initialized():    # a day: the others wait for the largest tensor
             distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
+            atexit.register(distributed.destroy_process_group)
         distributed.all_gather_object(values, value)
     return values
 
