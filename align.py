@@ -175,7 +175,7 @@ def sinkhorn(cost_IJ, a_I=None, b_J=None, epsilon: float = EPSILON, tolerance: f
     errors = (plan.sum(1) - a).abs().sum().item(), (plan.sum(0) - b).abs().sum().item()
     if not max(errors) <= tolerance:  # so put, NaN is refused too: it is in both errors
         raise ValueError(f"Sinkhorn did not converge: marginal error {max(errors):.1e} above "
-                         f"{tolerance:.1e} after {iterations} iterations at epsilon {epsilon}")
+                         f"{tolerance:.1e} after {iterations} steps; raise epsilon ({epsilon})")
     return Sinkhorn(plan, f * unit, g * unit, iterations, *errors, True)
 
 
@@ -346,7 +346,7 @@ def control_latents(kind: str, z_target_JZ, target: Moments, generator=None):
     if kind == "zero":
         return target.mean_Z.repeat(len(z), 1)
     if kind not in ("noise", "shuffled") or generator is None:
-        raise ValueError(f"control {kind!r} is not one of {CONTROLS}, or needs a generator")
+        raise ValueError(f"control must be zero, noise or shuffled (with generator), got {kind!r}")
     if kind == "shuffled":
         return z[torch.randperm(len(z), generator=generator, device=generator.device).to(z.device)]
     noise = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=generator.device)
