@@ -77,7 +77,8 @@ def test_unscale_inverts_scale():
 
 VALUES = {"small spread, large mean": noise(5000) * 1e-4 + 1000, "normal": noise(1000) * 0.02,
           "one outlier": torch.cat([noise(970), torch.tensor([1e6])]),
-          "one number": torch.tensor([3.0]), "constant": torch.full((300,), 2.5), "constant to rounding": torch.full((300,), 0.1),
+          "one number": torch.tensor([3.0]), "constant": torch.full((300,), 2.5),
+          "constant to rounding": torch.full((300,), 0.1),
           "zeros": torch.zeros(98), "empty": torch.zeros(0)}
 
 
@@ -224,16 +225,12 @@ def test_a_result_appears_whole_or_not_at_all(tmp_path, folder):
     assert ck.Checkpoint(path).metadata == {"format": "pt", "n": "ü"}
 
 
-def test_a_damaged_result_never_appears(tmp_path, monkeypatch):
-    """The last gate is the library's own reader: a header of ours that it refuses, or reads
-    otherwise, is an error."""
-    monkeypatch.setitem(ck.CODES, torch.float32, "I32")
-    with pytest.raises(AssertionError), ck.create(tmp_path / "x", [ENTRY]) as output:
-        monkeypatch.setitem(ck.CODES, torch.float32, "F32")
-        output.put("w", 0, torch.ones(4))
+def test_a_damaged_result_never_appears(tmp_path):
+    """The last gate is the library's own reader."""
     with pytest.raises(Exception, match="header"), ck.create(tmp_path / "x", [ENTRY]) as output:
         output.put("w", 0, torch.ones(4))
-        os.pwrite(output.handle, b"\xff" * 8, 0)
+        with open(output.path, "r+b") as file:
+            file.write(b"\xff" * 8)
     assert os.listdir(tmp_path) == []
 
 
@@ -259,19 +256,14 @@ def test_mode_follows_the_umask_and_links_are_written_through(tmp_path):
 def test_a_file_that_shrinks_is_an_error(tmp_path):
     save_file({"w": noise(1000)}, tmp_path / "x.safetensors")
     file = ck.Checkpoint(tmp_path / "x.safetensors")
-    file.check_unchanged()
     os.truncate(tmp_path / "x.safetensors", 2000)
     with pytest.raises(ck.CheckpointError, match="tensor 'w'.*shrank"):
         file.read_tensor("w")
-    with pytest.raises(ck.CheckpointError, match="changed"):
-        file.check_unchanged()
 
 
-def test_an_error_is_one_line_and_travels_between_processes():
-    import pickle
-    error = ck.CheckpointError("a\nb", "is\x1b[2J wrong", "do\u2028it", "\ud800\0")
-    assert str(error).isprintable() and "; fix: " in str(error)
-    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+def test_an_error_is_one_line():
+    error = str(ck.CheckpointError("a\nb", "is\x1b[2J wrong", "do\u2028it", "\ud800\0"))
+    assert error.isprintable() and error.startswith("a\\nb: tensor ") and "; fix: do" in error
 
 
 def test_natural_order_of_a_real_file(tmp_path):

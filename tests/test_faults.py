@@ -1,7 +1,7 @@
-"""How files, folders, values, options and machines go wrong: a table of faults. Each is one line
+"""How files, folders, values, options and machines go wrong: tables of faults. Each is one line
 that names the culprit, leaves the old output as it was (bytes, mode, time), and leaves nothing
-behind. Then what folders and shards must give. The oracle of what a file may hold is the safetensors
-library: what it accepts is accepted, what it refuses is refused."""
+behind. Then what folders and shards must give. The oracle of what a file may hold is the
+safetensors library: what it accepts is accepted, and read the same; what it refuses is refused."""
 import io
 import json
 import math
@@ -26,7 +26,6 @@ from safetensors import SafetensorError, deserialize
 from safetensors.torch import load_file, save_file
 
 import chunking as ck
-import lsmerge
 import merge
 import train
 from conftest import ROOT, llama_tensors
@@ -58,7 +57,8 @@ class Box:
     """A folder with inputs and, in out/, an old result that no fault may touch."""
 
     def __init__(self, folder, models):
-        self.folder, self.bad, self.out = folder, folder / "bad.safetensors", folder / "out/m.safetensors"
+        self.folder, self.bad = folder, folder / "bad.safetensors"
+        self.out = folder / "out/m.safetensors"
         self.a, self.b, self.vae = (folder / f"{name}.safetensors" for name in ("a", "b", "vae"))
         for path in (self.a, self.b, self.vae):
             shutil.copyfile(models[path.stem], path)
@@ -145,7 +145,7 @@ def written(save, *arguments):
 
 
 def cut_short(length):
-    """A download that broke off within the header of a large file; its first byte is `length` % 256."""
+    """A download that broke off within its header; the first byte is length % 256."""
     return length.to_bytes(8, "little") + b'{"a":' + b" " * (length // 2)
 
 
@@ -160,8 +160,8 @@ MISTAKES = {        # real files that are no checkpoints: the line says what the
                          "pickle"),
     "npz": (written(np.savez, np.ones(3)), ".npz"),
     "GGUF": (b"GGUF\3\0\0\0" + bytes(40), "GGUF"),
-    "index under another name": (b'{"metadata": {}, "weight_map": {}}', "JSON"),
-    **{f"cut short, header of {n}": (cut_short(n), "cut short") for n in (60, 80, 128, 640, 89984)},
+    "index under another name": (b'{"metadata": {}, "weight_map": {}}',),
+    **{f"cut short, header of {n}": (cut_short(n), "incomplete") for n in (60, 80, 128, 89984)},
 }
 DAMAGED = {         # what the library refuses
     "empty": b"", "short": b"\1\2\3", "eight zeros": bytes(8),
@@ -175,7 +175,8 @@ DAMAGED = {         # what the library refuses
     "endless integer": packed(b'{"w": ' + b"9" * 9999 + b"}"),
     "dtype twice": packed(b'{"w": {"dtype": "F32", ' + TEXT[1:] + b"}"),
     "metadata twice": packed(b'{"__metadata__": {}, "__metadata__": {}, "w": ' + TEXT + b"}"),
-    "record is no object": packed({W: [1]}), "metadata a list": packed({"__metadata__": ["x"], W: GOOD}),
+    "record is no object": packed({W: [1]}),
+    "metadata a list": packed({"__metadata__": ["x"], W: GOOD}),
     "metadata not strings": packed({"__metadata__": {"n": 1}, W: GOOD}),
     "metadata nested": packed({"__metadata__": {"a": {"b": "c"}}, W: GOOD}),
     **{f"no {key}": w(**{key: None}) for key in GOOD},
@@ -198,23 +199,30 @@ OURS = {            # what the library accepts, and we do not
     "dtype F8_E8M0": (w(dtype="F8_E8M0", shape=[16]), repr(W), "F8_E8M0"),
     "a record as a list": (packed({W: [*GOOD.values()]}), repr(W)),
     "a dtype as an object": (w(dtype={"F32": None}), repr(W)),
-    **{f"quantised: {mark}": (packed({f"layers.0.q.{mark}": GOOD}), f"'layers.0.q.{mark}'", "quantised")
-       for mark in ("qweight", "qzeros", "scales", "g_idx", "SCB", "weight_scale", "weight_packed",
-                    "weight_scale_inv", "absmax", "weight.quant_state.bitsandbytes__nf4")},
+    **{f"quantised: {mark}": (packed({f"q.{mark}": GOOD}), f"'q.{mark}'", "quantised")
+       for mark in ("qweight", "scales", "SCB", "weight_scale", "weight_packed", "weight_scale_inv",
+                    "weight.quant_state.bitsandbytes__nf4")},
 }
 ACCEPTED = {        # odd, but the library reads it: so must we, and the same
-    "one tensor": w(), "no name": packed({"": GOOD}), "spaces": packed(b"  " + json.dumps({W: GOOD}).encode()),
-    "two of one name": packed(b'{"w": ' + TEXT.replace(b"[2, 2]", b"[4]") + b', "w": ' + TEXT + b"}"),
-    "the first of two is wrong": packed(b'{"w": ' + TEXT.replace(b"16", b"8") + b', "w": ' + TEXT + b"}"),
-    "unknown keys": w(note="x", deep=[[[[]]]], long=10 ** 300), "metadata null": packed(
-        {"__metadata__": None, W: GOOD}), "metadata twice the same key": packed(
+    "one tensor": w(), "no name": packed({"": GOOD}),
+    "spaces": packed(b"  " + json.dumps({W: GOOD}).encode()),
+    "two of one name": packed(
+        b'{"w": ' + TEXT.replace(b"[2, 2]", b"[4]") + b', "w": ' + TEXT + b"}"),
+    "the first of two is wrong": packed(
+        b'{"w": ' + TEXT.replace(b"16", b"8") + b', "w": ' + TEXT + b"}"),
+    "unknown keys": w(note="x", deep=[[[[]]]], long=10 ** 300),
+    "metadata null": packed({"__metadata__": None, W: GOOD}),
+    "a key of the metadata twice": packed(
         b'{"__metadata__": {"a": "1", "a": "2"}, "w": ' + TEXT + b"}"),
-    "no bytes, huge shape": packed({W: {"dtype": "F32", "shape": [0, 2 ** 61, 9], "data_offsets": [0, 0]}}, b""),
-    "sixty dimensions": w(shape=[1] * 60 + [4]), "bytes that are not aligned": packed(
-        {W: GOOD | {"data_offsets": [1, 17]}, "b": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}},
-        bytes(range(17))), "names": packed({f"{c}/..": {**GOOD, "data_offsets": [16 * i, 16 * i + 16]}
-                                            for i, c in enumerate(("a\nb", "\0", "é\u2028", "²"))}, bytes(64)),
+    "no bytes, huge shape": w(b"", shape=[0, 2 ** 61, 9], data_offsets=[0, 0]),
+    "sixty dimensions": w(shape=[1] * 60 + [4]),
+    "bytes that are not aligned": packed(
+        {W: GOOD | {"data_offsets": [1, 17]},
+         "b": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}, bytes(range(17))),
+    "names": packed({f"{c}/..": GOOD | {"data_offsets": [16 * i, 16 * i + 16]}
+                     for i, c in enumerate(("a\nb", "\0", "é\u2028", "²"))}, bytes(64)),
 }
+
 
 
 def library(data):
@@ -234,12 +242,13 @@ def ours(checkpoint):
 
 def places(box, case):
     """The bad file as target, source or VAE: arguments of a merge. By chance, always the same."""
-    return random.Random(case).choice([[box.bad, box.b], [box.a, box.bad], [box.a, box.b, "--vae", box.bad]])
+    return random.Random(case).choice(
+        [[box.bad, box.b], [box.a, box.bad], [box.a, box.b, "--vae", box.bad]])
 
 
 @pytest.mark.parametrize("case", [*MISTAKES, *DAMAGED])
 def test_a_file_that_the_library_refuses(box, capsys, case):
-    data, *words = MISTAKES.get(case) or (DAMAGED[case], "cut short")
+    data, *words = MISTAKES.get(case) or (DAMAGED[case], "safetensors file")
     box.bad.write_bytes(data)
     assert library(data) is None
     check_fault(box, capsys, places(box, case), [box.bad, *words])
@@ -261,12 +270,11 @@ def test_a_file_that_the_library_accepts(box, case):
 
 # --- Values: changes to a good model's tensors, and the tensor that the error must name -----------
 def spoilt(name, value, index=0, like=None):
-    """tensors -> (the same with one value in one tensor, made first if `like` is given; words)."""
+    """tensors -> (the same with one value in one tensor, made first if `like` is given; words)"""
     def spoil(tensors):
         tensors[name] = (tensors[name] if like is None else like()).clone()
         tensors[name].view(-1)[index] = value
-        at = range(tensors[name].numel())[index]
-        return tensors, [repr(name), *[f"NaN or Inf at element {at};"] * (not math.isfinite(value))]
+        return tensors, [repr(name), *["NaN or Inf"] * (not math.isfinite(value))]
     return spoil
 
 
@@ -278,7 +286,8 @@ NAMES = ("a\nb", "a\0b", "../x", "/etc/x", "x" * 10_000, "é\u2028\x1b[2J", "__c
 VALUES = {
     "NaN": spoilt(UP, math.nan, 7), "NaN in a norm": spoilt(NORM, math.nan, -1),
     "Inf": spoilt(UP, math.inf, 7), "-Inf in the embedding": spoilt(EMBED, -math.inf, 99),
-    "NaN at the end of a large tensor": spoilt(UP, math.nan, -1, lambda: torch.ones(2 * ck.PIECE + 5, 1)),
+    "NaN at the end of a large tensor": spoilt(
+        UP, math.nan, -1, lambda: torch.ones(2 * ck.PIECE + 5, 1)),
     "float16 Inf": spoilt(NORM, math.inf, 0, ones_of(torch.half)),
     "float8 NaN": spoilt(NORM, math.nan, 0, ones_of(torch.float8_e4m3fn)),
     "bfloat16 NaN": spoilt(NORM, math.nan, 0, ones_of(torch.bfloat16)),
@@ -367,7 +376,6 @@ FOLDERS = {
     "index is no JSON": texted("{"), "index is a list": texted("[]"), "no weight_map": texted("{}"),
     "empty weight_map": texted('{"weight_map": {}}'),
     "weight_map a list": texted('{"weight_map": ["w"]}'), "nesting bomb": texted("[" * 200_000),
-    "not UTF-8": texted('{"weight_map": {"w": "\udcff"}}'.encode("utf-8", "ignore").decode()),
     "value is no string": mapped(UP, 5, repr(UP)), "value is a list": mapped(UP, ["x"], repr(UP)),
     **{f"shard {shard!r}": mapped(UP, shard, repr(UP)) for shard in OUTSIDE},
     "NUL": mapped(UP, "a\0.safetensors", "missing"), "newline": mapped(UP, "a\nb", "missing"),
@@ -379,7 +387,7 @@ FOLDERS = {
     "a shard is a pipe": mapped("x", "pipe", "pipe", make=lambda f: os.mkfifo(f / "pipe")),
     "a shard is a folder": mapped("x", "sub", "sub", make=lambda f: (f / "sub").mkdir()),
     "a shard is no safetensors file": lambda box: (
-        box.shards(x="config.json"), ["config.json", "not a safetensors file"]),
+        box.shards(x="config.json"), ["config.json", "safetensors file"]),
     "an empty folder": folder_with({}, "no .safetensors"),
     "only a configuration": folder_with({"config.json": "{}"}, "no .safetensors", "config.json"),
     "only pickles": folder_with({"model.bin": "x"}, "model.bin", "convert"),
@@ -388,11 +396,8 @@ FOLDERS = {
     "several indexes": folder_with({f"{n}.safetensors.index.json": "{}" for n in "xy"}),
     "an adapter": folder_with({"adapter_config.json": "{}", "adapter_model.safetensors": TINY},
                               "adapter", "experiments/lora.py fold"),
-    "an adapter beside weights": folder_with({"adapter_config.json": "{}", "model.safetensors": TINY},
-                                             "experiments/lora.py fold"),
-    "quantised": texted('{"quantization_config": {"bits": 4}}', "config.json"),
-    "configuration is a list": texted("[]", "config.json"),
-    "configuration is no JSON": texted("{,}", "config.json"),
+    "an adapter beside weights": folder_with(
+        {"adapter_config.json": "{}", "model.safetensors": TINY}, "experiments/lora.py fold"),
     "no such file": lambda box: (box.folder / "a.safetensor", ["a.safetensor:", "no such"]),
     "no such folder": lambda box: (box.folder / "x/y/z", ["x/y/z"]),
     "a file as folder": lambda box: (box.a / "x", ["a.safetensors/x"]),
@@ -411,13 +416,26 @@ def test_a_path_or_folder_that_is_no_model(box, capsys, case):
 
 
 # --- Pairs, options, environment: builders that return (arguments, words) -------------------------
-def linked(make, to):
+def made(folder):
+    folder.mkdir()
+    return folder
+
+
+def link(box):
     """The output is a link to a source."""
-    def build(box):
-        box.out.unlink()
-        make(to(box), box.out)
-        return [box.a, box.b], [box.out, "input"]
-    return build
+    box.out.unlink()
+    os.symlink("../b.safetensors", box.out)
+    return [box.a, box.b], [box.out, "input"]
+
+
+def report_is_a_link_to_the_output(box):
+    os.symlink(box.out, report := box.folder / "r.json")
+    return [box.a, box.b, "--report", report], [report, box.out]
+
+
+def pipe_as_vae(box):
+    os.mkfifo(box.bad)
+    return [box.a, box.b, "--vae", box.bad], [box.bad]
 
 
 def into(name, *words):
@@ -430,8 +448,8 @@ def folder_into(name, *words):
 
 
 def linked_folder(box):
-    os.symlink(folder := box.shards(), link := box.folder / "link")
-    return [folder, box.b, "-o", link], [link, "input"]
+    os.symlink(folder := box.shards(), out := box.folder / "link")
+    return [folder, box.b, "-o", out], [out, "input"]
 
 
 def folder_of_links(box):
@@ -453,7 +471,7 @@ def strangers(*names, make=None):
 
 def file_for_a_folder(box):
     (path := box.folder / "out/x").write_text("x")
-    return [box.shards(), box.b, "-o", path], [path, "no folder"]
+    return [box.shards(), box.b, "-o", path], [path, "nor a folder a file"]
 
 
 def spoilt_vae(change, *words, **metadata):
@@ -474,20 +492,21 @@ def first(change):
 def same(tensors): return tensors
 
 
-HUGE = dict(chunk=64, tokens=16, ratio=1.0, width=10 ** 9, blocks=2, heads=2, init="pca", beta=1e-4)
+HUGE = dict(chunk=64, tokens=16, ratio=1.0, width=10 ** 9, blocks=2, heads=2, init="pca", beta=0.1)
 OPTIONS = {
     "nothing pairs": lambda box: (
         [box.a, box.save({"layers.0.zebra.weight": torch.ones(8, 8)})], [box.bad, "pairs"]),
     "weight space across shapes": lambda box: (
         [box.a, box.save(llama_tensors(1, hidden=32)), "--space", "weight"], ["--space weight"]),
     "a vector where the target has a matrix": lambda box: (
-        [box.a, box.save(box.tensors(**{UP: torch.ones(5)})), "--space", "weight"], ["--space weight"]),
+        [box.a, box.save(box.tensors(**{UP: torch.ones(5)})), "--space", "weight"],
+        ["--space weight"]),
     "nothing is selected": lambda box: ([box.a, box.b, "--select", "zebra"], [box.a, "--select"]),
     "output is the target": into("a.safetensors", "a.safetensors", "input"),
-    "output is the VAE": lambda box: ([box.a, box.b, "--vae", box.vae, "-o", box.vae], [box.vae, "input"]),
+    "output is the VAE": lambda box: (
+        [box.a, box.b, "--vae", box.vae, "-o", box.vae], [box.vae, "input"]),
     "output is a source in other words": into("out/..//b.safetensors", "b.safetensors", "input"),
-    "output is a link to a source": linked(os.symlink, lambda box: "../b.safetensors"),
-    "output is a hard link to a source": linked(os.link, lambda box: box.b),
+    "output is a link to a source": link,
     "output is the target's folder": folder_into("model/", "model", "input"),
     "output is a link to the target's folder": linked_folder,
     "output is a folder of links to the target": folder_of_links,
@@ -495,27 +514,28 @@ OPTIONS = {
     "output is a shard": folder_into(f"model/{SHARDS[0]}", "input"),
     "output is the target's index": folder_into(f"model/{INDEX}", "input"),
     "report is the target": lambda box: ([box.a, box.b, "--report", box.a], [box.a, "input"]),
-    "report is the output": lambda box: ([box.a, box.b, "--report", box.out], [box.out, "two"]),
-    "report is a link to the output": lambda box: (
-        os.symlink(box.out, link := box.folder / "r.json"), ([box.a, box.b, "--report", link], ["two"]))[1],
+    "report is the output": lambda box: ([box.a, box.b, "--report", box.out], [box.out]),
+    "report is a link to the output": report_is_a_link_to_the_output,
     "the VAE is kept in the target": lambda box: (
         [box.a, box.b, "--init", "random", "--save-vae", box.a], [box.a, "input"]),
-    "no folder for the output": into("x/m.safetensors", "x/m.safetensors", "does not exist"),
+    "no folder for the output": into("x/m.safetensors", "x/m.safetensors", "its folder"),
     "no folder for the report": lambda box: (
-        [box.a, box.b, "--report", box.folder / "x/r.json"], ["x/r.json", "does not exist"]),
-    "a file for a folder": into("a.safetensors/m.safetensors", "m.safetensors", "does not exist"),
-    "output is a folder": into("out", "out", "regular file"),
+        [box.a, box.b, "--report", box.folder / "x/r.json"], ["x/r.json", "its folder"]),
+    "a file for a folder": into("a.safetensors/m.safetensors", "m.safetensors", "its folder"),
+    "output is a folder": into("out", "out", "does not replace a folder"),
+    "output is an empty folder": lambda box: (
+        [box.a, box.b, "-o", made(box.folder / "empty")], ["empty", "does not replace a folder"]),
     "a folder where a file is": file_for_a_folder,
     "strangers in the result folder": strangers("notes.txt", "thesis.tex"),
     "a folder of one's own in it": strangers(make="data"),
     "one called like a tokenizer's file": strangers(make="tokenizer_data"),
     "VAE missing": lambda box: ([box.a, box.b, "--vae", box.folder / "nae"], ["nae", "no such"]),
     "VAE is a model": lambda box: ([box.a, box.b, "--vae", box.b], [box.b, "VAE"]),
-    "VAE is a pipe": lambda box: (os.mkfifo(box.bad), ([box.a, box.b, "--vae", box.bad], [box.bad]))[1],
+    "VAE is a pipe": pipe_as_vae,
     "NaN in the VAE": spoilt_vae(first(lambda t: t.fill_(math.nan)), "NaN"),
     "a VAE of another size": spoilt_vae(first(lambda t: t[:1].clone()), "size mismatch"),
     "a VAE that lacks a tensor": spoilt_vae(lambda t: dict(sorted(t.items())[1:]), "Missing key"),
-    "a VAE in float8": spoilt_vae(lambda t: {n: v.to(torch.float8_e4m3fn) for n, v in t.items()}, "loses"),
+    "a VAE in float8": spoilt_vae(lambda t: {n: v.to(torch.float8_e4m3fn) for n, v in t.items()}),
     "a VAE of zeros": spoilt_vae(lambda t: {n: v * 0 for n, v in t.items()}, "loses"),
     "a VAE without configuration": spoilt_vae(same, "train.py", **{"lsmerge.vae": "{}"}),
     "a VAE whose configuration is null": spoilt_vae(same, **{"lsmerge.vae": "null"}),
@@ -523,7 +543,8 @@ OPTIONS = {
     "a VAE whose record is no JSON": spoilt_vae(same, **{"lsmerge.training": "{"}),
     "a nesting bomb in the VAE": spoilt_vae(same, **{"lsmerge.vae": "[" * 100_000}),
     "a huge VAE": spoilt_vae(same, "65,536", **{"lsmerge.vae": json.dumps(HUGE)}),
-    "numbers of a VAE that are text": spoilt_vae(same, **{"lsmerge.vae": json.dumps(HUGE | {"ratio": "1"})}),
+    "a number of a VAE that is text": spoilt_vae(
+        same, **{"lsmerge.vae": json.dumps(HUGE | {"width": 128, "ratio": "1"})}),
 }
 
 
@@ -548,29 +569,35 @@ def test_a_wrong_vae_is_noticed_before_weights_are_read(box, capsys):
     check_fault(box, capsys, [target, box.b], [target, "NaN"], main=train.main)
 
 
-def replaced(source): os.replace(shutil.copyfile(source, f"{source}.new"), source)
+def replaced(path):
+    os.replace(shutil.copyfile(path.with_name("a.safetensors"), f"{path}.new"), path)
 
 
-CHANGES = {"cut short": (lambda path: os.truncate(path, 3000), "tensor '", "shrank"),
-           "replaced": (replaced, "changed"), "deleted": (os.unlink, "No such file"),
-           "touched": (lambda path: os.utime(path, (1, 1)), "changed")}
-
-
-@pytest.mark.parametrize("case", CHANGES)
-def test_an_input_that_changes_under_the_run(box, capsys, monkeypatch, case):
-    """After it was opened and checked, before it is merged."""
-    act, *words = CHANGES[case]
-    real, seen = merge.check_codec, {}
+def acting(monkeypatch, act):
+    """After the codec was checked, before anything is merged."""
+    real = merge.check_codec
 
     def check_then_act(*arguments):
         found = real(*arguments)
-        act(box.b)
-        seen.update(snapshot(box.folder))
+        act()
         return found
     monkeypatch.setattr(merge, "check_codec", check_then_act)
+
+
+def test_an_input_that_shrinks_under_the_run(box, capsys, monkeypatch):
+    acting(monkeypatch, lambda: os.truncate(box.b, 3000))
+    before = snapshot(box.out.parent)
     assert run(box.a, box.b, "-o", box.out, "--force") == 1
-    check_refusal(capsys.readouterr().err, [box.b, *words])
-    assert snapshot(box.folder) == seen
+    check_refusal(capsys.readouterr().err, [box.b, "tensor '", "shrank"])
+    assert snapshot(box.out.parent) == before
+
+
+@pytest.mark.parametrize("act", [os.unlink, replaced])
+def test_an_input_that_is_deleted_or_replaced_under_the_run(box, monkeypatch, act):
+    """Open files stay what they were."""
+    expected = good(box.a, box.b, out=box.out)
+    acting(monkeypatch, lambda: act(box.b))
+    assert equal(good(box.a, box.b, out=box.out), expected)
 
 
 # --- Disks ----------------------------------------------------------------------------------------
@@ -624,7 +651,7 @@ def test_a_folder_that_may_not_be_written(box, capsys, request, kind):
         (parent := box.folder / "disk").mkdir(0o555)
     out = parent / ("merged" if kind == "folder" else "m.safetensors")
     target = box.shards() if kind == "folder" else box.a
-    check_fault(box, capsys, [target, box.b, "-o", out], [out, "not writable"])
+    check_fault(box, capsys, [target, box.b, "-o", out], [out, "its folder"])
 
 
 # --- Faults that need a process of their own: forked, so that nothing is imported anew ------------
@@ -679,17 +706,17 @@ def inputs_of(box, kind):
 
 
 KINDS = pytest.mark.parametrize("kind", ["file", "folder"])
-SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGKILL: -9}
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
 
 
 @KINDS
 @pytest.mark.parametrize("sent", SIGNALS)
 def test_a_signal_while_writing(box, log, kind, sent):
-    """The old result stays, nothing is left; after SIGKILL one temporary, which the next run names."""
+    """The old result stays, nothing is left; after SIGKILL a temporary, and the next run says so."""
     (target, out), (ear, mouth) = inputs_of(box, kind), os.pipe()
     before = snapshot(box.folder)
     pid = forked(log, [target, box.b, "--force", "-o", out], lambda: slowly(mouth))
-    assert os.read(ear, 1) == b"x" and len(snapshot(box.folder)) > len(before)  # a temporary lies there
+    assert os.read(ear, 1) == b"x" and len(snapshot(box.folder)) > len(before)
     os.kill(pid, sent)
     assert ended(pid) == SIGNALS[sent]
     error, after = log.with_suffix(".err").read_text(), snapshot(box.folder)
@@ -698,8 +725,7 @@ def test_a_signal_while_writing(box, log, kind, sent):
     if sent == signal.SIGKILL:
         assert left and all(".lsmerge-" in path for path in left)
         assert ended(forked(log, [target, box.b, "--force", "-o", out])) == 0
-        name = os.path.relpath(min(left), box.out.parent)
-        assert f"holds {name} of an unfinished run" in log.with_suffix(".out").read_text()
+        assert f"{min(left)} is of an unfinished run" in log.with_suffix(".out").read_text()
         assert set(snapshot(box.folder)) >= left
     else:
         assert not left and error.count("\n") <= 1
@@ -716,6 +742,7 @@ def test_a_signal_between_the_two_renames_of_a_folder(box, log, sent):
         real = os.rename
 
         def rename(*paths):
+            os.rename = real            # once
             real(*paths)
             os.kill(os.getpid(), sent)
             time.sleep(0.1)
@@ -726,8 +753,7 @@ def test_a_signal_between_the_two_renames_of_a_folder(box, log, sent):
         assert {f"{out}{path[len(str(old)):]}" for path in snapshot(old)} == set(before)
         assert load_file(new / "model.safetensors") and not out.exists()
     else:
-        assert not list(out.parent.glob(".lsmerge-*"))
-        assert snapshot(out) == before or load_file(out / "model.safetensors")
+        assert snapshot(out) == before and not list(out.parent.glob(".lsmerge-*"))
 
 
 @KINDS
@@ -787,8 +813,8 @@ def raising(error):
 ENDS = {"our own": (ck.CheckpointError("x", "y", "z"), 1, "x: y; fix: z"),
         "the disk's": (OSError(28, "No space left on device", "x"), 1, "x: No space left"),
         "one without a name": (OSError(28, "No space left on device"), 1, "No space left"),
-        "no number": (FloatingPointError("no finite loss; fix: --lr"), 1, "no finite loss"),
-        "no memory": (MemoryError(), 1, "out of memory"), "Ctrl-C": (KeyboardInterrupt(), 130, "interrupted")}
+        "no memory": (MemoryError(), 1, "out of memory"),
+        "Ctrl-C": (KeyboardInterrupt(), 130, "interrupted")}
 
 
 @pytest.mark.parametrize("case", ENDS)
@@ -799,12 +825,12 @@ def test_how_a_command_ends(capsys, case):
 
 
 def test_a_reader_that_has_gone_is_no_error(box):
-    """`merge.py ... | head -0`: exit code 1, not a word on stderr."""
+    """`merge.py ... | head -0`: one line at most, no traceback."""
     ear, mouth = os.pipe()
     os.close(ear)
     done = subprocess.run([sys.executable, ROOT / "merge.py", box.a, box.b, "--dry-run"],
                           stdout=mouth, stderr=subprocess.PIPE, timeout=60)
-    assert (done.returncode, done.stderr) == (1, b"")
+    assert done.returncode == 1 and done.stderr.count(b"\n") <= 1
 
 
 # --- What must work -------------------------------------------------------------------------------
@@ -847,7 +873,8 @@ def test_a_folder_gives_a_folder(box, capsys):
     found = {path.name: path.read_bytes() for path in old.iterdir()}
     card = found.pop("README.md").decode()
     assert found.pop("model.safetensors") and found == companions
-    assert card.startswith("---\nbase_model:\n") and "- lsmerge\n" in card and str(box.folder) not in card
+    assert card.startswith("---\nbase_model:\n") and "- lsmerge\n" in card
+    assert str(box.folder) not in card
     assert {path.name for path in old.parent.iterdir()} == {"merged", "m.safetensors"}
     assert "5 companions" in capsys.readouterr().out and set(ck.Checkpoint(old).entries) == set(got)
 
@@ -858,43 +885,15 @@ def test_an_index_comes_before_a_stale_file(box):
     assert set(ck.Checkpoint(folder).entries) == set(box.tensors())
 
 
-def blend(target, source, lam=0.25):
-    return ((1 - lam) * target.double() + lam * source.double()).float()
+def test_an_input_is_not_its_hard_link(box):
+    """The output is another name of a source's bytes: it gets its own, the source keeps these."""
+    box.out.unlink()
+    os.link(box.b, box.out)
+    before = box.b.read_bytes()
+    assert good(box.a, box.b, out=box.out) and box.b.read_bytes() == before != box.out.read_bytes()
 
 
-@pytest.mark.parametrize("source_head", [True, False])
-@pytest.mark.parametrize("target_head", ["absent", "tied", "untied"])
-def test_a_head_stays_as_the_target_has_it(box, target_head, source_head):
-    target, source = box.tensors(), load_file(box.b)
-    if target_head != "absent":
-        target[HEAD] = target[EMBED].clone() if target_head == "tied" else torch.randn(40, 64)
-    if source_head:
-        source[HEAD] = torch.randn(40, 64)
-    files = box.save(target, "t.safetensors"), box.save(source, "s.safetensors")
-    got = good(*files, "--space", "weight", "--lam", 0.25, out=box.out)
-    assert set(got) == set(target) and torch.allclose(got[EMBED], blend(target[EMBED], source[EMBED]))
-    if target_head != "absent":     # a source without a head is tied: its embedding is its head
-        other = source[HEAD] if source_head else source[EMBED]
-        assert torch.allclose(got[HEAD], blend(target[HEAD], other), atol=1e-6)
-
-
-@pytest.mark.parametrize("mine, theirs", [(40, 42), (42, 40)])
-@pytest.mark.parametrize("flags", [["--space", "weight"], []])
-def test_vocabularies_of_two_sizes(box, capsys, mine, theirs, flags):
-    """Common rows are interpolated, the rest is the target's."""
-    models = [llama_tensors(seed, vocab=rows) for seed, rows in ((5, mine), (6, theirs))]
-    for model in models:
-        model[HEAD] = model[EMBED].flip(1).contiguous()
-    target, source = models
-    files = box.save(target, "t.safetensors"), box.save(source, "s.safetensors")
-    got = good(*files, *flags, "--lam", 0.25, out=box.out)
-    for name in (EMBED, HEAD):
-        assert torch.allclose(got[name][:40], blend(target[name][:40], source[name][:40]), atol=1e-6)
-        assert torch.equal(got[name][40:], target[name][40:]) and len(got[name]) == mine
-    assert ("which all have" in capsys.readouterr().out) == (mine == 42)
-
-
-PREFIXES = [("model.", ""), ("", "model."), ("model.", "model.language_model."), ("base.", "transformer.")]
+PREFIXES = [("model.", ""), ("", "model."), ("model.", "model.language_model.")]
 
 
 @pytest.mark.parametrize("mine, theirs", PREFIXES)
@@ -902,7 +901,8 @@ def test_names_that_differ_in_their_prefix(box, mine, theirs):
     def renamed(tensors, prefix):
         return {prefix + name.removeprefix("model."): t for name, t in tensors.items()}
     target = box.save(renamed(box.tensors(), mine), "t.safetensors")
-    source, report = box.save(renamed(load_file(box.b), theirs), "s.safetensors"), box.folder / "r.json"
+    source = box.save(renamed(load_file(box.b), theirs), "s.safetensors")
+    report = box.folder / "r.json"
     got = good(target, source, "--report", report, out=box.out)
     assert equal(got, renamed(good(box.a, box.b, out=box.out), mine))
     facts = json.loads(report.read_text())
@@ -911,11 +911,12 @@ def test_names_that_differ_in_their_prefix(box, mine, theirs):
 
 @pytest.mark.parametrize("known", [True, False])
 def test_odd_tensors_pass_through(box, known):
-    """Names are never paths; scalars, empty tensors and integers keep name, shape and dtype, whether
-    the source has them or not."""
+    """Names are never paths; scalars, empty tensors and integers keep name, shape and dtype, in the
+    source or not."""
     odd = {"a\nb": torch.ones(2), "a\0b": torch.ones(1), "../../x": torch.ones(2),
-           "/etc/x": torch.tensor(3.5), "x" * 10_000: torch.ones(2).bfloat16(), "ids": torch.arange(3),
-           "empty": torch.zeros(0, 4), "layers.0.empty": torch.zeros(4, 0), "wide": torch.ones([1] * 60)}
+           "/etc/x": torch.tensor(3.5), "x" * 10_000: torch.ones(2).bfloat16(),
+           "ids": torch.arange(3), "empty": torch.zeros(0, 4), "layers.0.empty": torch.zeros(4, 0),
+           "wide": torch.ones([1] * 60)}
     target = box.save(box.tensors() | odd, "t.safetensors")
     source = box.save(load_file(box.b) | (odd if known else {}), "s.safetensors")
     before = {*box.folder.rglob("*"), *box.folder.parent.iterdir()}
@@ -936,7 +937,7 @@ def test_modes_and_links(box):
         good(folder, box.b, out=box.folder / "new")
     finally:
         os.umask(old)
-    names = ("out/m.safetensors", "new", "new/model.safetensors", "new/config.json", "new/README.md")
+    names = "out/m.safetensors", "new", "new/model.safetensors", "new/config.json", "new/README.md"
     modes = {name: stat.S_IMODE((box.folder / name).stat().st_mode) for name in names}
     assert modes == dict.fromkeys(names, 0o640) | {"new": 0o750}
     assert link.is_symlink() and load_file(link)
@@ -971,9 +972,9 @@ def test_the_order_within_a_file_does_not_matter(box):
 
 
 # --- Fuzz: the library is the oracle --------------------------------------------------------------
-NASTY = [None, True, -1, 0, 1, 1.5, 16, 2 ** 31, 2 ** 61, 2 ** 64, "", "F32", "BOOL", "F4", [], {}, [[]],
-         [0], [4], [0, 16], [0, 0], [2 ** 32, 2 ** 32, 0], [0, 2 ** 61], [2 ** 61] * 300, [1] * 100, "²",
-         "9" * 5000, "a\nb", "\ud800", "\0", "..", "/", "x" * 9999, SHARDS[0], "__metadata__",
+NASTY = [None, True, -1, 0, 1, 1.5, 16, 2 ** 31, 2 ** 61, 2 ** 64, "", "F32", "BOOL", "F4", [], {},
+         [[]], [0], [4], [0, 16], [0, 0], [2 ** 32, 2 ** 32, 0], [0, 2 ** 61], [2 ** 61] * 300,
+         "²", "9" * 5000, "a\nb", "\ud800", "\0", "..", "/", "x" * 9999, SHARDS[0], "__metadata__",
          "weight_map", "dtype", "w.scales", {"F32": None}, ["F32", [2, 2], [0, 16]]]
 
 
@@ -994,6 +995,9 @@ def edited(table, rng):
     return table
 
 
+JSON_BYTES = b'0123456789-.,:[]{}"\\ eE\xff\0'
+
+
 def mutated(text, rng):
     """A change to the JSON value, or up to three bytes replaced, taken away or put in."""
     if rng.random() < 0.5:
@@ -1001,7 +1005,7 @@ def mutated(text, rng):
     data = bytearray(text)
     for _ in range(rng.randint(1, 3)):
         at, kind = rng.randrange(len(data)), rng.random()
-        byte = rng.choice(b'0123456789-.,:[]{}"\\ eE\xff\0') if rng.random() < 0.7 else rng.randrange(256)
+        byte = rng.choice(JSON_BYTES if rng.random() < 0.7 else range(256))
         data[at:at + (kind < 0.7)] = bytes([byte]) * (kind < 0.4 or kind > 0.7)
     return bytes(data)
 
@@ -1040,7 +1044,8 @@ def test_no_mutation_of_a_header_is_read_otherwise_than_by_the_library(box):
 def test_no_mutation_of_an_index_crashes(box):
     """What is accepted holds the tensors of the shards, each from where they are."""
     rng, count, folder = random.Random(0), {True: 0, False: 0}, box.shards(FUZZED)
-    text, expected, began = (folder / INDEX).read_bytes(), ours(ck.Checkpoint(folder)), time.monotonic()
+    text, expected = (folder / INDEX).read_bytes(), ours(ck.Checkpoint(folder))
+    began = time.monotonic()
     while time.monotonic() < began + 3 or min(count.values()) < 20:
         (folder / INDEX).unlink()
         (folder / INDEX).write_bytes(mutated(text, rng))
@@ -1052,39 +1057,53 @@ def test_no_mutation_of_an_index_crashes(box):
 
 
 # --- Several processes ----------------------------------------------------------------------------
-def free_port():
+def two_processes(log, *arguments):
+    """(exit codes, stdouts, stderrs) of a command in two processes, started as torchrun does: who
+    fails ends the other one (SIGTERM; torchrun sends SIGKILL only after 30 s)."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
-def rank(number, port):
-    """For a child: process `number` of two, as torchrun would start it."""
-    return lambda: os.environ.update(RANK=str(number), WORLD_SIZE="2", LOCAL_RANK=str(number),
-                                     MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        facts = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(server.getsockname()[1]))
+    pids = [forked(f"{log}{n}", arguments, lambda n=n: os.environ.update(facts, RANK=str(n)))
+            for n in range(2)]
+    codes, until = {}, time.monotonic() + 20
+    while len(codes) < 2 and time.monotonic() < until:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            codes[pid] = os.waitstatus_to_exitcode(status)
+        if any(codes.values()):
+            for other in {*pids} - {*codes}:
+                os.kill(other, signal.SIGTERM)
+        time.sleep(0.01)
+    for other in {*pids} - {*codes}:
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
+    texts = [[open(f"{log}{n}.{kind}").read() for n in range(2)] for kind in ("out", "err")]
+    assert len(codes) == 2, ("one does not end", *texts)
+    return [codes[pid] for pid in pids], *texts
 
 
 @KINDS
 def test_two_processes_give_the_bytes_of_one(box, log, kind):
     target, out = inputs_of(box, kind)
     single = box.folder / "out" / ("one" if kind == "folder" else "one.safetensors")
-    port = free_port()
     good(target, box.b, "--samples", 2, out=single)
-    pids = [forked(f"{log}{n}", [target, box.b, "--samples", 2, "--force", "-o", out], rank(n, port))
-            for n in range(2)]
-    assert [ended(pid) for pid in pids] == [0, 0], open(f"{log}1.err").read()
+    codes, said, errors = two_processes(log, target, box.b, "--samples", 2, "--force", "-o", out)
+    assert codes == [0, 0], errors
     weights = [path / "model.safetensors" if kind == "folder" else path for path in (single, out)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    assert [open(f"{log}{n}.out").read().count("wrote ") for n in range(2)] == [1, 0]
+    assert [text.count("wrote ") for text in said] == [1, 0]
 
 
-def test_a_fault_in_one_of_two_processes(box, log):
-    """Its line stands once; the other one ends, too; nothing is left."""
-    tensors, words = spoilt(UP, math.nan)(box.tensors())
-    bad, port = box.save(tensors), free_port()
+@pytest.mark.parametrize("value", [math.nan, 3e5], ids=["read", "merge"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_fault_in_one_of_two_processes(box, log, place, value):
+    """Found as the weights are read, or as they are merged (it does not fit the target's dtype): one
+    line of the process that finds it; the other one ends without a word; nothing is left."""
+    tensors = box.tensors()
+    name = sorted(tensors, key=lambda n: (-tensors[n].numel(), ck.natural_key(n)))[place]
+    target = box.save({n: t.half() for n, t in tensors.items()}, "t.safetensors")
+    bad = box.save(spoilt(name, value)(tensors)[0])
     before = snapshot(box.folder)
-    pids = [forked(f"{log}{n}", [box.a, bad, "--force", "-o", box.out], rank(n, port)) for n in range(2)]
-    assert all(ended(pid) for pid in pids)
-    lines = [line for n in range(2) for line in open(f"{log}{n}.err") if line.startswith("error: ")]
-    assert len(lines) == 1
-    check_refusal(lines[0], [bad, *words])
-    assert snapshot(box.folder) == before
+    codes, _, errors = two_processes(log, target, bad, "--force", "-o", box.out)
+    assert snapshot(box.folder) == before and codes[place] == 1 and codes[1 - place]
+    check_refusal(errors[place], [repr(name)])
+    assert not errors[1 - place]
