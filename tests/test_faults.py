@@ -98,7 +98,7 @@ class Box:
 @pytest.fixture
 def box(models, tmp_path):
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("hangs"))
-    signal.alarm(60)
+    signal.alarm(120)
     yield Box(tmp_path, models)
     signal.alarm(0)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -161,7 +161,7 @@ MISTAKES = {        # real files that are no checkpoints: the line says what the
     "npz": (written(np.savez, np.ones(3)), ".npz"),
     "GGUF": (b"GGUF\3\0\0\0" + bytes(40), "GGUF"),
     "index under another name": (b'{"metadata": {}, "weight_map": {}}',),
-    **{f"cut short, header of {n}": (cut_short(n), "incomplete") for n in (60, 80, 128, 89984)},
+    **{f"cut short, header of {n}": (cut_short(n), "fetch") for n in (60, 80, 128, 89984)},
 }
 DAMAGED = {         # what the library refuses
     "empty": b"", "short": b"\1\2\3", "eight zeros": bytes(8),
@@ -248,7 +248,7 @@ def places(box, case):
 
 @pytest.mark.parametrize("case", [*MISTAKES, *DAMAGED])
 def test_a_file_that_the_library_refuses(box, capsys, case):
-    data, *words = MISTAKES.get(case) or (DAMAGED[case], "safetensors file")
+    data, *words = MISTAKES.get(case) or (DAMAGED[case], "fetch")
     box.bad.write_bytes(data)
     assert library(data) is None
     check_fault(box, capsys, places(box, case), [box.bad, *words])
@@ -387,7 +387,7 @@ FOLDERS = {
     "a shard is a pipe": mapped("x", "pipe", "pipe", make=lambda f: os.mkfifo(f / "pipe")),
     "a shard is a folder": mapped("x", "sub", "sub", make=lambda f: (f / "sub").mkdir()),
     "a shard is no safetensors file": lambda box: (
-        box.shards(x="config.json"), ["config.json", "safetensors file"]),
+        box.shards(x="config.json"), ["config.json", "safetensors"]),
     "an empty folder": folder_with({}, "no .safetensors"),
     "only a configuration": folder_with({"config.json": "{}"}, "no .safetensors", "config.json"),
     "only pickles": folder_with({"model.bin": "x"}, "model.bin", "convert"),
@@ -712,7 +712,7 @@ SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
 @KINDS
 @pytest.mark.parametrize("sent", SIGNALS)
 def test_a_signal_while_writing(box, log, kind, sent):
-    """The old result stays, nothing is left; after SIGKILL a temporary, and the next run says so."""
+    """The old result stays, nothing is left; a SIGKILL's temporary is named by the next run."""
     (target, out), (ear, mouth) = inputs_of(box, kind), os.pipe()
     before = snapshot(box.folder)
     pid = forked(log, [target, box.b, "--force", "-o", out], lambda: slowly(mouth))
@@ -1033,10 +1033,8 @@ def test_no_mutation_of_a_header_is_read_otherwise_than_by_the_library(box):
         box.bad.unlink()            # not truncated: some file systems then wait for the disk
         box.bad.write_bytes(data)
         theirs, (mine, line) = library(data), opened(box.bad)
-        if mine is None and theirs is not None:
-            assert any(reason in line for reason in OWN_REASONS), (data, line)
-        else:
-            assert mine == theirs, data
+        own = mine is None and any(reason in line for reason in OWN_REASONS)
+        assert (mine == theirs or own) is True, (data, line)
         count[mine is not None] += 1
     assert sum(count.values()) > 2000
 
@@ -1061,7 +1059,8 @@ def two_processes(log, *arguments):
     """(exit codes, stdouts, stderrs) of a command in two processes, started as torchrun does: who
     fails ends the other one (SIGTERM; torchrun sends SIGKILL only after 30 s)."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        facts = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(server.getsockname()[1]))
+        port = server.getsockname()[1]
+    facts = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     pids = [forked(f"{log}{n}", arguments, lambda n=n: os.environ.update(facts, RANK=str(n)))
             for n in range(2)]
     codes, until = {}, time.monotonic() + 20
@@ -1096,8 +1095,8 @@ def test_two_processes_give_the_bytes_of_one(box, log, kind):
 @pytest.mark.parametrize("value", [math.nan, 3e5], ids=["read", "merge"])
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_fault_in_one_of_two_processes(box, log, place, value):
-    """Found as the weights are read, or as they are merged (it does not fit the target's dtype): one
-    line of the process that finds it; the other one ends without a word; nothing is left."""
+    """Found as the weights are read, or as they are merged (it does not fit the target's dtype):
+    one line of the process that finds it; the other ends without a word; nothing is left."""
     tensors = box.tensors()
     name = sorted(tensors, key=lambda n: (-tensors[n].numel(), ck.natural_key(n)))[place]
     target = box.save({n: t.half() for n, t in tensors.items()}, "t.safetensors")
