@@ -117,7 +117,7 @@ def project(z_IZ, n_target: int, z_target: int | None = None):
 def squared_cost(z_source_IZ, z_target_JZ):
     """cost[i, j] = |z_source[i] - z_target[j]|^2, (I, J), the cost of Eq. 2."""
     if z_source_IZ.shape[1] != z_target_JZ.shape[1]:
-        raise ValueError(f"latent sizes {z_source_IZ.shape[1]} and {z_target_JZ.shape[1]} differ")
+        raise ValueError(f"latent sizes {z_source_IZ.shape[1]} and {z_target_JZ.shape[1]}: project")
     # |x|^2 + |y|^2 - 2 x.y cancels far from the origin; distances stay when both clouds are moved
     # to it
     shift_Z = z_target_JZ.double().mean(0)
@@ -175,7 +175,8 @@ def sinkhorn(cost_IJ, a_I=None, b_J=None, epsilon: float = EPSILON, tolerance: f
     errors = (plan.sum(1) - a).abs().sum().item(), (plan.sum(0) - b).abs().sum().item()
     if not max(errors) <= tolerance:  # so put, NaN is refused too: it is in both errors
         raise ValueError(f"Sinkhorn did not converge: marginal error {max(errors):.1e} above "
-                         f"{tolerance:.1e} after {iterations} steps; raise epsilon ({epsilon})")
+                         f"{tolerance:.1e} after {iterations} iterations; raise epsilon "
+                         f"({epsilon}) or max_iterations")
     return Sinkhorn(plan, f * unit, g * unit, iterations, *errors, True)
 
 

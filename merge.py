@@ -196,7 +196,7 @@ def spread(work, run, label):
     no core waits for another after each small product. (Bytes do not depend on the threads.)"""
     rank, size = rank_and_size()
     order = sorted(range(len(run.tasks)), key=lambda n: -run.tasks[n].numel)[rank::size]
-    threads, found = torch.get_num_threads(), {}
+    threads, found, problem = torch.get_num_threads(), {}, None
     # A transport problem of Sinkhorn's fills its memory limit: one at a time.
     count = 1 if run.how.method == "sinkhorn" else min(threads, WORKERS)
     torch.set_num_threads(threads // count)
@@ -205,14 +205,17 @@ def spread(work, run, label):
         results = pool.map(work, [run.tasks[n] for n in order])
         for n in tqdm(order, desc=label, unit="tensor", leave=False, disable=run.a.quiet or None):
             found[n] = next(results)
-    except BaseException:
+    except BaseException as error:
         STOP.set()          # threads that read notice it
-        raise
+        problem = error
     finally:
         pool.shutdown(cancel_futures=True)      # waits for those that run
         torch.set_num_threads(threads)
         STOP.clear()
-    found = {n: result for part in gather(found) for n, result in part.items()}
+    parts = gather(None if problem else found)
+    if problem or None in parts:        # an error in one process ends all
+        raise problem or SystemExit(1)
+    found = {n: result for part in parts for n, result in part.items()}
     return [found[n] for n in range(len(run.tasks))]
 
 
@@ -283,7 +286,6 @@ def check_codec(run, codecs, bound):
 def merge_tensor(run, codecs, output, task):
     """Merge one tensor into the output. Returns (sums of squares, records of its transports)."""
     entry, readers, transports = run.target.entries[task.name], run.readers(task), []
-    # The c_i of the operator on raw weights: for the baseline, and for the distance to it.
     plain = run.weights(task, ([read(*span) for read in readers] for span in spans(task.numel)))
     squares = Counter()
     if run.in_weights(task):
@@ -294,7 +296,6 @@ def merge_tensor(run, codecs, output, task):
         codes = ([parent.latents(*step) for parent in parents] for step in steps)
         weights = run.weights(task, codes)
         aligned = [ls.bring(target, source, run.how, (*source.seed, 1)) for source in sources]
-        # Only a transport has something to tell; a source of the target's shape goes as it is.
         transports = [source for source in aligned if isinstance(source, ls.Transport)]
         pieces = ls.ls_merge(target, aligned, weights, run.a.residual)
     for start, piece in pieces:
@@ -483,7 +484,6 @@ def open_run(a, codecs):
     need(kind == "cross-shape" or not a.source_vae, a.source_vae, "equal shapes share one VAE",
          "drop --source-vae")
     n = len(a.models) - 1
-    # lambda by default: see the table above
     share = 0.1 / n if kind == "cross-shape" and a.operator != "soup" else 1 / (n + 1)
     samples = a.samples if a.samples is not None else 0 if n or a.roundtrip else SAMPLES
     how = ls.Alignment(method, a.control, a.epsilon or ot.EPSILON)
