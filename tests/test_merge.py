@@ -56,7 +56,7 @@ def combination(coefficients, tensors):
 
 
 def assert_models_close(got, expected, rtol=1e-6):
-    """Relative to each tensor's largest weight: float32 algebra of some 20 operations per weight."""
+    """Relative to each tensor's largest weight: float32 algebra of some 20 steps."""
     assert set(got) == set(expected)
     for name, tensor in expected.items():
         assert got[name].dtype == tensor.dtype
