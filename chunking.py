@@ -237,7 +237,7 @@ def read_header(path):
         except SafetensorError as error:
             for magic, what, fix in MAGIC:
                 need(not head.startswith(magic), path, f"not a safetensors file but {what}", fix)
-            raise CheckpointError(path, f"no whole safetensors file: {error}", AGAIN) from None
+            raise CheckpointError(path, f"not safetensors, or cut short: {error}", AGAIN) from None
         base = 8 + int.from_bytes(head[:8], "little")
         file.seek(8)
         header = json.loads(file.read(base - 8))

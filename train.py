@@ -2,13 +2,12 @@
 
     python train.py CHECKPOINT [CHECKPOINT ...] [-o vae.safetensors] [options]
 
-the network    --chunk, --tokens, --width, --blocks, --heads, --ratio, --beta: see VAEConfig (vae.py)
+the network    --chunk, --tokens, --width, --blocks, --heads, --ratio, --beta: VAEConfig in vae.py
                --init NAME     pca (warm start), random (the paper's), or a VAE file, which goes on
                                in stage 2 and brings its own network (pca)
 the stages     --steps1, --steps2, --lr, --batch, --holdout: see Schedule below
                --select REGEX  which tensors (floats of two or more dimensions in numbered layers)
-output         -o, --output PATH, --log FILE (a JSON line per validation; torchrun takes that flag
-               for its own: torchrun ... -- train.py ...), --force (overwrite)
+output         -o, --output PATH, --log FILE (a JSON line per validation), --force (overwrite)
 machine        --device auto|cpu|cuda, --dtype float32|bfloat16 (of the products), --seed, --quiet
 
 Paper: abstract, Sec. 3.2. Stage 1 trains a deterministic, high-capacity autoencoder (KL off); stage
@@ -24,7 +23,7 @@ differs: the paper's stage 2 also distils, it matches stage 1's output. Measured
 """
 if __name__ == "__main__":      # Ctrl-C during the imports: end without a traceback
     import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)
-import argparse, bisect, copy, datetime, itertools, json, math, os, re, sys, time, zlib
+import argparse, atexit, bisect, copy, datetime, itertools, json, math, os, re, sys, time, zlib
 from functools import partial
 from dataclasses import asdict, dataclass, fields
 
@@ -198,8 +197,8 @@ def run_stage(vae, windows, schedule, stage, steps, peak, log):
         need(best, "training", "interrupted before its first check", "run it again")
         ended = "interrupted"
     vae.load_state_dict(state)      # the best, not the last
-    seconds = round(time.perf_counter() - began, 2)
-    return {**best, "stage": stage, "steps": step, "lr": peak, "ended": ended, "seconds": seconds}
+    return {**best, "stage": stage, "steps": step, "lr": peak, "ended": ended,
+            "seconds": round(time.perf_counter() - began, 2)}
 
 
 def train_vae(parents, config, schedule=Schedule(), log=lambda record: None, start=None):
@@ -238,10 +237,11 @@ def rank_and_size(): return int(os.environ.get("RANK", 0)), int(os.environ.get("
 
 def gather(value):
     """[value of process 0, of process 1, ...], in every process of a torchrun; alone, [value]."""
-    values = [value] * rank_and_size()[1]
+    values = [value] * rank_and_size()[1]       # to be filled in
     if len(values) > 1:
         if not distributed.is_initialized():    # a day: the others wait for the largest tensor
             distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
+            atexit.register(distributed.destroy_process_group)
         distributed.all_gather_object(values, value)
     return values
 
@@ -257,7 +257,7 @@ def regex(text):
     try:
         return re.compile(text).pattern
     except re.error:
-        raise ValueError from None
+        raise ValueError from None      # argparse then names the flag
 
 
 def start_parser(name, doc, texts, switches=""):
@@ -294,8 +294,8 @@ def parse(argv):
     given["width"] = -(-max(a.width, a.chunk) // pairs) * pairs     # room for a chunk, in pairs
     given["init"] = a.init if a.init in ("pca", "random") else "random"
     own = any(given[field.name] != field.default for field in fields(VAEConfig)[:-2])
-    if given["init"] != a.init and own:
-        parser.error("--init FILE brings its network: drop the flags of the network")
+    if own and given["init"] != a.init:
+        parser.error("--init FILE brings its network: drop the network's flags")
     try:
         return [a, *(kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given})
                      for kind in (VAEConfig, Schedule))]

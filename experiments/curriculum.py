@@ -1,23 +1,29 @@
 """Which parts of the curriculum earn their place? One change at a time, at equal compute.
 
-    python experiments/paper_tables.py --ablation curriculum          # printed from there
+    python experiments/paper_tables.py --ablation curriculum
 
-In:    the experts code and prose, on which every variant of the codec is trained; arithmetic (another expert of their base)
-       and base-seed2 (another seed), which it never sees.
-Out:   per variant and seed: NMSE and decoded bits per byte minus the model's own, on seen and unseen checkpoints; KL per latent
-       number, active units, posterior sigma; seconds. JSON lines in results/ablation.jsonl.
-       "One stage": the KL counts and codes are sampled from the first step of the random network; what stays of the curriculum
-       is the rise of beta over the first fifth of the steps, and the neck's start in the network's principal directions.
-       A variant is judged by decoded bits on unseen checkpoints, paired per document, against its group's first row.
-Equal compute: the same number of steps of the same number of chunks through the same network. Pooling adds matrices of its
-       own; only the warm start ends early, having nothing to learn.
-Paper: abstract and Sec. 3.2 (two stages, and the collapse without them). ours: everything else here.
-Previous: codec_tables.py. Next: real_model.py.
+In:    the experts code and prose, on which every variant of the codec is trained; arithmetic
+       (another expert of their base) and base-seed2 (another seed), which it never sees.
+Out:   per variant and seed: NMSE and decoded bits per byte minus the model's own, on seen and
+       unseen checkpoints; KL per latent number, active units, posterior sigma; seconds. A record
+       per variant. It is judged by decoded bits on unseen checkpoints, paired per document,
+       against its group's first row.
+       "One stage": the KL counts and codes are sampled from the first step of the random network;
+       what stays of the curriculum is the rise of beta over the first fifth of the steps, and the
+       neck's start in the network's principal directions.
+Equal compute: the same number of steps of the same number of chunks through the same network.
+       Pooling adds matrices of its own; the warm start ends early, having nothing to learn.
+Paper: abstract and Sec. 3.2 (two stages, and the collapse without them). ours: everything else.
+       "Distillation" (paper: "distilling to a compact code"): stage 2 also matches stage 1's
+       output. Commit 7a067b4 measured it in the core, as part of every random start, and more:
+       a neck of its own per tensor or per role (`VAEConfig.necks`). Those records stay in
+       results/ablation.jsonl; the variants cannot be run any more.
+Previous: codec_tables.py. Next: explore_transfer.py.
 """
 import contextlib
+import copy
 import dataclasses
 import math
-import platform
 import time
 from unittest import mock
 
@@ -29,28 +35,24 @@ from tqdm import tqdm
 
 import lsmerge
 import train
-from chunking import TensorSlot, scale, unscale
-from codec_tables import FAMILY, Model, scores, through_codec
+from chunking import scale, unscale
+from codec_tables import FAMILY, Model, ThroughCodec
 from evaluate import DOMAINS
 from lsmerge import Codec
-from paper_tables import difference, summary
+from scores import QUICK, difference, machine, score, stacked, summary
 from train import Schedule
-from vae import VAE, Posterior, VAEConfig, kl_divergence, sample
+from vae import VAE, Posterior, VAEConfig, kl_divergence, masked_mse, sample, vae_loss
 
 UNSEEN = ("arithmetic", "base-seed2")
-STEPS1, STEPS2, BATCH = 400, 200, 32                   # with windows of 16 chunks: 307,200 chunks, six times all there are
-RANDOM = dict(init="random"), dict(lr=1e-3, distil=True)    # the paper's start and distillation; its rate (1e-4) learns nothing in these steps
+STEPS1, STEPS2 = 400, 200
+CHUNKS = 512                    # per step: 307,200 in all, six times as many as there are
+SPREAD = 0.623                  # standard deviation of sign(x) log(1 + |x|) for x ~ N(0, 1)
 
 
-# --- Changes that the core does not offer ------------------------------------------------------------------------------
-class RoleSlot(TensorSlot):
-    """One neck per role (all q, all up, ...) instead of one per tensor."""
-    key = property(lambda self: str(self.place.role))
-
-
+# --- Changes that the core does not offer ---------------------------------------------------------
 class PooledVAE(VAE):
-    """paper: Sec. 3.2, z in R^{B x z_d}: one code per window. The code's numbers are kept as T rows of Z, so that r and all
-    that follows stay as they are, but each depends on the whole window."""
+    """paper: Sec. 3.2, z in R^{B x z_d}: one code per window. The code's numbers are kept as T rows
+    of Z, so that r and all that follows stay as they are, but each depends on the whole window."""
 
     def __init__(self, config, generator=None):
         super().__init__(config, generator)
@@ -60,148 +62,234 @@ class PooledVAE(VAE):
             nn.init.normal_(module.weight, 0, module.in_features ** -0.5, generator=generator)
             nn.init.zeros_(module.bias)
 
-    def encode(self, x_BTC, real_BT=None, place=None):
+    def encode(self, x_BTC, real_BT=None):
         h_BTD = self.encode_stream(x_BTC, real_BT)
-        flat_BX = (h_BTD if real_BT is None else h_BTD * real_BT[..., None]).flatten(1)
-        return Posterior(self.pool(flat_BX).view(*h_BTD.shape[:2], -1), self.neck_logvar(h_BTD))
+        seen_BTD = h_BTD if real_BT is None else h_BTD * real_BT[..., None]
+        mu_BTZ = self.pool(seen_BTD.flatten(1)).view(*h_BTD.shape[:2], -1)
+        return Posterior(mu_BTZ, self.neck_logvar(h_BTD))
 
-    def decode(self, z_BTZ, real_BT=None, place=None):
-        return self.decode_stream(self.unpool(z_BTZ.flatten(1)).view(*z_BTZ.shape[:2], -1), real_BT)
+    def decode(self, z_BTZ, real_BT=None):
+        h_BTD = self.unpool(z_BTZ.flatten(1)).view(*z_BTZ.shape[:2], -1)
+        return self.decode_stream(h_BTD, real_BT)
 
 
-def huber_loss(vae, teacher, stage, batch, beta, generator, *_):
-    """train.stage_loss with Huber's loss (delta = 1 standard deviation) in the place of the squared error / 2."""
-    x_BTC, real_BTC, place_B = batch
+def through_streams(vae, x_BTC, real_BT):
+    """Stage 1: the network without its neck."""
+    return vae.decode_stream(vae.encode_stream(x_BTC, real_BT), real_BT)
+
+
+def huber_loss(vae, stage, x_BTC, real_BTC, beta, noise):
+    """train.stage_loss with Huber's loss (delta = 1 standard deviation), not the squared error."""
     real_BT = real_BTC.any(dim=-1)
-    error = lambda a, b: F.huber_loss(a[real_BTC], b[real_BTC])
     if stage == 1:
-        loss = error(vae.decode_stream(vae.encode_stream(x_BTC, real_BT), real_BT), x_BTC)
-        return loss, loss, torch.zeros(())
-    posterior = vae.encode(x_BTC, real_BT, place_B)
-    decoded_BTC = vae.decode(sample(posterior, generator), real_BT, place_B)
-    with torch.no_grad():
-        taught_BTC = x_BTC if teacher is None else teacher.decode_stream(teacher.encode_stream(x_BTC, real_BT), real_BT)
-    kl, taught = kl_divergence(posterior, real_BT), 0.0 if teacher is None else error(decoded_BTC, taught_BTC)
-    loss = error(decoded_BTC, x_BTC)
-    return loss + taught + beta / vae.config.true_ratio * kl, loss, kl
+        decoded_BTC, kl = through_streams(vae, x_BTC, real_BT), torch.zeros(())
+    else:
+        posterior = vae.encode(x_BTC, real_BT)
+        decoded_BTC = vae.decode(sample(posterior, noise), real_BT)
+        kl = kl_divergence(posterior, real_BT)
+    loss = F.huber_loss(decoded_BTC[real_BTC], x_BTC[real_BTC])
+    return loss + beta / vae.config.true_ratio * kl, loss, kl
 
 
-SPREAD = 0.623                                         # standard deviation of sign(x) log(1 + |x|) for x ~ N(0, 1)
+class Distillation:
+    """train.stage_loss; in stage 2 also half the squared distance to stage 1's output."""
+
+    def __init__(self):
+        self.plain, self.teacher = train.stage_loss, None
+
+    def __call__(self, vae, stage, x_BTC, real_BTC, beta, noise):
+        if stage == 1:
+            return self.plain(vae, stage, x_BTC, real_BTC, beta, noise)
+        if self.teacher is None:            # at the first batch: the streams as stage 1 left them
+            self.teacher = copy.deepcopy(vae).requires_grad_(False)
+        real_BT = real_BTC.any(dim=-1)
+        posterior = vae.encode(x_BTC, real_BT)
+        decoded_BTC = vae.decode(sample(posterior, noise), real_BT)
+        loss = vae_loss(decoded_BTC, posterior, x_BTC, real_BTC, beta, vae.config.true_ratio)
+        with torch.no_grad():
+            taught_BTC = through_streams(self.teacher, x_BTC, real_BT)
+        return loss._replace(total=loss.total + masked_mse(decoded_BTC, taught_BTC, real_BTC) / 2)
+
+
 def companded(flat_L, slot):
+    """scale, then sign(x) log(1 + |x|), of standard deviation 1 again."""
     x = scale(flat_L, slot)
     return x.sign() * x.abs().log1p() / SPREAD
 
 
 def expanded(flat_L, slot):
-    y = flat_L.double() * SPREAD
+    """Inverse of companded."""
+    y = flat_L * SPREAD
     return unscale(y.sign() * y.abs().clamp(max=20).expm1(), slot)
+
+
+def replacements(change):
+    """[(module, name there, what takes its place)]"""
+    if change == "huber":
+        return [(train, "stage_loss", huber_loss)]
+    if change == "distillation":
+        return [(train, "stage_loss", Distillation())]
+    if change == "pooled":
+        return [(train, "VAE", PooledVAE)]
+    if change == "companding":
+        return [(train, "scale", companded), (lsmerge, "scale", companded),
+                (lsmerge, "unscale", expanded)]
+    return []
 
 
 @contextlib.contextmanager
 def changed(change):
-    """The core with one of its parts replaced, for the time of a training and of the codec's use after it."""
-    parts = {"huber": [(train, "stage_loss", huber_loss)], "pooled": [(train, "VAE", PooledVAE)],
-             "companding": [(train, "scale", companded), (lsmerge, "scale", companded), (lsmerge, "unscale", expanded)]}
+    """The core with a part replaced, for the time of a training and of the codec's use after it."""
     with contextlib.ExitStack() as stack:
-        for where, name, what in parts.get(change, []):
-            stack.enter_context(mock.patch.object(where, name, what))
+        for replacement in replacements(change):
+            stack.enter_context(mock.patch.object(*replacement))
         yield
 
 
 def slots_of(model, change):
-    """The statistics that a variant goes by."""
-    if change == "one scale":
-        count = model.weights
-        mean = sum(s.mean * s.numel for s in model.slots) / count
-        spread = math.sqrt(sum((s.scale ** 2 + (s.mean - mean) ** 2) * s.numel for s in model.slots) / count)
-        return [dataclasses.replace(s, mean=mean, scale=spread) for s in model.slots]
-    if change == "role":
-        return [RoleSlot(**{f.name: getattr(s, f.name) for f in dataclasses.fields(s)}) for s in model.slots]
-    return model.slots
+    """The statistics that a variant goes by: each tensor's own, or one scale for all."""
+    if change != "one scale":
+        return model.slots
+    mean = sum(slot.mean * slot.numel for slot in model.slots) / model.weights
+    second = sum((slot.scale ** 2 + (slot.mean - mean) ** 2) * slot.numel for slot in model.slots)
+    spread = math.sqrt(second / model.weights)
+    return [dataclasses.replace(slot, mean=mean, scale=spread) for slot in model.slots]
 
 
-# --- Variants: group -> name -> (configuration, schedule, change); the first of a group is what the others are held against ---
+# --- Variants -------------------------------------------------------------------------------------
+def cold(change=None, stages=2, tokens=16, **config):
+    """From the random network, the paper's start. Its rate (1e-4) would learn nothing here."""
+    steps = (STEPS1, STEPS2) if stages == 2 else (0, STEPS1 + STEPS2)
+    schedule = dict(lr=1e-3, steps1=steps[0], steps2=steps[1], batch=CHUNKS // tokens)
+    return dict(init="random", tokens=tokens, **config), schedule, change
+
+
+def warm(change=None, steps2=STEPS2, tokens=16, **config):
+    """From the best linear codec."""
+    return dict(tokens=tokens, **config), dict(steps2=steps2, batch=CHUNKS // tokens), change
+
+
 def variants():
-    config, schedule = RANDOM
-    at = lambda change=None, steps1=STEPS1, steps2=STEPS2, batch=BATCH, distil=True, **more: (
-        config | more, schedule | dict(steps1=steps1, steps2=steps2, batch=batch, distil=distil), change)
-    windows = {f"windows of {T}": at(tokens=T, batch=16 * BATCH // T) for T in (1, 64)}
-    warm = lambda change=None, steps2=STEPS2, batch=BATCH, **more: (dict(ratio=2.0) | more, dict(steps2=steps2, batch=batch), change)
+    """group -> name -> (configuration, schedule, change); the first of a group is what the others
+    are held against."""
     return {
         "r = 1, random start": {
-            "two stages": at(), "one stage": at(steps1=0, steps2=STEPS1 + STEPS2), "no distillation": at(distil=False),
-            "one scale for all tensors": at("one scale"), "Huber": at("huber"), "companding": at("companding"), **windows,
-            "pooled": at("pooled"), "warm start": ({}, dict(batch=BATCH), None)},
-        "r = 1, random start, beta 1e-2": {"two stages": at(beta=1e-2), "one stage": at(steps1=0, steps2=STEPS1 + STEPS2, beta=1e-2)},
-        "r = 1, random start, beta 1": {"two stages": at(beta=1.0), "one stage": at(steps1=0, steps2=STEPS1 + STEPS2, beta=1.0)},
+            "two stages": cold(), "one stage": cold(stages=1),
+            "distillation": cold("distillation"), "Huber": cold("huber"),
+            "one scale for all tensors": cold("one scale"), "companding": cold("companding"),
+            "windows of 1": cold(tokens=1), "windows of 64": cold(tokens=64),
+            "pooled": cold("pooled"), "warm start": warm()},
+        "r = 1, random start, beta 1e-2": {
+            "two stages": cold(beta=1e-2), "one stage": cold(stages=1, beta=1e-2)},
+        "r = 1, random start, beta 1": {
+            "two stages": cold(beta=1.0), "one stage": cold(stages=1, beta=1.0)},
         "r = 2": {
-            "warm start, a neck per tensor": warm(), "a neck per role": warm("role"), "one neck": warm(necks="one"),
-            "not trained": warm(steps2=0), "windows of 1": warm(tokens=1, batch=16 * BATCH), "windows of 64": warm(tokens=64, batch=BATCH // 4),
-            "companding": warm("companding"), "one scale for all tensors": warm("one scale"),
-            "random start": at(ratio=2.0), "random start, no distillation": at(distil=False, ratio=2.0), "random start, one neck": at(ratio=2.0, necks="one"),
-            "random start, one stage": at(steps1=0, steps2=STEPS1 + STEPS2, ratio=2.0), "random start, pooled": at("pooled", ratio=2.0)},
-        "r = 1/2, random start": {"two stages": at(ratio=0.5)}}
+            "warm start": warm(ratio=2.0), "not trained": warm(steps2=0, ratio=2.0),
+            "windows of 1": warm(tokens=1, ratio=2.0),
+            "windows of 64": warm(tokens=64, ratio=2.0),
+            "companding": warm("companding", ratio=2.0),
+            "one scale for all tensors": warm("one scale", ratio=2.0),
+            "random start": cold(ratio=2.0),
+            "random start, distillation": cold("distillation", ratio=2.0),
+            "random start, one stage": cold(stages=1, ratio=2.0),
+            "random start, pooled": cold("pooled", ratio=2.0)},
+        "r = 1/2, random start": {"two stages": cold(ratio=0.5)}}
 
 
+# --- Measuring ------------------------------------------------------------------------------------
 def run_variant(variant, seed, models, before, documents):
     """Train one codec; its figures and, per checkpoint, the scores of the decoded model."""
     config, schedule, change = variant
     found, began = {}, time.perf_counter()
     with changed(change):
         parents = [(models[name].file, slots_of(models[name], change)) for name in FAMILY]
-        vae, stages = train.train_vae(parents, VAEConfig(**config), Schedule(**schedule), seed)
-        seconds, way = time.perf_counter() - began, through_codec(Codec(vae))
+        vae, stages = train.train_vae(parents, VAEConfig(**config),
+                                      Schedule(**schedule, seed=seed))
+        seconds, way = time.perf_counter() - began, ThroughCodec(Codec(vae))
         for name, model in models.items():
-            tensors, nmse, _ = dataclasses.replace(model, slots=slots_of(model, change)).rebuilt(way)
-            after = scores(tensors, documents)
+            as_seen = dataclasses.replace(model, slots=slots_of(model, change))
+            tensors, nmse, _ = as_seen.rebuilt(way)
+            after = score(tensors, documents=documents)
             d = difference(after, before[name])
-            found[name] = {"nmse": nmse, "test": summary(after), "difference": d.mean, "se": d.se, "scores": after}
-    return {"seconds": seconds, "stages": stages, "parameters": sum(p.numel() for p in vae.parameters()), "checkpoints": found}
+            found[name] = {"nmse": nmse, "test": summary(after), "difference": d.mean, "se": d.se,
+                           "scores": after}
+    return {"seconds": seconds, "stages": stages,
+            "parameters": sum(p.numel() for p in vae.parameters()), "checkpoints": found}
+
+
+def unseen_scores(runs):
+    """All seeds' decoded bits on unseen checkpoints: "checkpoint, domain" -> (S, documents)."""
+    joined = {}
+    for name in UNSEEN:
+        scores = stacked([run["checkpoints"][name]["scores"] for run in runs])
+        joined |= {f"{name}, {domain}": values for domain, values in scores.items()}
+    return joined
 
 
 def compare(ours, other):
-    """Decoded bits on unseen checkpoints, ours minus the other's: means over checkpoints, errors from texts and seeds."""
-    def joined(rows):
-        pick = lambda name, domain: np.concatenate([r["checkpoints"][name]["scores"][domain] for r in rows])
-        return {f"{name}, {domain}": pick(name, domain) for name in UNSEEN for domain in DOMAINS}
-    ours, other = joined(ours), joined(other)
+    """Ours minus the other's: means over checkpoints, errors from texts and seeds."""
+    ours, other = unseen_scores(ours), unseen_scores(other)
     return difference(ours, other, tuple(ours))
 
 
-def measure_ablation(models, seeds=3, documents=None, quick=False, quiet=False):
-    """One record per variant: its seeds' figures, and how it does against the first of its group."""
-    seeds, documents = (1, 8) if quick else (seeds, documents)
-    models = {name: Model.open(models / f"{name}.safetensors") for name in (*FAMILY, *UNSEEN)}
-    before = {name: scores({n: m.file.read_tensor(n) for n in m.file.entries}, documents) for name, m in models.items()}
-    rows, groups = [], {g: dict(list(v.items())[:2]) for g, v in variants().items()} if quick else variants()
-    with tqdm(total=seeds * sum(map(len, groups.values())), desc="ablation", disable=quiet) as bar:
-        for group, members in groups.items():
-            first = None
-            for name, variant in members.items():
-                runs = []
-                for seed in range(seeds):
-                    runs.append(run_variant(variant, seed, models, before, documents))
-                    bar.update()
-                first = first or runs
-                d = compare(runs, first)
-                rows.append({"group": group, "variant": name, "config": variant[0], "schedule": variant[1], "change": variant[2],
-                             "difference": {**d._asdict(), "se": d.se}, "runs": runs, "documents": len(next(iter(before[FAMILY[0]].values()))[0]),
-                             "python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()})
-    for run in (run for row in rows for run in row["runs"]):
-        for checkpoint in run["checkpoints"].values():
-            del checkpoint["scores"]                       # arrays, and too many of them for a record
+def measure_group(group, members, seeds, models, before, documents, bar):
+    """The records of one group; the first member is what all are held against."""
+    rows, first = [], None
+    for name, variant in members.items():
+        runs = []
+        for seed in range(seeds):
+            runs.append(run_variant(variant, seed, models, before, documents))
+            bar.update()
+        first = first or runs
+        config, schedule, change = variant
+        rows.append({"group": group, "variant": name, "config": config, "schedule": schedule,
+                     "change": change, "difference": compare(runs, first).record(), "runs": runs,
+                     "documents": before[FAMILY[0]][DOMAINS[0]].shape[1], **machine()})
     return rows
 
 
+def measure_ablation(models, seeds=3, documents=None, quick=False, quiet=False):
+    """One record per variant: its seeds' figures, how it does against the first of its group."""
+    groups = variants()
+    if quick:
+        seeds, documents = 1, QUICK
+        groups = {group: dict(list(members.items())[:2]) for group, members in groups.items()}
+    models = {name: Model.open(models / f"{name}.safetensors") for name in (*FAMILY, *UNSEEN)}
+    before = {name: score(model.tensors(), documents=documents) for name, model in models.items()}
+    rows = []
+    with tqdm(total=seeds * sum(map(len, groups.values())), desc="ablation", disable=quiet) as bar:
+        for group, members in groups.items():
+            rows += measure_group(group, members, seeds, models, before, documents, bar)
+    for row in rows:
+        for run in row["runs"]:
+            for checkpoint in run["checkpoints"].values():
+                del checkpoint["scores"]                # arrays, and too many of them for a record
+    return rows
+
+
+# --- Printing -------------------------------------------------------------------------------------
+def mean_over(row, names, key):
+    """The mean of a figure over seeds and checkpoints."""
+    return float(np.mean([run["checkpoints"][name][key] for run in row["runs"] for name in names]))
+
+
 def print_ablation(rows):
-    print("\nAblation of the curriculum: decoded NMSE and bits per byte minus the model's own, means over seeds, on the experts that the codec was\n"
-          "trained on and on unseen checkpoints; then against the first row of the group (unseen bits, ± standard error)")
-    print(f"{'':<36}{'seen: NMSE':>12}{'bits':>9}{'unseen: NMSE':>14}{'bits':>9}{'KL':>8}{'active':>8}{'sigma':>8}{'seconds':>9}")
-    for previous, row in zip([None, *rows], rows):
-        mean = lambda pick: float(np.mean([pick(run) for run in row["runs"]]))
-        over = lambda names, key: mean(lambda run: np.mean([run["checkpoints"][n][key] for n in names]))
-        last, d = (lambda key: mean(lambda run: run["stages"][-1][key])), row["difference"]
-        if previous is None or previous["group"] != row["group"]:
-            print(row["group"])
-        print(f"  {row['variant']:<34}{over(FAMILY, 'nmse'):>12.2e}{over(FAMILY, 'difference'):>+9.3f}{over(UNSEEN, 'nmse'):>14.2e}{over(UNSEEN, 'difference'):>+9.3f}"
-              f"{last('kl'):>8.3f}{last('active'):>8.0%}{last('sigma'):>8.3f}{mean(lambda run: run['seconds']):>9.1f}   {d['mean']:+.4f} ± {d['se']:.4f}")
+    print("\nAblation of the curriculum: decoded NMSE and bits per byte minus the model's own, "
+          "means over seeds, on the experts that the codec was\ntrained on and on unseen "
+          "checkpoints; then against the first row of the group (unseen bits, ± standard error)")
+    print(f"{'':<36}{'seen: NMSE':>12}{'bits':>9}{'unseen: NMSE':>14}{'bits':>9}{'KL':>8}"
+          f"{'active':>8}{'sigma':>8}{'seconds':>9}")
+    group = None
+    for row in rows:
+        if row["group"] != group:
+            group = row["group"]
+            print(group)
+        last = {key: np.mean([run["stages"][-1][key] for run in row["runs"]])
+                for key in ("kl", "active", "sigma")}
+        seconds, d = np.mean([run["seconds"] for run in row["runs"]]), row["difference"]
+        print(f"  {row['variant']:<34}{mean_over(row, FAMILY, 'nmse'):>12.2e}"
+              f"{mean_over(row, FAMILY, 'difference'):>+9.3f}"
+              f"{mean_over(row, UNSEEN, 'nmse'):>14.2e}"
+              f"{mean_over(row, UNSEEN, 'difference'):>+9.3f}"
+              f"{last['kl']:>8.3f}{last['active']:>8.0%}{last['sigma']:>8.3f}{seconds:>9.1f}"
+              f"   {d['mean']:+.4f} ± {d['se']:.4f}")

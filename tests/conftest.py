@@ -1,5 +1,8 @@
-"""Tiny Llama-named checkpoints, written by the safetensors library itself (an independent writer). Small for testing."""
+"""Tiny checkpoints with Llama's names, written by the safetensors library itself (an independent
+writer). Small for testing."""
 import os
+
+os.environ["OMP_NUM_THREADS"] = "1"     # before torch: a pool of threads would not survive a fork
 import sys
 from pathlib import Path
 
@@ -9,36 +12,46 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
-torch.set_num_threads(1)           # the matrices here are tiny: a second thread only waits
-os.environ["OMP_NUM_THREADS"] = "1"   # and so for the commands that tests start
+torch.set_num_threads(1)    # the matrices here are tiny: a second thread only waits
 
 
 def llama_tensors(seed, hidden=64, layers=2, mlp=96, vocab=40, dtype=torch.float32, kv=None):
-    """A state dict with Hugging Face's names. Weights with a spread that differs by role, as real ones have."""
+    """A state dict with Hugging Face's names. The spread differs by role, as in real models."""
     g = torch.Generator().manual_seed(seed)
-    def w(*shape, std=0.05):
-        return (torch.randn(*shape, generator=g) * std).to(dtype)
-    tensors = {"model.embed_tokens.weight": w(vocab, hidden, std=0.5), "model.norm.weight": (1 + w(hidden)).to(dtype)}
+
+    def w(*shape, std=0.05, mean=0.0):
+        return (mean + torch.randn(*shape, generator=g) * std).to(dtype)
+
+    tensors = {"model.embed_tokens.weight": w(vocab, hidden, std=0.5),
+               "model.norm.weight": w(hidden, mean=1.0)}
     for i in range(layers):
         p = f"model.layers.{i}."
-        tensors |= {p + "self_attn.q_proj.weight": w(hidden, hidden, std=0.04), p + "self_attn.k_proj.weight": w(kv or hidden, hidden),
-                    p + "self_attn.v_proj.weight": w(kv or hidden, hidden, std=0.02), p + "self_attn.o_proj.weight": w(hidden, hidden),
-                    p + "mlp.gate_proj.weight": w(mlp, hidden), p + "mlp.up_proj.weight": w(mlp, hidden, std=0.03),
-                    p + "mlp.down_proj.weight": w(hidden, mlp), p + "input_layernorm.weight": (1 + w(hidden)).to(dtype),
-                    p + "post_attention_layernorm.weight": (1 + w(hidden)).to(dtype)}
+        tensors |= {p + "self_attn.q_proj.weight": w(hidden, hidden, std=0.04),
+                    p + "self_attn.k_proj.weight": w(kv or hidden, hidden),
+                    p + "self_attn.v_proj.weight": w(kv or hidden, hidden, std=0.02),
+                    p + "self_attn.o_proj.weight": w(hidden, hidden),
+                    p + "mlp.gate_proj.weight": w(mlp, hidden),
+                    p + "mlp.up_proj.weight": w(mlp, hidden, std=0.03),
+                    p + "mlp.down_proj.weight": w(hidden, mlp),
+                    p + "input_layernorm.weight": w(hidden, mean=1.0),
+                    p + "post_attention_layernorm.weight": w(hidden, mean=1.0)}
     return tensors
+
+
+MODELS = {"a": dict(seed=1), "b": dict(seed=2), "half": dict(seed=3, dtype=torch.bfloat16),
+          "big": dict(seed=4, hidden=96, layers=3, mlp=160, kv=48)}
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Paths: a, b (one shape, float32), half (the same shape in bfloat16), big (deeper and wider), vae (r = 1, untrained)."""
+    """Paths: a, b (one shape, float32), half (the same shape in bfloat16), big (deeper and wider),
+    vae (r = 1, untrained)."""
     folder = tmp_path_factory.mktemp("models")
-    paths = {}
-    for name, options in {"a": dict(seed=1), "b": dict(seed=2), "half": dict(seed=3, dtype=torch.bfloat16),
-                          "big": dict(seed=4, hidden=96, layers=3, mlp=160, kv=48)}.items():
-        paths[name] = folder / f"{name}.safetensors"
+    paths = {name: folder / f"{name}.safetensors" for name in [*MODELS, "vae"]}
+    for name, options in MODELS.items():
         save_file(llama_tensors(**options), paths[name], {"format": "pt"})
     import train
-    paths["vae"] = folder / "vae.safetensors"
-    assert train.main([str(paths["a"]), str(paths["b"]), "-o", str(paths["vae"]), "--steps1", "0", "--steps2", "0", "--quiet"]) is None
+    no_steps = ["--steps1", "0", "--steps2", "0", "--quiet"]
+    files = map(str, [paths["a"], paths["b"], "-o", paths["vae"]])
+    assert train.main([*files, *no_steps]) == 0
     return paths

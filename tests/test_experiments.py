@@ -1,8 +1,11 @@
 """The small models of experiments/ and their scores, against forms written differently.
 
-Sizes are small for testing; oracles: complex numbers and explicit loops for the forward pass, 8 bits a byte for a model
-that knows nothing, counting by hand for the sums, float64 for adapters.
+Sizes are small for testing; oracles: complex numbers and explicit loops for the forward pass, 8
+bits a byte for a model that knows nothing, counting by hand for the sums, float64 for adapters.
 """
+import ast
+import functools
+import graphlib
 import json
 import re
 import sys
@@ -20,11 +23,13 @@ import make_models  # noqa: E402
 import tiny_lm  # noqa: E402
 
 DOCUMENTS = [b"a" * 5 + b"bc", b"x = 1\n" * 9, b"12+34=46\n"]
+TINY = dict(hidden=32, layers=1, heads=1, mlp=16)
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """A second thread costs these sizes more in waiting than it does in work, the more so on a busy machine."""
+    """A second thread costs these sizes more in waiting than it does in work, the more so on a busy
+    machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -33,7 +38,8 @@ def one_thread():
 
 @pytest.fixture
 def model():
-    """Two layers, four query heads on two key heads; gains away from 1 so that forgetting one is seen."""
+    """Two layers, four query heads on two key heads; gains away from 1 so that forgetting one is
+    seen."""
     torch.manual_seed(0)
     lm = tiny_lm.TinyLM(hidden=48, layers=2, heads=4, mlp=40, kv_heads=2).eval()
     for weight in lm.parameters():
@@ -41,39 +47,72 @@ def model():
     return lm
 
 
+def imports(file, modules):
+    """Those of the modules that a file imports anywhere, at its head or within a function."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    return found & set(modules)
+
+
+def test_no_module_imports_what_imports_it():
+    """The folder once had paper_tables.py import, late, the tables that imported it."""
+    graph = {file.stem: file for file in EXPERIMENTS.glob("*.py")}
+    graph = {name: imports(file, graph) for name, file in graph.items()}
+    assert "scores" in graph["paper_tables"] and "tiny_lm" in graph["evaluate"]
+    order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, naming it
+    assert order.index("scores") < order.index("grid") < order.index("paper_tables")
+
+
+def norm(x, gain):
+    return x / np.sqrt((x * x).mean() + 1e-5) * gain
+
+
+def turn(vector, position):
+    """32 numbers are 16 complex ones: the first half real, the second half imaginary."""
+    angle = position * 10_000.0 ** (-np.arange(16) / 16)
+    z = (vector[:16] + 1j * vector[16:]) * np.exp(1j * angle)
+    return np.concatenate([z.real, z.imag])
+
+
+def oracle_head(q, keys, values):
+    """What one query, turned to its position (the last), takes from the values up to it."""
+    scores = np.array([q @ turn(key, s) for s, key in enumerate(keys)]) / np.sqrt(32)
+    share = np.exp(scores - scores.max())
+    return sum(p * value for p, value in zip(share / share.sum(), values))
+
+
 def oracle_logits(tensors, text):
-    """The same network in float64 numpy: one query at a time, rotation as a product of complex numbers."""
+    """The same network in float64 numpy: one query at a time, rotation as a complex product."""
     w = {name: tensor.double().numpy() for name, tensor in tensors.items()}
-    norm = lambda x, gain: x / np.sqrt((x * x).mean() + 1e-5) * gain
-
-    def turn(vector, position):  # 32 numbers are 16 complex ones: first half real, second half imaginary
-        z = (vector[:16] + 1j * vector[16:]) * np.exp(1j * position * 10_000.0 ** (-np.arange(16) / 16))
-        return np.concatenate([z.real, z.imag])
-
     xs = [w["model.embed_tokens.weight"][byte] for byte in text]
     for layer in range(2):
-        m = lambda name: w[f"model.layers.{layer}.{name}.weight"]
-        normed = [norm(x, m("input_layernorm")) for x in xs]
-        split = lambda name: [(m(f"self_attn.{name}_proj") @ x).reshape(-1, 32) for x in normed]
-        q, k, v = split("q"), split("k"), split("v")
+        prefix, suffix = f"model.layers.{layer}.", ".weight"
+        m = {name[len(prefix):-len(suffix)]: value for name, value in w.items()
+             if name.startswith(prefix)}
+        normed = [norm(x, m["input_layernorm"]) for x in xs]
+        q, k, v = ([(m[f"self_attn.{name}_proj"] @ x).reshape(-1, 32) for x in normed]
+                   for name in "qkv")
         for t in range(len(xs)):
-            heads = []
-            for h in range(4):
-                scores = np.array([turn(q[t][h], t) @ turn(k[s][h // 2], s) for s in range(t + 1)]) / np.sqrt(32)
-                share = np.exp(scores - scores.max())
-                heads.append(sum(p * v[s][h // 2] for s, p in enumerate(share / share.sum())))
-            xs[t] = xs[t] + m("self_attn.o_proj") @ np.concatenate(heads)
-            y = norm(xs[t], m("post_attention_layernorm"))
-            gate = m("mlp.gate_proj") @ y
-            xs[t] = xs[t] + m("mlp.down_proj") @ (gate / (1 + np.exp(-gate)) * (m("mlp.up_proj") @ y))
+            heads = [oracle_head(turn(q[t][h], t), [key[h // 2] for key in k[:t + 1]],
+                                 [value[h // 2] for value in v[:t + 1]]) for h in range(4)]
+            xs[t] = xs[t] + m["self_attn.o_proj"] @ np.concatenate(heads)
+            y = norm(xs[t], m["post_attention_layernorm"])
+            gate = m["mlp.gate_proj"] @ y
+            up = gate / (1 + np.exp(-gate)) * (m["mlp.up_proj"] @ y)
+            xs[t] = xs[t] + m["mlp.down_proj"] @ up
     return np.array([w["model.embed_tokens.weight"] @ norm(x, w["model.norm.weight"]) for x in xs])
 
 
 def test_logits_match_the_oracle(model):
     text = b"def f(x):"
     logits = model(torch.tensor([list(text)]))[0].detach().double()
+    expected = torch.from_numpy(oracle_logits(model.state_dict(), text))
     # float32 against float64 through two layers; logits are near 10
-    torch.testing.assert_close(logits, torch.from_numpy(oracle_logits(model.state_dict(), text)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_later_byte_leaves_earlier_logits(model):
@@ -81,13 +120,15 @@ def test_a_later_byte_leaves_earlier_logits(model):
     changed = bytes_BT.clone()
     changed[0, 8] = (changed[0, 8] + 1) % 256
     before, after = model(bytes_BT), model(changed)
-    torch.testing.assert_close(before[:, :8], after[:, :8], rtol=1e-5, atol=1e-5)  # same sums, perhaps other blocks
+    # the same sums, perhaps in other blocks
+    torch.testing.assert_close(before[:, :8], after[:, :8], rtol=1e-5, atol=1e-5)
     assert (before[:, 8:] - after[:, 8:]).abs().max() > 1e-2
 
 
 def test_from_state_dict_reads_every_size_back(model):
     tensors = model.state_dict()
-    again = tiny_lm.TinyLM.from_state_dict({name: tensor.clone() for name, tensor in tensors.items()})
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    again = tiny_lm.TinyLM.from_state_dict(copies)
     assert list(again.state_dict()) == list(tensors)
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in tensors.items())
     lacking = {name: tensor for name, tensor in tensors.items() if "layers.1.mlp.up" not in name}
@@ -108,20 +149,24 @@ def test_padding_does_not_change_a_documents_score(model):
     alone = np.concatenate([evaluate.bits_per_byte(model, [text]) for text in DOCUMENTS])
     np.testing.assert_allclose(together, alone, rtol=1e-5)  # float32, other batch shapes
     logits = oracle_logits(model.state_dict(), DOCUMENTS[0])
-    nats = [np.log(np.exp(logits[i]).sum()) - logits[i, byte] for i, byte in enumerate(DOCUMENTS[0][1:])]
-    np.testing.assert_allclose(alone[0], np.mean(nats) / np.log(2), rtol=1e-4)  # float32 against float64
+    nats = [np.log(np.exp(logits[i]).sum()) - logits[i, byte]
+            for i, byte in enumerate(DOCUMENTS[0][1:])]
+    # float32 against float64
+    np.testing.assert_allclose(alone[0], np.mean(nats) / np.log(2), rtol=1e-4)
 
 
 def test_exact_match_counts_whole_answers():
-    """"122" as the start of "1223" is wrong, so the newline is part of the answer; operands do not count."""
+    """"122" as the start of "1223" is wrong, so the newline is part of the answer; operands do not
+    count."""
     text = b"100+22=122\n900+99=999\n"
-    right = np.array([byte in b"=0123456789\n" for byte in text[1:]])  # all but "+", which no answer holds
-    score = lambda hit: evaluate.exact_match([text], [(None, hit)])[0]
-    assert score(right) == 1.0
-    for position, expected in [(0, 1.0), (6, 1.0), (7, 0.5), (9, 0.5), (10, 0.5), (11, 1.0), (17, 1.0), (21, 0.5)]:
+    right = np.array([byte in b"=0123456789\n" for byte in text[1:]])  # no answer holds the "+"
+    assert evaluate.exact_match([text], [(None, right)])[0] == 1.0
+    shares = {0: 1.0, 6: 1.0, 7: 0.5, 9: 0.5, 10: 0.5, 11: 1.0, 17: 1.0, 21: 0.5}
+    for position, expected in shares.items():
         wrong = right.copy()
         wrong[max(position - 1, 0)] = False  # hit[i] is about byte i + 1
-        assert score(wrong) == expected, f"byte {position}, {text[position:position + 1]}"
+        share = evaluate.exact_match([text], [(None, wrong)])[0]
+        assert share == expected, f"byte {position}, {text[position:position + 1]}"
 
 
 def test_no_text_stands_on_two_sides():
@@ -134,20 +179,22 @@ def test_no_text_stands_on_two_sides():
             assert a + b == int(answer)
             assert sums.setdefault((min(a, b), max(a, b)), split) == split
     names = {split: set(evaluate.code_documents(split)) for split in evaluate.SPLITS}
-    assert not names["train"] & (names["test"] | names["validation"]) and not names["test"] & names["validation"]
+    assert not names["train"] & (names["test"] | names["validation"])
+    assert not names["test"] & names["validation"]
     paragraphs = {split: {paragraph.strip() for text in evaluate.prose_documents(split).values()
                           for paragraph in text.split(b"\n\n")} for split in evaluate.SPLITS}
     assert not paragraphs["train"] & (paragraphs["test"] | paragraphs["validation"]) - {b""}
     assert not paragraphs["test"] & paragraphs["validation"] - {b""}
     scored = [{paragraph.strip() for paragraph in text.split(b"\n\n")} - {b""}
               for text in evaluate.prose_documents("test").values()]
-    assert sum(map(len, scored)) == len(set.union(*scored)), "a paragraph of two topics is scored twice"
+    assert sum(map(len, scored)) == len(set.union(*scored)), "a paragraph is scored twice"
 
 
 def test_the_split_is_the_same_everywhere():
-    """hash() of a string differs from process to process; these three were worked out once from SHA-256."""
-    assert [evaluate.side(name) for name in ("prose/comparisons", "prose/dict", "arithmetic/123+456")] == [
-        "test", "validation", "train"]
+    """hash() of a string differs from process to process; these three were worked out once from
+    SHA-256."""
+    sides = {"prose/comparisons": "test", "prose/dict": "validation", "arithmetic/123+456": "train"}
+    assert {name: evaluate.side(name) for name in sides} == sides
 
 
 def test_held_out_documents_are_small_and_enough():
@@ -171,45 +218,56 @@ def test_same_seed_same_file(tmp_path, monkeypatch):
     texts = [np.frombuffer(b"print('abc')\n" * 50, dtype=np.uint8)] * 3
     files = []
     for number, seed in enumerate((5, 5, 6)):
-        spec = make_models.Spec(seed=seed, steps=3, lr=1e-3, shape=dict(hidden=32, layers=1, heads=1, mlp=16))
+        spec = make_models.Spec(seed=seed, steps=3, lr=1e-3, shape=TINY)
         lm = make_models.new_model(spec)
         make_models.train(lm, spec, texts, make_models.tqdm(range(spec.steps), disable=True))
         make_models.save(lm, tmp_path / f"{number}.safetensors")
         files.append((tmp_path / f"{number}.safetensors").read_bytes())
     assert files[0] == files[1] != files[2]
-    first, second = (make_models.new_model(make_models.Spec(seed, 1, 0.0, shape=spec.shape)) for seed in (5, 6))
+    first, second = (make_models.new_model(make_models.Spec(seed, 1, 0.0, shape=TINY))
+                     for seed in (5, 6))
     assert not torch.equal(first.model.embed_tokens.weight, second.model.embed_tokens.weight)
     tensors = load_file(tmp_path / "0.safetensors")
     assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"] * 3
 
 
+def flat_scores(model, split):
+    """In the place of evaluate: two documents of one domain."""
+    return {"code": np.array([1.0, 3.0])}
+
+
 def test_an_expert_stands_on_the_line_from_its_parent(tmp_path, monkeypatch):
     monkeypatch.setattr(make_models, "BATCH", 2)
     monkeypatch.setattr(make_models, "WINDOW", 16)
-    monkeypatch.setattr(make_models, "evaluate", lambda model, split: {"code": np.array([1.0, 3.0])})
-    row = lambda **more: make_models.Spec(seed=5, steps=8, lr=1e-1, mixture=(0, 0, 1), **more)
+    monkeypatch.setattr(make_models, "evaluate", flat_scores)
+    row = functools.partial(make_models.Spec, seed=5, steps=8, lr=1e-1, mixture=(0, 0, 1))
     monkeypatch.setattr(make_models, "SPECS", {
-        "parent": row(shape=dict(hidden=32, layers=1, heads=1, mlp=16)), "whole": row(parent="parent"),
+        "parent": row(shape=TINY), "whole": row(parent="parent"),
         "part": row(parent="parent", share=0.25)})
     texts = [np.frombuffer(b"print('abc')\n" * 50, dtype=np.uint8)] * 3
     records = [make_models.make(name, tmp_path, texts, quiet=True) for name in make_models.SPECS]
-    assert records[0]["test"]["code"] == {"mean": 2.0, "error": 1.0} and records[0]["tokens"] == 8 * 2 * 16
-    parent, whole, part = (tiny_lm.load(tmp_path / f"{name}.safetensors").state_dict() for name in make_models.SPECS)
+    assert records[0]["test"]["code"] == {"mean": 2.0, "error": 1.0}
+    assert records[0]["tokens"] == 8 * 2 * 16
+    parent, whole, part = (tiny_lm.load(tmp_path / f"{name}.safetensors").state_dict()
+                           for name in make_models.SPECS)
     for name in parent:
         assert not torch.equal(parent[name], whole[name])
         expected = parent[name] + 0.25 * (whole[name] - parent[name])
         # bfloat16 keeps 8 bits: half a unit in the last place of each of the two files compared
-        torch.testing.assert_close(part[name], expected, rtol=2**-7, atol=2**-9 * float(whole[name].abs().max()))
+        atol = 2**-9 * float(whole[name].abs().max())
+        torch.testing.assert_close(part[name], expected, rtol=2**-7, atol=atol)
 
 
 def test_evaluate_command(model, tmp_path, monkeypatch, capsys):
     make_models.save(model, tmp_path / "a.safetensors")
     make_models.save(model, tmp_path / "b.safetensors")
     monkeypatch.setattr(evaluate, "held_out", lambda domain, split: tuple(DOCUMENTS[2:] * 3))
-    run = lambda *args: (monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, args)]), evaluate.main())[1]
-    log = tmp_path / "log.jsonl"
-    assert run(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--quiet", "--record", log) == 0
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, args)])
+        return evaluate.main()
+    log, files = tmp_path / "log.jsonl", [tmp_path / f"{name}.safetensors" for name in "ab"]
+    assert run(*files, "--quiet", "--record", log) == 0
     assert "difference to a.safetensors" in capsys.readouterr().out
     assert len(log.read_text().splitlines()) == 2 and str(tmp_path) not in log.read_text()
     assert run(tmp_path / "a.safetensors", "--score", "code") == 0
@@ -223,7 +281,8 @@ def test_evaluate_command(model, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def adapted(model, tmp_path):
-    """The model with an adapter of rank 3 whose B is not zero, the base's tensors, and the folder it is saved in."""
+    """The model with an adapter of rank 3 whose B is not zero, the base's tensors, and the folder
+    it is saved in."""
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     spec = make_models.Lora(seed=0, steps=1, lr=0.0, rank=3, alpha=12)
     tiny_lm.add_lora(model, spec.rank, spec.alpha)
@@ -246,9 +305,11 @@ def test_folding_adds_the_product_by_hand(adapted):
             stem = "base_model.model." + name.removesuffix("weight")
             A, B = (factors[f"{stem}lora_{x}.weight"].double().numpy() for x in "AB")
             assert A.shape == (3, weight.shape[1]) and B.shape == (weight.shape[0], 3)
-            expected = expected + 4.0 * sum(np.outer(B[:, r], A[r]) for r in range(3))  # alpha / rank = 12 / 3
+            product = sum(np.outer(B[:, r], A[r]) for r in range(3))
+            expected = expected + 4.0 * product  # alpha / rank = 12 / 3
         # float32 sums of four terms near 1; norms and the embedding are untouched
-        np.testing.assert_allclose(folded[name].numpy(), expected, rtol=1e-6, atol=1e-6 if "_proj" in name else 0)
+        np.testing.assert_allclose(folded[name].numpy(), expected, rtol=1e-6,
+                                   atol=1e-6 if "_proj" in name else 0)
 
 
 def test_an_adapted_forward_is_the_folded_forward(adapted):
@@ -258,7 +319,8 @@ def test_an_adapted_forward_is_the_folded_forward(adapted):
     with torch.no_grad():
         beside, within = model(bytes_BT), folded(bytes_BT)
         alone = tiny_lm.TinyLM.from_state_dict(base)(bytes_BT)
-    torch.testing.assert_close(beside, within, rtol=1e-4, atol=1e-4)  # float32, two orders of the same products
+    # float32, two orders of the same products
+    torch.testing.assert_close(beside, within, rtol=1e-4, atol=1e-4)
     assert (beside - alone).abs().max() > 1e-2
 
 
@@ -269,13 +331,16 @@ def test_a_new_adapter_is_the_base_and_only_it_learns(model):
     assert torch.equal(model(bytes_BT), before)  # B = 0, exactly
     model(bytes_BT).logsumexp(-1).sum().backward()
     moved = {name for name, weight in model.named_parameters() if weight.grad is not None}
-    assert moved == {name for name, _ in model.named_parameters() if ".lora_" in name} and len(moved) == 2 * 7 * 2
-    A = model.model.layers[0].mlp.down_proj.lora_A.weight  # kaiming uniform with a = sqrt(5): within 1/sqrt(inputs)
+    assert moved == {name for name, _ in model.named_parameters() if ".lora_" in name}
+    assert len(moved) == 2 * 7 * 2
+    A = model.model.layers[0].mlp.down_proj.lora_A.weight
+    # kaiming uniform with a = sqrt(5): within 1 / sqrt(inputs)
     assert 0.5 * 40 ** -0.5 < A.abs().max() <= 40 ** -0.5
 
 
 def test_factors_start_in_the_order_of_the_targets(model):
-    """They once started in the order of a set of names, which Python changes from run to run, and so did every result."""
+    """They once started in the order of a set of names, which Python changes from run to run, and
+    so did every result."""
     torch.manual_seed(5)
     tiny_lm.add_lora(model, 3, 12)
     torch.manual_seed(5)
@@ -289,15 +354,17 @@ def test_factors_start_in_the_order_of_the_targets(model):
 
 def test_an_adapter_that_does_not_fit_is_refused(adapted):
     _, base, folder = adapted
-    config, path = json.loads((folder / "adapter_config.json").read_text()), folder / "adapter_model.safetensors"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    path = folder / "adapter_model.safetensors"
     factors = load_file(path)
     first = "base_model.model.model.layers.0.mlp.up_proj"
     lacking = {name: tensor for name, tensor in factors.items() if name != f"{first}.lora_B.weight"}
     more = factors | {f"{first}.lora_magnitude_vector": torch.ones(40)}
     foreign = factors | {"lm_head.weight": torch.ones(2, 2)}
     for changed, tensors, message in [
-            (config | {"use_dora": True}, factors, "use_dora"), (config | {"bias": "all"}, factors, "bias"),
-            (config | {"r": 4}, factors, "rank 4"), (config, lacking, "up_proj.*missing"), (config, more, "magnitude"),
+            (config | {"use_dora": True}, factors, "use_dora"),
+            (config | {"bias": "all"}, factors, "bias"), (config | {"r": 4}, factors, "rank 4"),
+            (config, lacking, "up_proj.*missing"), (config, more, "magnitude"),
             (config, foreign, "lm_head")]:
         (folder / "adapter_config.json").write_text(json.dumps(changed))
         save_file(tensors, path)
@@ -308,25 +375,29 @@ def test_an_adapter_that_does_not_fit_is_refused(adapted):
 def test_halves_of_the_training_text_share_no_document(monkeypatch):
     documents = (b"one ", b"two ", b"three ", b"four ", b"five ")
     monkeypatch.setattr(make_models, "training_documents", lambda domain: documents)
-    text = lambda *args: make_models.training_text(*args).tobytes()
-    assert (text("arithmetic", "a"), text("arithmetic", "b")) == (b"one three five ", b"two four ")
-    assert text("code", "b") == b"two \nfour " and text("arithmetic") == b"one two three four five "
+    for arguments, expected in {
+            ("arithmetic", "a"): b"one three five ", ("arithmetic", "b"): b"two four ",
+            ("code", "b"): b"two \nfour ", ("arithmetic",): b"one two three four five "}.items():
+        assert make_models.training_text(*arguments).tobytes() == expected
 
 
 def test_the_command_trains_an_adapter_part_of_the_way(tmp_path, monkeypatch):
     monkeypatch.setattr(make_models, "BATCH", 2)
     monkeypatch.setattr(make_models, "WINDOW", 16)
-    monkeypatch.setattr(make_models, "evaluate", lambda model, split: {"code": np.array([1.0, 3.0])})
-    monkeypatch.setattr(make_models, "training_documents", lambda domain: (b"print('abc')\n" * 20,) * 2)
-    row = lambda **more: make_models.Lora(seed=5, steps=8, lr=1e-1, mixture=(0, 0, 1), half="b", **more)
+    monkeypatch.setattr(make_models, "evaluate", flat_scores)
+    monkeypatch.setattr(make_models, "training_documents",
+                        lambda domain: (b"print('abc')\n" * 20,) * 2)
+    row = functools.partial(make_models.Lora, seed=5, steps=8, lr=1e-1, mixture=(0, 0, 1), half="b")
     monkeypatch.setattr(make_models, "LORAS", {"whole": row(), "part": row(share=0.25)})
-    base = make_models.Spec(seed=1, steps=1, lr=0.0, shape=dict(hidden=32, layers=1, heads=1, mlp=16))
+    base, log = make_models.Spec(seed=1, steps=1, lr=0.0, shape=TINY), tmp_path / "log.jsonl"
     make_models.save(make_models.new_model(base), tmp_path / "base.safetensors")
-    monkeypatch.setattr(sys, "argv", ["make_models.py", "loras", "--out", str(tmp_path), "--quiet", "--threads", "1",
-                                      "--log", str(tmp_path / "log.jsonl")])
+    monkeypatch.setattr(sys, "argv", ["make_models.py", "loras", "--out", str(tmp_path), "--quiet",
+                                      "--threads", "1", "--log", str(log)])
     make_models.main()
-    assert [json.loads(line)["name"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == ["whole", "part"]
-    whole, part = (load_file(tmp_path / "lora" / name / "adapter_model.safetensors") for name in ("whole", "part"))
+    names = [json.loads(line)["name"] for line in log.read_text().splitlines()]
+    assert names == ["whole", "part"]
+    whole, part = (load_file(tmp_path / "lora" / name / "adapter_model.safetensors")
+                   for name in names)
     for name in whole:
         share = 0.25 if "lora_B" in name else 1.0  # a quarter is exact in bfloat16
         assert whole[name].any() and torch.equal(part[name], share * whole[name])
@@ -335,21 +406,25 @@ def test_the_command_trains_an_adapter_part_of_the_way(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", make_models.LORAS)
 def test_the_trained_adapters_are_whole(name):
     folder = tiny_lm.MODELS / "lora" / name
-    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    files = {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in folder.iterdir()} == files
     config = json.loads((folder / "adapter_config.json").read_text())
     facts = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "base_model_name_or_path": "base"}
-    assert config.items() >= facts.items() and set(config["target_modules"]) == set(tiny_lm.LORA_TARGETS)
-    sizes = {"q": (128, 128), "k": (128, 128), "v": (128, 128), "o": (128, 128), "gate": (384, 128), "up": (384, 128),
+    assert config.items() >= facts.items()
+    assert set(config["target_modules"]) == set(tiny_lm.LORA_TARGETS)
+    sizes = {**dict.fromkeys("qkvo", (128, 128)), "gate": (384, 128), "up": (384, 128),
              "down": (128, 384)}
     expected = {}
     for layer in range(4):
         for role, (rows, columns) in sizes.items():
-            stem = f"base_model.model.model.layers.{layer}.{'self_attn' if role in 'qkvo' else 'mlp'}.{role}_proj.lora_"
+            part = "self_attn" if role in "qkvo" else "mlp"
+            stem = f"base_model.model.model.layers.{layer}.{part}.{role}_proj.lora_"
             expected |= {f"{stem}A.weight": (8, columns), f"{stem}B.weight": (rows, 8)}
     tensors = load_file(folder / "adapter_model.safetensors")
     assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == expected
     assert all(tensor.isfinite().all() and tensor.any() for tensor in tensors.values())
-    by_folder, by_file = (tiny_lm.load(path).state_dict() for path in (folder, folder / "adapter_model.safetensors"))
+    by_folder, by_file = (tiny_lm.load(path).state_dict()
+                          for path in (folder, folder / "adapter_model.safetensors"))
     base = tiny_lm.load(tiny_lm.MODELS / "base.safetensors").state_dict()
     assert all(torch.equal(by_folder[key], by_file[key]) for key in base)
     assert {key for key in base if not torch.equal(base[key], by_folder[key])} == {
@@ -357,15 +432,18 @@ def test_the_trained_adapters_are_whole(name):
 
 
 def test_the_table_of_adapters_is_the_recorded_one():
-    """The last line of each name counts; a number in the README that nobody measured would stay for ever."""
+    """The last line of each name counts; a number in the README that nobody measured would stay for
+    ever."""
     lines = map(json.loads, (EXPERIMENTS / "results/make_models.jsonl").read_text().splitlines())
     records = {record["name"]: record for record in lines}
-    section = (EXPERIMENTS / "README.md").read_text().split("## The adapters")[1].split("Test split")[0]
+    readme = (EXPERIMENTS / "README.md").read_text()
+    section = readme.split("## The adapters")[1].split("Test split")[0]
     rows = dict(re.findall(r"^\| `([\w+-]+)` \|(.*)", section, re.M))
     assert list(rows) == ["base", *make_models.LORAS]
     for name, row in rows.items():
         for column in (*evaluate.DOMAINS, "accuracy"):
-            assert "{mean:.3f} ± {error:.3f}".format(**records[name]["test"][column]) in row, (name, column)
+            measured = "{mean:.3f} ± {error:.3f}".format(**records[name]["test"][column])
+            assert measured in row, (name, column)
         if name != "base":
             spec = make_models.LORAS[name]
             assert [records[name][key] for key in ("seed", "steps", "lr", "half", "share")] == [

@@ -1,23 +1,26 @@
-"""vae.py: the loss against torch.distributions, the attention against plain loops, the warm start against Eckart-Young."""
+"""vae.py against torch.distributions, plain loops and Eckart-Young; its codec; its files."""
 import json
 import math
 from dataclasses import asdict
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
-from scipy.linalg import orthogonal_procrustes
 from torch.distributions import Independent, Normal, kl_divergence as torch_kl
 
+import chunking as ck
 import vae as v
-from align import Moments
+from lsmerge import Codec
 
 SMALL = dict(chunk=8, tokens=4, width=16, blocks=2, heads=2)      # small for testing
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def config(**options):
+    return v.VAEConfig(**SMALL | options)
 
 
 def windows(B=6, T=4, C=8, seed=0):
@@ -31,57 +34,99 @@ def windows(B=6, T=4, C=8, seed=0):
 
 def warm(ratio, x, real, **options):
     """A VAE that starts from the statistics of x."""
-    net = v.VAE(v.VAEConfig(**SMALL | {"ratio": ratio} | options), generator())
+    net = v.VAE(config(ratio=ratio, **options), generator())
     h = net.encode_stream(x, real.any(-1))[real.any(-1)].detach().double()
     net.set_neck(h.mean(0).float(), torch.cov(h.T, correction=0))
     return net
+
+
+def wake(net):
+    """Let every branch of a warm start speak."""
+    for seed, block in enumerate([*net.encoder, *net.decoder]):
+        torch.nn.init.normal_(block.out.weight, std=0.3, generator=generator(2 * seed))
+        torch.nn.init.normal_(block.down.weight, std=0.3, generator=generator(2 * seed + 1))
+    return net
+
+
+def nmse(net, x):
+    return ((net.decode(net.encode(x).mu_BTZ) - x).square().mean() / x.var()).item()
+
+
+# --- Eq. 1 ----------------------------------------------------------------------------------------
+def unit_normal(Z):
+    return Normal(torch.zeros(Z), torch.ones(Z))
 
 
 def test_kl_against_torch_distributions():
     x, real = windows()
     posterior = v.Posterior(*torch.randn(2, 6, 4, 5, generator=generator()).unbind())
     q = Normal(posterior.mu_BTZ, (posterior.logvar_BTZ / 2).exp())
-    expected = torch_kl(q, Normal(torch.zeros(5), torch.ones(5)))[real.any(-1)].mean()
-    torch.testing.assert_close(v.kl_divergence(posterior, real.any(-1)), expected, rtol=1e-5, atol=0)
+    expected = torch_kl(q, unit_normal(5))[real.any(-1)].mean()
+    found = v.kl_divergence(posterior, real.any(-1))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
 def test_loss_is_eq_1_per_weight():
-    """-log p(w | z) of a unit Gaussian, less its constant, plus beta KL in nats, over the number of real weights."""
+    """-log p(w | z) of a unit Gaussian, less its constant, plus beta KL, over the real weights."""
     x, real = windows()
     decoded = torch.randn(x.shape, generator=generator(1))
     posterior = v.Posterior(*torch.randn(2, 6, 4, 2, generator=generator(2)).unbind())
     logp = Normal(decoded, 1.0).log_prob(x) + math.log(2 * math.pi) / 2
-    kl = torch_kl(Independent(Normal(posterior.mu_BTZ, (posterior.logvar_BTZ / 2).exp()), 1), Independent(Normal(torch.zeros(2), 1.0), 1))
-    full = real.all(-1)                                    # whole chunks only: then r weights per latent number exactly
+    q = Independent(Normal(posterior.mu_BTZ, (posterior.logvar_BTZ / 2).exp()), 1)
+    kl = torch_kl(q, Independent(unit_normal(2), 1))
+    full = real.all(-1)                     # whole chunks only: then r weights per latent number
     expected = (-(logp[full].sum()) + 0.3 * kl[full].sum()) / (full.sum() * 8)
-    loss = v.vae_loss(decoded, posterior, x, full[..., None].expand_as(x), beta=0.3, ratio=4.0)
+    whole = full[..., None].expand_as(x)
+    loss = v.vae_loss(decoded, posterior, x, whole, beta=0.3, ratio=4.0)
     torch.testing.assert_close(loss.total, expected, rtol=1e-5, atol=0)
 
 
+def test_posterior_variance_is_the_closed_form():
+    """argmin over s of  s / 2 + beta (s - 1 - log s) / 2,  on a grid."""
+    s = torch.linspace(1e-4, 0.1, 200_000, dtype=torch.float64)
+    best = s[(s / 2 + 0.01 * (s - 1 - s.log()) / 2).argmin()].item()
+    x, real = windows()
+    for net in (warm(1.0, x, real, beta=0.01), v.VAE(config(beta=0.01), generator())):
+        assert net.encode(x).logvar_BTZ.exp().mean().item() == pytest.approx(best, rel=1e-4)
+
+
+def test_sampling_needs_a_generator_and_has_the_posteriors_moments():
+    shape = 200, 50, 20
+    posterior = v.Posterior(torch.full(shape, 3.0), torch.full(shape, math.log(0.25)))
+    z = v.sample(posterior, generator())
+    assert torch.equal(z, v.sample(posterior, generator()))
+    assert not torch.equal(z, v.sample(posterior, generator(1)))
+    # 200,000 draws of deviation 0.5: five standard errors of the mean, then of the deviation.
+    assert z.mean().item() == pytest.approx(3.0, abs=0.0056)
+    assert z.std().item() == pytest.approx(0.5, abs=0.004)
+
+
+# --- The network ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("init", ["pca", "random"])
 def test_padding_changes_neither_codes_nor_loss_nor_gradients(init):
     x, real = windows()
-    net = v.VAE(v.VAEConfig(**SMALL, init=init), generator())
-    for block in [*net.encoder, *net.decoder]:             # let every branch speak
-        torch.nn.init.normal_(block.out.weight, std=0.3, generator=generator(1))
-        torch.nn.init.normal_(block.down.weight, std=0.3, generator=generator(2))
-    results = []
+    net, results = wake(v.VAE(config(init=init), generator())), []
+    real_BT = real.any(-1)
     for garbage in (0.0, 1e3):
-        dirty = torch.where(real.any(-1, keepdim=True), x, garbage)
+        dirty = torch.where(real_BT[..., None], x, garbage)
         net.zero_grad()
-        posterior = net.encode(dirty, real.any(-1))
-        loss = v.vae_loss(net.decode(posterior.mu_BTZ, real.any(-1)), posterior, x, real, 0.1, 1.0)
+        posterior = net.encode(dirty, real_BT)
+        loss = v.vae_loss(net.decode(posterior.mu_BTZ, real_BT), posterior, x, real, 0.1, 1.0)
         loss.total.backward()
-        results.append([loss.total.detach(), posterior.mu_BTZ[real.any(-1)], net.encoder[0].qkv.weight.grad.clone()])
-    for clean, dirty in zip(*results):
-        torch.testing.assert_close(clean, dirty, rtol=1e-5, atol=1e-6)      # float32 sums of the same numbers
+        results.append([loss.total.detach(), posterior.mu_BTZ[real_BT],
+                        net.encoder[0].qkv.weight.grad.clone()])
+    for clean, dirty in zip(*results):      # float32 sums of the same numbers
+        torch.testing.assert_close(clean, dirty, rtol=1e-5, atol=1e-6)
 
 
-def test_windows_do_not_see_each_other():
+def test_windows_do_not_see_each_other_but_chunks_of_a_window_do():
     x, _ = windows()
-    net = v.VAE(v.VAEConfig(**SMALL, init="random"), generator())
-    order = torch.tensor([3, 1, 0, 2, 5, 4])
-    torch.testing.assert_close(net.encode(x[order]).mu_BTZ, net.encode(x).mu_BTZ[order], rtol=1e-5, atol=1e-6)
+    net = v.VAE(config(init="random"), generator())
+    order, z = torch.tensor([3, 1, 0, 2, 5, 4]), net.encode(x).mu_BTZ
+    torch.testing.assert_close(net.encode(x[order]).mu_BTZ, z[order], rtol=1e-5, atol=1e-6)
+    other = x.clone()
+    other[0, 3] += 1
+    assert (net.encode(other).mu_BTZ[0, 0] - z[0, 0]).abs().max() > 1e-3
 
 
 def test_block_against_explicit_loops():
@@ -92,158 +137,208 @@ def test_block_against_explicit_loops():
     cos, sin = v.rotation(T, D // H, h.device, h.dtype)
     x = torch.nn.functional.layer_norm(h[0], (D,))
     q, k, w = (block.qkv.weight @ x.T).T.reshape(T, 3, H, D // H).unbind(1)
-    def turn(y, t):                                        # pair (p, p + K/2) is one complex number
-        turned = torch.complex(y[:2], y[2:]) * torch.polar(torch.ones(2), t * 10_000.0 ** (-torch.tensor([0, 2]) / 4))
+
+    def turn(y, t):                         # pair (p, p + K/2) is one complex number
+        angle = t * 10_000.0 ** (-torch.tensor([0, 2]) / 4)
+        turned = torch.complex(y[:2], y[2:]) * torch.polar(torch.ones(2), angle)
         return torch.cat([turned.real, turned.imag])
+
     mixed = torch.zeros(T, H, D // H)
     for head in range(H):
         for t in range(T):
-            scores = torch.stack([turn(q[t, head], t) @ turn(k[s, head], s) for s in range(T)]) / (D // H) ** 0.5
-            mixed[t, head] = scores.softmax(0) @ w[:, head]
+            scores = [turn(q[t, head], t) @ turn(k[s, head], s) for s in range(T)]
+            mixed[t, head] = (torch.stack(scores) / (D // H) ** 0.5).softmax(0) @ w[:, head]
     y = h[0] + mixed.reshape(T, D) @ block.out.weight.T
-    gate, up = (torch.nn.functional.layer_norm(y, (D,)) @ block.gate_up.weight.T).chunk(2, -1)
+    normed = torch.nn.functional.layer_norm(y, (D,))
+    gate, up = (normed @ block.gate_up.weight.T).chunk(2, -1)
     expected = y + (gate * gate.sigmoid() * up) @ block.down.weight.T
     torch.testing.assert_close(block(h, cos, sin, None)[0], expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("ratio", [0.5, 0.8, 1.0])
-def test_untrained_and_exact_up_to_r_1(ratio):
-    x, real = windows(B=40)
-    net = warm(ratio, x, real)
-    other, _ = windows(B=5, seed=9)                        # any weights, not only those it was set up with
-    for sample in (x[:-1], other[:-1]):
-        decoded = net.decode(net.encode(sample).mu_BTZ)
-        assert ((decoded - sample).square().mean() / sample.var()).item() < 1e-10
-    flat = torch.ones(3, 4, 8)
-    torch.testing.assert_close(warm(ratio, flat, flat.bool()).decode(warm(ratio, flat, flat.bool()).encode(other).mu_BTZ), other,
-                               rtol=1e-4, atol=1e-4)       # set up on constant chunks, exact elsewhere all the same
-
-
-@pytest.mark.parametrize("ratio", [4 / 3, 2.0, 4.0])
-def test_untrained_is_pca_above_r_1(ratio):
-    """Eckart-Young: no linear code of Z numbers beats the Z leading principal directions; the sum of the other
-    eigenvalues is its error."""
-    x, real = windows(B=50)
-    x, real = x[:-1], real[:-1]
-    Z = round(8 / ratio)
-    values = torch.linalg.svdvals((x.reshape(-1, 8) - x.reshape(-1, 8).mean(0)).double()) ** 2
-    net = warm(ratio, x, real)
-    error = v.masked_mse(net.decode(net.encode(x).mu_BTZ), x, real).item() * x.numel()
-    assert error == pytest.approx(values[Z:].sum().item(), rel=1e-4)
-
-
-def places(ratio, count=3, C=8):
-    """A network with a neck per tensor, and the clouds they come from: chunks with a covariance of their own each."""
-    clouds = [torch.randn(400, C, generator=generator(s), dtype=torch.float64) @ torch.randn(C, C, generator=generator(9 + s), dtype=torch.float64)
-              + s for s in range(count)]
-    net = v.VAE(v.VAEConfig(**SMALL | {"ratio": ratio}, places=tuple("abc"[:count])), generator())
-    streams = [Moments.of(net.encode_stream(cloud.float()[:, None])[:, 0].detach()) for cloud in clouds]
-    everywhere = Moments.of(net.encode_stream(torch.cat(clouds).float()[:, None])[:, 0].detach())
-    net.set_neck(everywhere.mean_Z.float(), everywhere.cov_ZZ)
-    net.set_own_necks(torch.stack([net.own_neck(here, everywhere) for here in streams]))
-    return net, clouds
-
-
-def test_a_tensor_s_own_neck_is_its_own_pca_shrunk_by_c_chunks():
-    """By numpy: eigenvectors of (400 S_own + 8 S_all) / 408 about the common mean; one number for all windows or one for each."""
-    net, clouds = places(2.0)
-    union = np.concatenate([c.numpy() for c in clouds])
-    mean, all_CC = union.mean(0), np.cov(union.T, bias=True)
-    for place, cloud in enumerate(clouds):
-        x = cloud.numpy() - mean
-        values, vectors = np.linalg.eigh((x.T @ x + 8 * all_CC) / 408)
-        expected = ((x - x @ vectors[:, 4:] @ vectors[:, 4:].T) ** 2).mean()
-        windows_BTC = cloud.float().view(100, 4, 8)
-        for where in (place, torch.full((100,), place)):
-            decoded = net.decode(net.encode(windows_BTC, place=where).mu_BTZ, place=where)
-            assert (decoded - windows_BTC).square().mean().item() == pytest.approx(expected, rel=1e-4)
-        other = net.decode(net.encode(windows_BTC).mu_BTZ)                     # the shared neck is no better
-        assert (other - windows_BTC).square().mean() > expected
-
-
-def test_moments_on_the_cpu_serve_a_network_elsewhere():
-    """The neck is computed where the moments are; a network on torch's "meta" device stands for one on a GPU."""
-    net = v.VAE(v.VAEConfig(**SMALL | {"ratio": 2.0}), generator())
-    asked, real = [], torch.Tensor.cpu
-    with mock.patch.object(torch.Tensor, "cpu", lambda self: asked.append(self.shape) or real(self)):
-        net.set_neck(torch.zeros(16), torch.eye(16, dtype=torch.float64))
-        net.own_neck(Moments.of(torch.randn(9, 16, generator=generator())), Moments.of(torch.randn(9, 16, generator=generator(1))))
-    assert {(16, 8), (16, 4)} <= {tuple(shape) for shape in asked}
-
-
-def test_own_necks_are_turned_as_near_as_can_be_to_the_shared_one():
-    net, _ = places(2.0)
-    shared_DZ = net.widen.weight.detach().double().numpy()
-    for own_DZ in net.own_widen.detach().double().numpy():
-        turn, _ = orthogonal_procrustes(shared_DZ + own_DZ, shared_DZ)
-        np.testing.assert_allclose(turn, np.eye(4), atol=1e-5)
-    exact, _ = places(1.0)
-    assert max(p.abs().max().item() for p in (exact.own_mu, exact.own_widen)) < 1e-5
-
-
-def test_idle_blocks_are_passed_over_without_a_trace():
-    x, real = windows()
-    net = warm(2.0, x, real)
-    torch.nn.init.normal_(net.decoder[1].down.weight, generator=generator())
-    before = net.decode(net.encode(x).mu_BTZ)
-    net.skip_idle()
-    assert [block.idle for block in [*net.encoder, *net.decoder]] == [True, True, True, False]
-    assert torch.equal(net.decode(net.encode(x).mu_BTZ), before)
-    assert not any(block.idle for block in [*net.train().encoder, *net.decoder])             # training reaches them again
-
-
-def test_posterior_variance_is_the_closed_form():
-    """argmin over s of  s / 2 + beta (s - 1 - log s) / 2,  on a grid."""
-    x, real = windows()
-    net = warm(1.0, x, real, beta=0.01)
-    s = torch.linspace(1e-4, 0.1, 200_000, dtype=torch.float64)
-    best = s[(s / 2 + 0.01 * (s - 1 - s.log()) / 2).argmin()].item()
-    assert net.encode(x).logvar_BTZ.exp().mean().item() == pytest.approx(best, rel=1e-4)
-
-
-def test_sampling_needs_a_generator_and_has_the_posteriors_moments():
-    posterior = v.Posterior(torch.full((200, 50, 20), 3.0), torch.full((200, 50, 20), math.log(0.25)))
-    z = v.sample(posterior, generator())
-    assert torch.equal(z, v.sample(posterior, generator())) and not torch.equal(z, v.sample(posterior, generator(1)))
-    # 200,000 draws of deviation 0.5: five standard errors of the mean are 0.0056, of the deviation 0.004.
-    assert z.mean().item() == pytest.approx(3.0, abs=0.0056) and z.std().item() == pytest.approx(0.5, abs=0.004)
 
 
 def test_a_batch_can_be_overfitted():
     """ratio 4, far beyond PCA's reach on white noise (error 0.75): the network has to memorise."""
     x = torch.randn(2, 4, 8, generator=generator())
-    net = v.VAE(v.VAEConfig(**SMALL | {"ratio": 4.0, "width": 32}, init="random"), generator())
+    net = v.VAE(config(ratio=4.0, width=32, init="random"), generator())
     optimiser = torch.optim.Adam(net.parameters(), lr=3e-3)
     for _ in range(300):
         optimiser.zero_grad()
-        loss = v.masked_mse(net.decode(net.encode(x).mu_BTZ), x, torch.ones_like(x, dtype=torch.bool))
+        loss = v.masked_mse(net.decode(net.encode(x).mu_BTZ), x, torch.ones_like(x, dtype=bool))
         loss.backward()
         optimiser.step()
     assert loss.item() < 0.02
 
 
-def test_file_round_trip_and_refusals():
-    net = v.VAE(v.VAEConfig(**SMALL), generator())
-    tensors, metadata = net.to_file({"seed": 3})
-    back, record = v.VAE.from_file(tensors, metadata)
-    assert record == {"seed": 3} and back.config == net.config
+# --- The warm start -------------------------------------------------------------------------------
+@pytest.mark.parametrize("ratio", [0.5, 0.8, 1.0])
+def test_up_to_r_1_it_is_exact_as_built_and_after_its_neck_was_set(ratio):
+    x, real = windows(B=40)
+    other, _ = windows(B=5, seed=9)         # any weights, not only those it was set up with
+    flat = torch.ones(3, 4, 8)              # constant chunks leave directions empty
+    for net in (v.VAE(config(ratio=ratio), generator()), warm(ratio, x, real),
+                warm(ratio, flat, flat.bool())):
+        assert net.ready and max(nmse(net, x[:-1]), nmse(net, other[:-1])) < 1e-10
+
+
+@pytest.mark.parametrize("ratio", [4 / 3, 2.0, 4.0])
+def test_untrained_is_pca_above_r_1(ratio):
+    """Eckart-Young: no linear code of Z numbers beats the Z leading principal directions; its error
+    is the sum of the other eigenvalues."""
+    x, real = windows(B=50)
+    x, real = x[:-1], real[:-1]
+    rows = x.reshape(-1, 8).double()
+    values = torch.linalg.svdvals(rows - rows.mean(0)) ** 2
+    net = warm(ratio, x, real)
+    error = v.masked_mse(net.decode(net.encode(x).mu_BTZ), x, real).item() * x.numel()
+    assert error == pytest.approx(values[round(8 / ratio):].sum().item(), rel=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_moments_on_the_cpu_serve_a_network_on_a_gpu():
+    net = v.VAE(config(ratio=2.0), generator()).cuda()
+    net.set_neck(torch.zeros(16), torch.eye(16, dtype=torch.float64))
+    x = torch.randn(2, 4, 8, generator=generator())
+    z = net.encode(x.cuda()).mu_BTZ.cpu()
+    torch.testing.assert_close(z, net.cpu().encode(x).mu_BTZ, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ratio", [0.8, 1.0, 2.0])
+def test_folded_equals_the_full_network(ratio):
+    x, real = windows(B=40)
+    net = warm(ratio, x + 3, real)
+    folded, z = v.Folded(net), net.encode(x)
+    assert v.Folded.fits(net)
+    found = [*folded.encode(x), folded.decode(z.mu_BTZ)]
+    for mine, theirs in zip(found, [*z, net.decode(z.mu_BTZ)]):
+        assert mine.shape == theirs.shape
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["encoder.0.out", "encoder.1.down", "decoder.1.out",
+                                  "neck_logvar"])
+def test_what_is_not_linear_is_not_folded(part):
+    net = v.VAE(config(), generator())
+    assert v.Folded.fits(net) and Codec(net).linear
+    torch.nn.init.constant_(net.get_submodule(part).weight[-1:, -1:], 1e-3)
+    assert not v.Folded.fits(net) and not Codec(net).linear
+
+
+# --- The codec ------------------------------------------------------------------------------------
+def slot_of(flat_L):
+    return ck.measure(ck.StateDict({"w": flat_L}), "w")
+
+
+def whole_net(net):
+    """A codec that goes through all blocks, whether they speak or not."""
+    with mock.patch.object(v.Folded, "fits", lambda _: False):
+        return Codec(net)
+
+
+@pytest.mark.parametrize("L", [1, 5, 32, 33, 1000])
+def test_the_exact_codec_of_any_length_both_ways(L):
+    """NMSE below 1e-12 in float32, folded and through the idle blocks, which agree."""
+    flat_L = 0.02 * torch.randn(L, generator=generator()) + 0.3
+    slot, net = slot_of(flat_L), v.VAE(config(), generator())
+    found = []
+    for codec in (Codec(net), whole_net(net), Codec.load("exact")):
+        z_NZ = codec.encode(flat_L, slot)
+        assert z_NZ.shape == (-(-L // codec.C), codec.Z) and z_NZ.dtype == torch.float32
+        back = codec.decode(z_NZ, slot, L)
+        apart = ((back - flat_L).double() / slot.scale).square().mean()
+        assert back.dtype == torch.float32 and back.shape == (L,) and apart < 1e-12
+        found.append(z_NZ)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_codec_is_its_network_on_windows():
+    """A network that speaks; padding is masked; the codes of a tensor's parts are the tensor's."""
+    net = wake(v.VAE(config(ratio=2.0), generator()))
+    net.set_neck(torch.zeros(16), torch.eye(16, dtype=torch.float64))
+    flat_L = torch.randn(8 * 4 * 3 + 13, generator=generator(1))
+    slot, codec = slot_of(flat_L), Codec(net)
+    z_NZ = codec.encode(flat_L, slot)
+    x_L = (flat_L - flat_L.double().mean()) / flat_L.double().std(correction=0)
+    x_BTC = torch.cat([x_L.float(), torch.zeros(19)]).reshape(4, 4, 8)
+    real_BT = torch.arange(16).reshape(4, 4) < 14       # chunk 13 holds 5 weights
+    with torch.no_grad():
+        expected = net.encode(x_BTC, real_BT).mu_BTZ.reshape(16, 4)[:14]
+        decoded = net.decode(net.encode(x_BTC, real_BT).mu_BTZ * real_BT[..., None], real_BT)
+    torch.testing.assert_close(z_NZ, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(codec.encode(flat_L[64:], slot), z_NZ[8:], rtol=1e-4, atol=1e-5)
+    whole_L = decoded.reshape(-1)[:109] * slot.scale + slot.mean
+    torch.testing.assert_close(codec.decode(z_NZ, slot, 109), whole_L, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_is_the_arithmetic_not_the_result():
+    flat_L = torch.randn(640, generator=generator())
+    codec = Codec.load("exact", dtype=torch.bfloat16)
+    z_NZ = codec.encode(flat_L, slot_of(flat_L))
+    apart = (codec.decode(z_NZ, slot_of(flat_L), 640) - flat_L).square().mean()
+    assert z_NZ.dtype == torch.float32 and 1e-7 < apart < 1e-3
+
+
+def test_draws_from_the_posterior_and_from_the_prior():
+    """The exact codec's posterior has sigma^2 = beta / (1 + beta); the prior is N(0, I)."""
+    flat_L = torch.randn(2 ** 16, generator=generator())
+    slot, codec = slot_of(flat_L), Codec.load("exact")
+    mean_NZ = codec.encode(flat_L, slot)
+    for samples in (1, 9):                  # 65,536 numbers: deviations within 1.5 %, 5 sigma
+        draw = codec.encode(flat_L, slot, samples, generator(1))
+        assert (draw - mean_NZ).std().item() * samples ** 0.5 == pytest.approx(0.01, rel=0.015)
+        prior = codec.encode(flat_L, slot, samples, generator(1), prior=True)
+        assert prior.std().item() * samples ** 0.5 == pytest.approx(1, rel=0.015)
+        assert abs(torch.corrcoef(torch.stack([prior.flatten(), mean_NZ.flatten()]))[0, 1]) < 0.02
+
+
+@pytest.mark.parametrize("options", [dict(ratio=2.0), dict(init="random"), dict(ratio=1.1)])
+def test_a_codec_whose_neck_was_never_set_refuses_to_work(options):
+    net = v.VAE(config(**options), generator())
+    assert not net.ready
+    with pytest.raises(ValueError, match="neck was never set"):
+        Codec(net)
+    net.set_neck(torch.zeros(16), torch.eye(16, dtype=torch.float64))
+    assert Codec(net).Z == net.config.latent
+
+
+# --- Files ----------------------------------------------------------------------------------------
+def test_file_round_trip():
+    net = wake(v.VAE(config(), generator()))
+    back, record = v.VAE.from_file(*net.to_file({"seed": 3}))
+    assert record == {"seed": 3} and back.config == net.config and back.ready
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), back.parameters()))
-    name = "embed.weight"
-    for broken, meta, word in [
-            ({k: t for k, t in tensors.items() if k != name}, metadata, "missing"),
-            (tensors | {"extra": torch.ones(1)}, metadata, "extra"),
-            (tensors | {name: torch.ones(3, 8)}, metadata, r"\(3, 8\)"),
-            (tensors | {name: tensors[name] * math.nan}, metadata, "NaN"),
-            (tensors, {}, "not a VAE"),
-            (tensors, {"lsmerge.vae": json.dumps(asdict(net.config) | {"chunk": "8"})}, "chunk"),
-            *((tensors, {"lsmerge.vae": json.dumps(asdict(net.config) | {"places": bad})}, "places") for bad in ("a", {"a": 1}, None, 3, [1], ["a", "a"])),
-            (tensors, {"lsmerge.vae": json.dumps({"chunk": 8})}, "configuration")]:
-        with pytest.raises(ValueError, match=word):
-            v.VAE.from_file(broken, meta)
 
 
-@pytest.mark.parametrize("field, value", [("chunk", 0), ("tokens", -1), ("ratio", 0.0), ("ratio", math.nan), ("ratio", 1e9), ("heads", 3),
-                                          ("init", "zeros"), ("beta", -1.0), ("width", 4)])
+NAME, FACTS = "embed.weight", asdict(config())
+BROKEN = {
+    "a tensor is missing": ({NAME: None}, FACTS, NAME),
+    "one too many": ({"extra": torch.ones(1)}, FACTS, "extra"),
+    "another shape": ({NAME: torch.ones(3, 8)}, FACTS, r"\[3, 8\]"),
+    "NaN": ({NAME: torch.full((16, 8), math.nan)}, FACTS, "NaN"),
+    "no configuration": ({}, {}, "train.py"),
+    "half a configuration": ({}, {"chunk": 8}, "train.py"),
+    "a wrong type": ({}, FACTS | {"chunk": "8"}, "chunk"),
+    "an impossible value": ({}, FACTS | {"width": 4}, "width"),
+    "the earlier version": ({}, FACTS | {"places": ["a", "b"], "necks": "tensor"},
+                            "earlier version.*train.py"),
+    "the same at r = 1": ({}, FACTS | {"places": []}, "earlier version.*train.py"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_file_that_is_no_vae_is_one_line_with_the_remedy(tmp_path, case):
+    changes, facts, words = BROKEN[case]
+    tensors, _ = v.VAE(config(), generator()).to_file({})
+    tensors = {name: t for name, t in (tensors | changes).items() if t is not None}
+    path = tmp_path / "v.safetensors"
+    ck.write_tensors(path, tensors, {"lsmerge.vae": json.dumps(facts)})
+    with pytest.raises(ck.CheckpointError, match=words) as caught:
+        Codec.load(path)
+    line = str(caught.value)
+    assert line.startswith(str(path)) and "; fix: " in line and "\n" not in line
+
+
+@pytest.mark.parametrize("field, value", [
+    ("chunk", 0), ("tokens", -1), ("ratio", 0.0), ("ratio", math.nan), ("ratio", 1e9), ("heads", 3),
+    ("init", "zeros"), ("beta", -1.0), ("width", 4)])
 def test_configuration_is_checked(field, value):
     with pytest.raises(ValueError, match=field):
-        v.VAEConfig(**SMALL | {field: value})
+        config(**{field: value})
