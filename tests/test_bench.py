@@ -1,4 +1,4 @@
-"""bench.py's instruments, against things whose size is known: a measure that is off measures nothing.
+"""bench.py's instruments, against things whose size is known.
 
 Oracles: processes that allocate a known amount, torch's own counter of operations, the published
 size of Qwen2-0.5B, loops, sums by hand.
@@ -34,7 +34,7 @@ def process(size, seconds):
 # --- Memory and time of a process -----------------------------------------------------------------
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc is Linux's")
 def test_memory_of_a_process_and_of_its_children_is_seen():
-    """A child that holds 60 MiB and a grandchild that holds 90: a look at the child alone misses it."""
+    """A child holds 60 MiB, a grandchild 90: a look at the child alone would miss them."""
     code = (f"import subprocess, sys; p = subprocess.Popen({process(90 * MIB, 0.5)!r}); "
             + HOLD.format(60 * MIB, 0.5) + "; p.wait()")
     idle = bench.watch(process(0, 0.2))[1]
@@ -122,7 +122,8 @@ def test_merge_runs_on_the_synthetic_pair(tmp_path):
 
 
 # --- --codec --------------------------------------------------------------------------------------
-@pytest.mark.parametrize("config", [VAEConfig(), VAEConfig(chunk=32, ratio=0.8, width=64, blocks=3)])
+@pytest.mark.parametrize("config", [
+    VAEConfig(), VAEConfig(chunk=32, ratio=0.8, width=64, blocks=3)])
 def test_operations_are_what_torch_counts(config):
     """torch's counter knows products only, not attention on a CPU: T x T x D twice per block."""
     codec = lsmerge.Codec(bench_functions.full_network(config))
@@ -187,14 +188,15 @@ def test_mmd_is_the_mean_over_all_pairs():
 
 def fake_training(nmse, log):
     """Checks take 0.2 s, the steps between them 0.02 s; stage 1 ends after step 5."""
-    for stage, step, value in ((1, 5, nmse[0]), (2, 0, nmse[1]), (2, 10, nmse[2]), (2, 20, nmse[3])):
+    checks = (1, 5), (2, 0), (2, 10), (2, 20)
+    for (stage, step), value in zip(checks, nmse):
         time.sleep(0.02)
         train.validate()
         log({"stage": stage, "step": step, "nmse": value})
 
 
 def test_a_curve_leaves_out_the_checks_and_counts_from_the_kl_on(monkeypatch):
-    """1e-2 at the end of stage 1 and at the start of stage 2 are no VAE yet: step 20 is the first."""
+    """1e-2 at the end of stage 1 and the start of stage 2 are no VAE yet: step 20 is the first."""
     monkeypatch.setattr(train, "validate", lambda: time.sleep(0.2))
     check = train.validate
     found = bench_functions.arrival(bench_functions.Curve(fake_training, [0.01, 0.01, 0.5, 0.009]))
