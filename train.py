@@ -43,8 +43,7 @@ from vae import VAE, VAEConfig, masked_mse, sample, vae_loss
 class Schedule:
     steps1: int = 1000          # stage 1, at most: it ends where it has converged
     steps2: int = 200           # stage 2
-    lr: float = 0.0             # peak; 0: 1e-4 (paper), from a random start 8e-3, the best of 1e-3
-    #                             to 2e-2 at width 128 (a wider network wants less)
+    lr: float = 0.0             # peak; 0: 1e-4 (paper), from a random start 8e-3 (measured)
     batch: int = 64             # windows per step: 1,024 chunks, where a CPU multiplies fastest
     holdout: float = 0.1        # fraction of windows kept for validation
     warmup: float = 0.1         # fraction of a stage in which the rate rises; beta takes twice that
@@ -242,7 +241,7 @@ def gather(value):
         if not distributed.is_initialized():    # a day: the others wait for the largest tensor
             distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
             atexit.register(distributed.destroy_process_group)
-        distributed.all_gather_object(values, value)
+        distributed.all_gather_object(values, value)        # waits for all
     return values
 
 

@@ -1,10 +1,12 @@
-"""Train the small models that every experiment merges: a base, its experts, two relatives, and ten LoRA adapters.
+"""Train the small models that every experiment merges: a base, its experts, two strangers that
+share only its data, two relatives of other shapes, and ten LoRA adapters.
 
 In:    text that every Python installation has (evaluate.py says which); the tables SPECS and LORAS below.
 Out:   models/NAME.safetensors (bfloat16, Hugging Face Llama names), models/lora/NAME/ (bfloat16, PEFT's two files) and
        a line each in results/make_models.jsonl.
 Paper: Sec. 4 merges published models. ours: models trained here, so that their kinship is known: experts are fine-tuned
-       from the base, base-seed2 shares only the data, large only the data and the family.
+       from the base, base-seed2 shares only the data, large only the data and the family. grown and
+       pruned descend from the base: each of their layers and units has a known partner, or none.
 Left out on purpose: resuming, a data loader, distributed training: a model takes minutes. Previous: evaluate.py.
 """
 import argparse
@@ -24,7 +26,7 @@ from safetensors.torch import load_file, save as to_bytes
 from tqdm import tqdm
 
 from evaluate import DOCUMENTS, DOMAINS, EXCERPT_BYTES, evaluate, mean_and_error
-from tiny_lm import ADAPTER, LORA_TARGETS, TinyLM, add_lora, fold, load
+from tiny_lm import ADAPTER, HEAD_DIM, LORA_TARGETS, TinyLM, add_lora, fold, load
 
 HERE = Path(__file__).parent
 BATCH = 16            # windows per step; with WINDOW: 4096 bytes a step
@@ -33,6 +35,7 @@ TRAIN_SUMS = 40_000   # documents of eight sums: more than any run reads, so tha
 WARMUP = 100          # steps
 SMALL = dict(hidden=128, layers=4, heads=4, mlp=384)  # 0.9 million weights
 LARGE = dict(hidden=192, layers=6, heads=6, mlp=576)  # 2.9 million weights, wider and deeper
+LESS = dict(hidden=128, layers=3, heads=3, mlp=288)   # 0.5 million weights, narrower and flatter
 # Few sums, and of three digits: the base must leave the arithmetic expert something to learn.
 MIXTURE = (0.60, 0.25, 0.15)  # share of windows in the order of DOMAINS: code, prose, arithmetic
 
@@ -46,6 +49,7 @@ class Spec:
     parent: str = ""     # name of the model to start from; empty: new weights of this shape
     shape: dict | None = None
     share: float = 1.0   # how far to go from the parent (0) to the trained weights (1)
+    places: tuple = ()   # of a larger child: its layers that are the parent's; others are new
 
 
 SPECS = {
@@ -58,6 +62,12 @@ SPECS = {
     "arithmetic": Spec(seed=13, steps=400, lr=1e-3, mixture=(0.1, 0.1, 0.8), parent="base"),
     "base-seed2": Spec(seed=2, steps=2400, lr=3e-3, shape=SMALL),
     "large": Spec(seed=3, steps=1600, lr=2e-3, shape=LARGE),
+    # New layers where pairing by proportional depth (0, 2, 3, 5) goes wrong. More code than the
+    # arithmetic expert read: with a tenth, base + half of the way to grown forgot code on
+    # validation text (+0.008 bits per byte; so -0.006).
+    "grown": Spec(seed=21, steps=300, lr=1e-3, mixture=(0.3, 0.1, 0.6), parent="base", shape=LARGE,
+                  places=(0, 1, 3, 4)),
+    "pruned": Spec(seed=22, steps=200, lr=1e-3, parent="base", shape=LESS),
 }
 
 
@@ -127,6 +137,93 @@ def new_model(spec):
     return model
 
 
+WRITERS = ("embed_tokens", "o_proj", "down_proj")  # what adds to the residual stream
+
+
+@torch.no_grad()
+def grow(parent, spec):
+    """A larger model with the parent's function. What is new (stream, heads, units, layers) reads
+    with random weights and writes zeros: it has no twin in the parent, and training can use it."""
+    model, old = new_model(spec), parent.state_dict()
+    hidden = len(old["model.norm.weight"])
+    # New numbers of the stream are 0 at first, which lowers the mean square that RMSNorm divides
+    # by: its gains make up for it.
+    shrink = math.sqrt(hidden / spec.shape["hidden"])
+    known = {name: name for name in old if ".layers." not in name}
+    for i, j in enumerate(spec.places):
+        known |= {name.replace(f".{i}.", f".{j}."): name for name in old if f".layers.{i}." in name}
+    for name, weight in model.named_parameters():
+        if any(writer in name for writer in WRITERS):
+            weight.zero_()
+        if name in known:
+            source = old[known[name]]
+            corner = tuple(slice(size) for size in source.shape)
+            weight[corner] = source * (shrink if weight.dim() == 1 else 1)
+    return model
+
+
+@torch.no_grad()
+def gather(tensors, stream, layers):
+    """A model cut to the named places of its stream and, per layer of the result, (layer, heads,
+    units) of the model given, in that order. Only reordered it is the same function."""
+    new = {"model.embed_tokens.weight": tensors["model.embed_tokens.weight"][:, stream],
+           "model.norm.weight": tensors["model.norm.weight"][stream]}
+    for number, (layer, heads, units) in enumerate(layers):
+        rows = (heads[:, None] * HEAD_DIM + torch.arange(HEAD_DIM)).flatten()
+        picks = {"input_layernorm": stream, "post_attention_layernorm": stream}
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+            picks[name] = rows[:, None], stream
+        for name in ("mlp.gate_proj", "mlp.up_proj"):
+            picks[name] = units[:, None], stream
+        picks["self_attn.o_proj"] = stream[:, None], rows
+        picks["mlp.down_proj"] = stream[:, None], units
+        for name, pick in picks.items():
+            tensor = tensors[f"model.layers.{layer}.{name}.weight"]
+            new[f"model.layers.{number}.{name}.weight"] = tensor[pick]
+    return new
+
+
+def scramble(tensors, seed):
+    """The same function with stream, whole heads and units in a random order, and that order as
+    `gather` takes it: (tensors, (stream, layers))."""
+    generator, layers = torch.Generator().manual_seed(seed), []
+    for layer in range(sum("input_layernorm" in name for name in tensors)):
+        rows, units = (len(tensors[f"model.layers.{layer}.{name}_proj.weight"])
+                       for name in ("self_attn.q", "mlp.gate"))
+        heads = torch.randperm(rows // HEAD_DIM, generator=generator)
+        layers.append((layer, heads, torch.randperm(units, generator=generator)))
+    stream = torch.randperm(len(tensors["model.norm.weight"]), generator=generator)
+    return gather(tensors, stream, layers), (stream, layers)
+
+
+def strongest(tensors, layer, heads, units):
+    """Which heads and units of a layer weigh most: squared norm of what they write, times that of
+    what they read (a head: its values). In their order."""
+    v, o, up, down = (tensors[f"model.layers.{layer}.{name}_proj.weight"].square()
+                      for name in ("self_attn.v", "self_attn.o", "mlp.up", "mlp.down"))
+    of_heads = (v.sum(1) * o.sum(0)).view(-1, HEAD_DIM).sum(1)
+    of_units = up.sum(1) * down.sum(0)
+    return [of.topk(n).indices.sort().values for of, n in ((of_heads, heads), (of_units, units))]
+
+
+@torch.no_grad()
+def prune(parent, spec, texts):
+    """The strongest heads and units of every layer stay; then layers are dropped, always the one
+    whose absence costs the least on training text. Returns (model, the order as in scramble)."""
+    tensors, shape, stream = parent.state_dict(), spec.shape, torch.arange(spec.shape["hidden"])
+    bytes_BT = batch(texts, spec.mixture, np.random.default_rng(spec.seed))
+    layers = [(layer, *strongest(tensors, layer, shape["heads"], shape["mlp"]))
+              for layer in range(len(parent.model.layers))]
+    while len(layers) > shape["layers"]:
+        shorter = [layers[:i] + layers[i + 1:] for i in range(len(layers))]
+        costs = []
+        for kept in shorter:
+            logits = TinyLM.from_state_dict(gather(tensors, stream, kept))(bytes_BT[:, :-1])
+            costs.append(F.cross_entropy(logits.flatten(0, 1), bytes_BT[:, 1:].flatten()).item())
+        layers = shorter[int(np.argmin(costs))]
+    return TinyLM.from_state_dict(gather(tensors, stream, layers)), (stream, layers)
+
+
 def save(model, path):
     """Write bfloat16; a temporary name first, so that a reader never meets half a file."""
     write(model.state_dict(), path)
@@ -187,6 +284,8 @@ def make(name, out, texts, quiet, partial_folder=None):
     spec = (SPECS | LORAS)[name]
     adapter = isinstance(spec, Lora)
     model = load(out / f"{spec.parent}.safetensors") if spec.parent else new_model(spec)
+    if spec.parent and spec.shape:
+        model = grow(model, spec) if spec.places else prune(model, spec, texts)[0]
     if adapter:
         torch.manual_seed(spec.seed)
         add_lora(model, spec.rank, spec.alpha)
@@ -205,7 +304,9 @@ def make(name, out, texts, quiet, partial_folder=None):
         judged = TinyLM.from_state_dict(fold(load_file(out / f"{spec.parent}.safetensors"), path))
     else:
         path = out / f"{name}.safetensors"
-        if spec.parent:
+        if spec.places:
+            model = TinyLM.from_state_dict(scramble(model.state_dict(), spec.seed)[0])
+        if spec.parent and not spec.shape:
             # ours: a point on the line from parent to child often predicts new text better than either end (WiSE-FT,
             # Wortsman et al. 2022); at share 1 this returns the child's own numbers.
             parent = load(out / f"{spec.parent}.safetensors")
