@@ -12,8 +12,8 @@ import lsmerge
 import merge
 from conftest import llama_tensors
 from lsmerge import Codec, Parent
-from test_merge import (NAME, assert_equal, assert_models_close, combination, is_encoded, merged, run,
-                        save)
+from test_merge import (NAME, assert_equal, assert_models_close, combination, is_encoded, merged,
+                        run, save)
 
 
 # --- Coefficients ---------------------------------------------------------------------------------
@@ -35,7 +35,8 @@ def test_slerp_is_lerp_where_the_angle_says_nothing(dot, norm):
 
 def test_inner_products_of_pieces():
     a, b = torch.randn(2, 100, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    expected = [np.vdot(a, b), np.linalg.norm(a), np.linalg.norm(b)]
+    x, y = a.numpy(), b.numpy()
+    expected = [np.vdot(x, y), np.linalg.norm(x), np.linalg.norm(y)]
     found = lsmerge.inner(zip(a.split(7), b.split(7)))
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
@@ -86,10 +87,11 @@ def test_with_an_exact_codec_an_affine_operator_is_its_twin_in_weight_space(
     flags += ["--base", base] if operator == "task-arithmetic" else []
     got, report = merged(models, tmp_path, a, b, base, *flags, vae=space == "latent")
     tensors = [family[key][1] for key in ("a", "b", "base")]
-    # up to 10 + 7 times the weights themselves are summed
     assert_models_close(got, combination(coefficients, tensors), rtol=2e-6)
+    largest = max(map(abs, coefficients))           # rounding grows with what is summed
     assert report["operator"] == operator and report["space"] == space
-    assert report["distance"]["to_average"] < 1e-6 and len(report["distance"]["to_source"]) == 2
+    assert report["distance"]["to_average"] < 1e-6 * largest
+    assert len(report["distance"]["to_source"]) == 2
 
 
 def test_task_arithmetic_from_the_base_gives_the_source(models, family, tmp_path):
@@ -145,8 +147,8 @@ def test_slerp_of_latents_by_hand(models, tmp_path):
     vae, parents = Codec.load(models["vae"]).vae, [load_file(models[key])[NAME] for key in "ab"]
     mean, std = parents[0].double().mean(), parents[0].double().std(correction=0)
     with torch.no_grad():
-        za, zb = (vae.encode(((w.double() - mean) / std).float().reshape(-1, 16, 64)).mu_BTZ.double()
-                  for w in parents)
+        x = [((w.double() - mean) / std).float().reshape(-1, 16, 64) for w in parents]
+        za, zb = (vae.encode(x_BTC).mu_BTZ.double() for x_BTC in x)
         angle = torch.acos((za * zb).sum() / za.norm() / zb.norm())
         z = torch.sin(0.6 * angle) * za + torch.sin(0.4 * angle) * zb
         decoded = vae.decode((z / torch.sin(angle)).float()).double()
@@ -178,8 +180,8 @@ def test_samples_scatter_as_the_posterior_says(models, tmp_path, samples, capsys
     expected = 0.01 / math.sqrt(samples or merge.SAMPLES)
     assert torch.cat(off).std().item() == pytest.approx(expected, rel=0.02)
     said = capsys.readouterr().out                  # what the draws do to the weights is said
-    assert f"mean of {samples or merge.SAMPLES} draws" in said
-    assert f"{runs[2][1]['distance']['to_target']:.2%} of their norm" in said
+    assert f"K = {samples or merge.SAMPLES} draws" in said
+    assert f"{runs[2][1]['distance']['to_target']:.4f} to the target" in said
 
 
 def test_parents_draw_their_own_samples(models, tmp_path):

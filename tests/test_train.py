@@ -187,9 +187,12 @@ def test_it_ends_where_nothing_gets_better(models):
     assert first["ended"] == "no better" and first["best_step"] < first["steps"] < 100
 
 
-def test_a_non_finite_loss_stops_with_the_step(models):
-    with pytest.raises(FloatingPointError, match=r"stage 1: .* at step \d+; fix: lower --lr"):
+def test_a_loss_that_is_not_finite_ends_the_training_with_the_remedy(models, tmp_path, capsys):
+    with pytest.raises(ck.CheckpointError, match="loss; fix: lower --lr"):
         fit(models["a"], RANDOM, steps1=20, lr=1e30)
+    flags = ["--init", "random", "--lr", 1e30, "--steps1", 20, *FLAGS]
+    assert run(models["a"], "-o", tmp_path / "v", *flags) == 1
+    assert capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 def test_a_chunk_larger_than_a_tensor_is_padding_mostly(tmp_path):
