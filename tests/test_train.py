@@ -279,8 +279,22 @@ def test_it_goes_on_from_a_file(models, tmp_path, capsys):
     capsys.readouterr()
     assert run(models["a"], "-o", first, "--init", first, "--force", *flags) == 1
     assert "input" in capsys.readouterr().err and equal(load(first)[0], start)
+    (tmp_path / "folder").mkdir()
+    inside = tmp_path / "folder/v.safetensors"
+    inside.write_bytes(first.read_bytes())
+    assert run(models["a"], "-o", inside, "--init", inside.parent, "--force", *flags) == 1
+    assert "input" in capsys.readouterr().err and inside.read_bytes() == first.read_bytes()
     assert run(models["a"], "-o", tmp_path / "x", "--init", models["b"]) == 1
     assert "VAE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag, value", [("--ratio", 2), ("--chunk", 32), ("--beta", 0.5),
+                                         ("--blocks", 1), ("--width", 256)])
+def test_flags_of_the_network_do_not_go_with_a_file(models, tmp_path, flag, value):
+    """The file brings its network; a flag that would change nothing is refused."""
+    with pytest.raises(SystemExit) as caught:
+        run(models["a"], "-o", tmp_path / "v", "--init", models["vae"], flag, value)
+    assert caught.value.code == 2 and not list(tmp_path.iterdir())
 
 
 def test_two_processes_train_as_one(models, tmp_path):
