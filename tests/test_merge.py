@@ -712,6 +712,12 @@ def test_two_sources_do_not_share_a_controls_noise(models, tmp_path):
     assert abs(torch.corrcoef(torch.stack(draws))[0, 1]) < 0.1
 
 
+def encoded(vae, model, name):
+    """(codec, its latents of a whole tensor)."""
+    codec, file = Codec.load(vae), ck.Checkpoint(model)
+    return codec, codec.encode(file.read(name), ck.measure(file, name))
+
+
 def test_two_vaes_of_different_latent_sizes(models, tmp_path):
     vaes = {}
     for name, flags in {"a": ["--chunk", "32", "--width", "64"], "big": ["--chunk", "64"]}.items():
@@ -726,8 +732,16 @@ def test_two_vaes_of_different_latent_sizes(models, tmp_path):
         assert report["tensors"]["encoded"] == 14 and not torch.equal(got[NAME], before)
         results.append(got[NAME])
     assert not torch.equal(*results)
-    assert run(models["a"], models["big"], *way, "--residual", "--lam", 0, "-o", tmp_path / "m",
-               "--force") == 0
+    way = [models["a"], models["big"], *way]
+    got, _ = merged(models, tmp_path, *way, "--align", "none", vae=False)
+    (mine, z_t), (theirs, z_s) = (encoded(vaes[key], models[key], name) for key, name in (
+        ("a", NAME), ("big", PARTNER)))
+    z = projection_matrix(len(z_s), len(z_t)) @ z_s.double() @ projection_matrix(64, 32).T
+    slot = ck.measure(ck.Checkpoint(models["a"]), NAME)
+    decoded = mine.decode((0.9 * z_t + 0.1 * z).float(), slot, slot.numel).reshape(slot.shape)
+    atol = 1e-6 * before.abs().max().item()
+    torch.testing.assert_close(got[NAME], decoded, rtol=0, atol=atol)
+    assert run(*way, "--residual", "--lam", 0, "-o", tmp_path / "m", "--force") == 0
     assert torch.equal(load_file(tmp_path / "m")[NAME], before)
 
 

@@ -167,6 +167,15 @@ def test_a_warm_start_is_never_left_worse(models):
     assert fit(models["a"])[1][0]["ended"] == "converged"
 
 
+def test_what_gets_worse_is_undone(models):
+    """A rate far too high: the best state is the start, and that is what comes back."""
+    config, log = replace(TINY, ratio=2.0), []
+    start, _ = fit(models["a"], config, steps1=0, steps2=0)
+    end, stages = fit(models["a"], config, steps1=0, steps2=4, lr=0.05, log=log)
+    assert log[-1]["objective"] > log[1]["objective"] and stages[1]["best_step"] == 0
+    assert equal(start, end)
+
+
 def test_above_r_1_it_starts_as_pca(models):
     """The round trip through the codec is the error of the best linear code, by SVD."""
     file, slots = parent(models["a"])
@@ -279,13 +288,16 @@ def test_it_goes_on_from_a_file(models, tmp_path, capsys):
     capsys.readouterr()
     assert run(models["a"], "-o", first, "--init", first, "--force", *flags) == 1
     assert "input" in capsys.readouterr().err and equal(load(first)[0], start)
-    (tmp_path / "folder").mkdir()
-    inside = tmp_path / "folder/v.safetensors"
-    inside.write_bytes(first.read_bytes())
-    assert run(models["a"], "-o", inside, "--init", inside.parent, "--force", *flags) == 1
-    assert "input" in capsys.readouterr().err and inside.read_bytes() == first.read_bytes()
     assert run(models["a"], "-o", tmp_path / "x", "--init", models["b"]) == 1
     assert "VAE" in capsys.readouterr().err
+
+
+def test_a_vae_given_by_its_folder_is_not_overwritten(models, tmp_path, capsys):
+    path = tmp_path / "v.safetensors"
+    path.write_bytes(models["vae"].read_bytes())
+    assert run(models["a"], "-o", path, "--init", tmp_path, "--force", "--steps2", 0) == 1
+    assert "input" in capsys.readouterr().err
+    assert path.read_bytes() == models["vae"].read_bytes()
 
 
 @pytest.mark.parametrize("flag, value", [("--ratio", 2), ("--chunk", 32), ("--beta", 0.5),
