@@ -177,6 +177,10 @@ def test_samples_scatter_as_the_posterior_says(models, tmp_path, samples, capsys
     off = [torch.cat([((got[name] - w) / w.std()).flatten() for name, w in a.items()
                       if is_encoded(name, w)]) for got in (runs[0][0], runs[2][0])]
     assert abs(torch.corrcoef(torch.stack(off))[0, 1]) < 0.02       # another seed, other noise
+    names = [f"model.layers.{i}.self_attn.{role}_proj.weight" for i in (0, 1) for role in "qo"]
+    draws = torch.stack([(runs[0][0][name] - a[name]).flatten() for name in names])
+    apart = torch.corrcoef(draws) - torch.eye(4)
+    assert apart.abs().max() < 0.1                  # 4096 numbers: each tensor draws its own
     expected = 0.01 / math.sqrt(samples or merge.SAMPLES)
     assert torch.cat(off).std().item() == pytest.approx(expected, rel=0.02)
     said = capsys.readouterr().out                  # what the draws do to the weights is said
