@@ -421,15 +421,20 @@ def made(folder):
     return folder
 
 
+def linked(path, to):
+    os.symlink(to, path)
+    return path
+
+
 def link(box):
     """The output is a link to a source."""
     box.out.unlink()
-    os.symlink("../b.safetensors", box.out)
+    linked(box.out, "../b.safetensors")
     return [box.a, box.b], [box.out, "input"]
 
 
 def report_is_a_link_to_the_output(box):
-    os.symlink(box.out, report := box.folder / "r.json")
+    report = linked(box.folder / "r.json", box.out)
     return [box.a, box.b, "--report", report], [report, box.out]
 
 
@@ -448,14 +453,14 @@ def folder_into(name, *words):
 
 
 def linked_folder(box):
-    os.symlink(folder := box.shards(), out := box.folder / "link")
+    folder, out = box.shards(), linked(box.folder / "link", box.folder / "model")
     return [folder, box.b, "-o", out], [out, "input"]
 
 
 def folder_of_links(box):
     """A folder whose weights are links into a cache, as the hub's downloads are."""
     (folder := box.folder / "snapshot").mkdir()
-    os.symlink(box.a, folder / "model.safetensors")
+    linked(folder / "model.safetensors", box.a)
     return [folder, box.b, "-o", folder], [folder, "input"]
 
 
@@ -507,6 +512,8 @@ OPTIONS = {
         [box.a, box.b, "--vae", box.vae, "-o", box.vae], [box.vae, "input"]),
     "output is a source in other words": into("out/..//b.safetensors", "b.safetensors", "input"),
     "output is a link to a source": link,
+    "output is what a source links to": lambda box: (
+        [box.a, linked(box.folder / "l", box.b), "-o", box.b], [box.b, "input", "/l;"]),
     "output is the target's folder": folder_into("model/", "model", "input"),
     "output is a link to the target's folder": linked_folder,
     "output is a folder of links to the target": folder_of_links,
@@ -1070,7 +1077,8 @@ def two_processes(log, *arguments, prepare=lambda: None):
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
             codes[pid] = os.waitstatus_to_exitcode(status)
-        if any(codes.values()):
+            time.sleep(0.3)             # torchrun looks from time to time, too
+        elif any(codes.values()):
             for other in {*pids} - {*codes}:
                 os.kill(other, signal.SIGTERM)
         time.sleep(0.01)
