@@ -42,7 +42,7 @@ from vae import VAE, VAEConfig, masked_mse, sample, vae_loss
 @dataclass(frozen=True)
 class Schedule:
     steps1: int = 1000          # stage 1, at most: it ends where it has converged
-    steps2: int = 200           # stage 2
+    steps2: int = 200           # stage 2, at most
     lr: float = 0.0             # peak; 0: 1e-4 (paper), from a random start 8e-3 (measured)
     batch: int = 64             # windows per step: 1,024 chunks, where a CPU multiplies fastest
     holdout: float = 0.1        # fraction of windows kept for validation
@@ -51,8 +51,8 @@ class Schedule:
     clip: float = 1.0           # paper: gradient clipping, no value given
     checks: int = 20            # validations per stage; the best state is kept
     patience: int = 8           # checks without a better one that end a stage
-    seed: int = 0               # of everything random
-    device: str = "cpu"
+    seed: int = 0               # of everything random: windows, noise, the random start
+    device: str = "cpu"         # or cuda:N
     dtype: str = "float32"      # of the products; the weights and the optimiser stay float32
     quiet: bool = True          # no progress bars
 
@@ -154,7 +154,7 @@ def train_step(vae, windows, schedule, stage, optimiser, beta, picks, noise):
     chosen = picks.integers(len(windows.training), size=schedule.batch)[rank::size]
     x_BTC, real_BTC = windows.read(windows.training[chosen])
     with torch.autocast(x_BTC.device.type, torch.bfloat16, enabled=schedule.dtype == "bfloat16"):
-        loss = stage_loss(vae, stage, x_BTC, real_BTC, beta, noise)[0]
+        loss = stage_loss(vae, stage, x_BTC, real_BTC, beta, noise)[0]      # the total
     optimiser.zero_grad(set_to_none=True)
     loss.backward()                             # float32, whatever the products were
     for parameter in vae.parameters() if size > 1 else []:
