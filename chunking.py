@@ -235,7 +235,7 @@ def read_header(path):
             with safe_open(path, framework="pt"):       # reads the header, not the weights
                 pass
         except SafetensorError as error:
-            for magic, what, fix in MAGIC:
+            for magic, what, fix in MAGIC if head[8:9] != b"{" else ():     # else it was one
                 need(not head.startswith(magic), path, f"not a safetensors file but {what}", fix)
             raise CheckpointError(path, f"not a safetensors file: {error}", AGAIN) from None
         base = 8 + int.from_bytes(head[:8], "little")
@@ -246,6 +246,8 @@ def read_header(path):
     for name, record in header.items():
         need(not QUANTISED.search(name), path, "belongs to a quantised checkpoint",
              "use the original 16- or 32-bit checkpoint", name)
+        need(isinstance(record, dict) and isinstance(record["dtype"], str), path,
+             "is written in an unusual way", "load and save it with safetensors", name)
         need(record["dtype"] in DTYPES, path, f"dtype {record['dtype']} is not supported",
              f"use one of {', '.join(DTYPES)}", name)
         entries.append(Entry(name, DTYPES[record["dtype"]], tuple(record["shape"]), path,
@@ -425,6 +427,21 @@ def create(path, entries, metadata=None, folder=False):
             shutil.rmtree(rest) if os.path.isdir(rest) else os.unlink(rest)
 
 
+def write_text(path, text):
+    """A small text file, whole or not at all."""
+    partial = f"{os.path.realpath(path)}.tmp"
+    try:
+        with open(partial, "w") as file:
+            file.write(text)
+        os.replace(partial, os.path.realpath(path))
+    except OSError as error:
+        error.filename = error.filename or path
+        raise
+    finally:
+        if os.path.exists(partial):
+            os.unlink(partial)
+
+
 def write_tensors(path, tensors, metadata):
     """A small file from whole tensors."""
     with create(path, StateDict(tensors).entries.values(), metadata) as output:
@@ -440,13 +457,14 @@ def check_output(path, inputs, force, folder=None):
         said = os.path.join(os.path.realpath(os.path.dirname(file)), os.path.basename(file))
         for place_ in (os.path.realpath(file), said):
             need(not (place_ + os.sep).startswith(real + os.sep), path, f"is the input {file}", fix)
+    need(not os.path.exists(real) or os.path.isdir(real) == (folder is not None), path,
+         "a file does not replace a folder, nor a folder a file", fix)
     held = os.listdir(real) if os.path.isdir(real) else [""] * os.path.exists(real)
     need(force or not held, path, "the output exists", fix + ", or pass --force")
     others = sorted({*held} - {*(folder or [""])})
     need(not others, path, f"the folder also holds {', '.join(others[:5])}", "move that away")
-    need(not held or os.path.isdir(real) == (folder is not None), path,
-         "a file does not replace a folder, nor a folder a file", fix)
-    need(os.access(os.path.dirname(real), os.W_OK), path, "its folder cannot be written to", fix)
+    parent = os.path.dirname(real)
+    need(os.path.isdir(parent) and os.access(parent, os.W_OK), path, "its folder cannot be written to", fix)
 
 
 # --- What all commands share: how they fail -------------------------------------------------------
@@ -471,7 +489,10 @@ def command(run):
     except OSError as error:
         line = CheckpointError(error.filename or "I/O", error.strerror or error, "check the path, "
                                "permissions and free space")
-    except (MemoryError, torch.OutOfMemoryError):           # of the CPU, of a GPU
+    except (MemoryError, RuntimeError) as error:        # torch's allocators raise RuntimeErrors
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and "can't allocate memory" not in str(error):
+            raise
         line = "out of memory; fix: smaller --chunk, --tokens, --width or --batch"
     except KeyboardInterrupt:           # Ctrl-C
         print("error: interrupted, no output was written; fix: run it again", file=sys.stderr)

@@ -61,7 +61,7 @@ from tqdm import tqdm
 import align as ot
 import lsmerge as ls
 from chunking import (STOP, Checkpoint, Output, check_output, command, create, is_selected, measure,
-                      need, place, spans)
+                      need, place, spans, write_text)
 from train import (Schedule, describe_stage, gather, pick_device, rank_and_size, save_vae,
                    start_parser, train_vae)
 from vae import VAEConfig
@@ -95,10 +95,17 @@ def selected(checkpoint, pattern):
     return {e.name: e.shape for e in checkpoint.entries.values() if is_selected(e, pattern)}
 
 
-def same_name(name, source):
-    """A tensor's name in another model: equal, or with a leading part ('model.') more or less."""
-    found = [n for n in source.entries if n.endswith("." + name) or name.endswith("." + n)]
-    return name if name in source.entries else found[0] if len(found) == 1 else None
+def same_names(target, source, encoded):
+    """{name: name in the source, or None}: equal, or with another leading part ('model.', or a
+    wrapper's), as the first encoded tensor shows it."""
+    first = next(iter(encoded))
+    layers = re.search(r"[^.]+\.[0-9]+\..*|$", first).group() or first     # without what is before
+    others = [n for n in source.entries if n == layers or n.endswith("." + layers)]
+    mine = first.removesuffix(layers)
+    theirs = others[0].removesuffix(layers) if len(others) == 1 else mine
+    moved = {n: theirs + n[len(mine):] for n in target.entries if n.startswith(mine)}
+    return {n: n if n in source.entries else moved.get(n) if moved.get(n) in source.entries else None
+            for n in target.entries}
 
 
 def plan_merge(target, sources, pattern=None, align="auto", by="depth", control=None):
@@ -111,7 +118,7 @@ def plan_merge(target, sources, pattern=None, align="auto", by="depth", control=
     """
     encoded = selected(target, pattern)
     need(encoded, target.path, "no tensor is selected", "give --select a pattern that matches")
-    names = [{n: same_name(n, source) for n in target.entries} for source in sources]
+    names = [same_names(target, source, encoded) for source in sources]
     same = all({found[n]: shape for n, shape in encoded.items()} == selected(source, pattern)
                for source, found in zip(sources, names))
     kind = "self" if not sources else "same-shape" if same else "cross-shape"
@@ -363,7 +370,7 @@ def print_report(report, run):
     print("distance, over the target's norm:", ", ".join(
         f"{value:.4f} to {name}" for name, value in shown if value is not None))
     if run.kind == "self" and run.samples:
-        print(f"self-merging: the mean of K = {run.samples} draws from the posterior: the distance")
+        print(f"self-merging: the mean of {run.samples} draws from the posterior: the distance")
     for key in ("cost_before", "cost_after", "std_ratio") if report["alignment"] else ():
         values = sorted(record[key] for record in report["alignment"])
         print(f"alignment, {key}: {values[0]:.3g} to {values[-1]:.3g}")
@@ -530,9 +537,7 @@ def main(argv=None):
     report = make_report(run, codecs, gates, trip, results, clock)
     print_report(report, run)
     if a.report and rank_and_size()[0] == 0:
-        with open(a.report + ".tmp", "w") as stream:
-            json.dump(report, stream, indent=1, allow_nan=False)
-        os.replace(a.report + ".tmp", a.report)     # whole, or not at all
+        write_text(a.report, json.dumps(report, indent=1, allow_nan=False))
     print(f"wrote {a.output}" + (f" and {len(copies)} companions of the target" if copies else ""))
 
 

@@ -241,7 +241,10 @@ def gather(value):
         if not distributed.is_initialized():    # a day: the others wait for the largest tensor
             distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
             atexit.register(distributed.destroy_process_group)
-        distributed.all_gather_object(values, value)        # waits for all
+        try:
+            distributed.all_gather_object(values, value)        # waits for all
+        except RuntimeError:        # another process has gone, and has said why
+            raise SystemExit(1) from None
     return values
 
 

@@ -135,8 +135,9 @@ def kinship(source, target, stream_J, seed: int = 0):
     few, many = (source, target) if fewer else (target, source)
     sample, best, generator = some_units(few), [], np.random.default_rng(seed)
     for layer in many:
-        shuffled = {role: torch.from_numpy(generator.permuted(
-            layer[role].float().numpy(), axis=AXES[role].index("stream"))) for role in sample}
+        shared = {role: layer[role].float().numpy() for role in sample if role in layer}
+        shuffled = {role: torch.from_numpy(generator.permuted(of, axis=AXES[role].index("stream")))
+                    for role, of in shared.items()}
         for other in (layer, shuffled):
             pair = (sample, other) if fewer else (other, sample)
             best.append(cosines(*pair, stream_J, "units").amax(0 if fewer else 1))

@@ -372,6 +372,13 @@ def test_matching_is_deterministic_and_reads_layers_by_number():
         assert max(reader.reads.count(i) for i in range(1, 3)) <= 2
 
 
+@pytest.mark.parametrize("units", [(40, 70), (70, 40)])
+def test_strangers_without_a_gate_are_compared_by_what_both_have(units):
+    plain, gated = made(28, gate=False, units=units[0]), made(29, units=units[1])
+    for match in (matched(plain, gated), matched(gated, plain)):
+        assert not match.related and max(match.similarity) < 1.5 * match.null
+
+
 @pytest.mark.parametrize("common, related", [(1, False), (2, True)])
 def test_half_of_the_layers_make_a_relative(common, related):
     target, other = made(26, layers=4), made(27, layers=4)
