@@ -184,7 +184,7 @@ def test_samples_scatter_as_the_posterior_says(models, tmp_path, samples, capsys
     expected = 0.01 / math.sqrt(samples or merge.SAMPLES)
     assert torch.cat(off).std().item() == pytest.approx(expected, rel=0.02)
     said = capsys.readouterr().out                  # what the draws do to the weights is said
-    assert f"K = {samples or merge.SAMPLES} draws" in said
+    assert f"{samples or merge.SAMPLES} draws from the posterior" in said
     assert f"{runs[2][1]['distance']['to_target']:.4f} to the target" in said
 
 
