@@ -94,8 +94,9 @@ class Codec:
         for x_BTC, real_BT in self._batches(chunks_NC, real_NC[:, :1]):
             q = self.net.encode(x_BTC, real_BT)
             q = Posterior(*(torch.zeros_like(part) for part in q)) if prior else q
-            draws = [sample(q, generator) for _ in range(samples)]
-            parts.append(torch.stack(draws).mean(0) if samples else q.mu_BTZ)
+            # A running sum: K draws take no more memory than one.
+            drawn = sum(sample(q, generator) for _ in range(samples))
+            parts.append(drawn / samples if samples else q.mu_BTZ)
         return from_windows(torch.cat(parts), len(chunks_NC)).float()
 
     @torch.inference_mode()

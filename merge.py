@@ -405,7 +405,9 @@ def print_plan(run):
         partners = "".join(f" <- {run.sources[i].path}: {name}" for i, name in task.partners)
         print(f"  {task.name} {list(run.target.entries[task.name].shape)}: {task.action}{partners}")
     size = sum(e.numel * e.dtype.itemsize for e in run.target.entries.values())
-    print(f"{run.kind}, align {run.how.method}; {run.a.output}: {size:,} bytes of weights")
+    count = Counter(task.action for task in run.tasks)
+    print(f"{run.kind}, align {run.how.method}: {count['encoded']} encoded + {count['averaged']} averaged"
+          f" + {count['copied']} copied = {len(run.tasks)}; {run.a.output}: {size:,} bytes of weights")
 
 
 # --- The command line -----------------------------------------------------------------------------
@@ -457,6 +459,7 @@ def check_usage(a, parser):
             (not a.roundtrip or n == 0, "--roundtrip takes the target alone"),
             (a.operator != "slerp" or n == 1, "--operator slerp takes TARGET and one SOURCE"),
             (a.operator != "task-arithmetic" or a.base, "--operator task-arithmetic needs --base"),
+            ((a.samples or 0) <= 4096, "--samples must not exceed 4096: each is a whole encoding"),
             (all(number is None or 0 < number < 2 ** 32 for number in numbers),
              "--samples and --seed must be 0 or more, --epsilon and --max-nmse above 0")):
         if not holds:
@@ -528,7 +531,7 @@ def main(argv=None):
     run = replace(run, tasks=spread(partial(measure_task, run.target, run.sources), run, "read"))
     clock.append(time.perf_counter())
     codecs = get_codecs(a, run) if a.init else codecs
-    gates, trip = check_codec(run, codecs, a.max_nmse or MAX_NMSE) if codecs else ([], None)
+    gates, trip = check_codec(run, codecs, a.max_nmse or MAX_NMSE) if codecs else ([], {"nmse": None, "worst": None})
     clock.append(time.perf_counter())
     with open_output(run, copies, gates) as output:         # appears whole, or not at all
         results = spread(partial(merge_tensor, run, codecs, output), run, "merge")

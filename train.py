@@ -295,7 +295,7 @@ def parse(argv):
     given, pairs = dict(vars(a), device=pick_device(a.device)), 2 * max(1, a.heads)
     given["width"] = -(-max(a.width, a.chunk) // pairs) * pairs     # room for a chunk, in pairs
     given["init"] = a.init if a.init in ("pca", "random") else "random"
-    own = any(given[field.name] != field.default for field in fields(VAEConfig)[:-2])
+    own = any(given[field.name] != field.default for field in fields(VAEConfig) if field.name != "init")
     if own and given["init"] != a.init:
         parser.error("--init FILE brings its network: drop the network's flags")
     try:
@@ -307,11 +307,11 @@ def parse(argv):
 
 def main(argv=None):
     a, config, schedule = parse(argv)
-    start = None if a.init in ("pca", "random") else Codec.load(a.init).vae
+    codec = None if a.init in ("pca", "random") else Codec.load(a.init)
     checkpoints = [Checkpoint(path) for path in a.checkpoints]
     inputs = [file for checkpoint in checkpoints for file in checkpoint.files]
     for path in filter(None, (a.output, a.log)):        # a log may exist: it is appended to
-        check_output(path, inputs + [a.init] * bool(start), a.force or path == a.log)
+        check_output(path, inputs + (codec.files if codec else []), a.force or path == a.log)
     parents = []
     for checkpoint in checkpoints:
         entries = [e for e in checkpoint.entries.values() if is_selected(e, a.select)]
@@ -320,7 +320,7 @@ def main(argv=None):
         print(f"{checkpoint.path}: {len(entries)} tensors")
     first = rank_and_size()[0] == 0     # under torchrun only the first process writes
     with open(a.log if a.log and first else os.devnull, "a") as stream:
-        vae, stages = train_vae(parents, config, schedule, start=start, log=lambda record: print(
+        vae, stages = train_vae(parents, config, schedule, start=codec and codec.vae, log=lambda record: print(
             json.dumps(record), file=stream, flush=True))
     print(*map(describe_stage, stages), sep="\n")
     if first:
