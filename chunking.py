@@ -143,12 +143,12 @@ def measure(checkpoint, name):
 
 def scale(flat_L, slot):
     """(w - mean) / scale, float32: mean 0 and variance 1 under the slot's statistics."""
-    return (flat_L.float() - slot.mean).div_(slot.scale)
+    return flat_L.to(torch.float32, copy=True).sub_(slot.mean).div_(slot.scale)
 
 
 def unscale(flat_L, slot):
     """The inverse, float32 again; the result is rounded once more, to the stored dtype."""
-    return flat_L.float() * slot.scale + slot.mean
+    return flat_L.float().mul(slot.scale).add_(slot.mean)
 
 
 # --- Chunks and windows (paper: Sec. 3.2) ---------------------------------------------------------

@@ -321,7 +321,8 @@ def distances(run, task, readers, plain, start, piece):
     apart = {"norm": raw[0], **{k: merged_L - other for k, other in raw.items()}}
     if run.kind == "same-shape" and run.a.space == "latent":
         apart["average"] = merged_L - ls.combine([*raw.values()], plain).to(piece.dtype).float()
-    return {key: part.double().dot(part.double()).item() for key, part in apart.items()}
+    # In float32 within a piece; the pieces are then summed in float64.
+    return {key: part.dot(part).item() for key, part in apart.items()}
 
 
 # --- The report -----------------------------------------------------------------------------------
