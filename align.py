@@ -14,6 +14,7 @@ numbers each. Leaves: z_aligned_JZ, the source's content in the target's slots, 
 Pure functions on any device, in float64 (lower precisions are upcast). No transport of *chunks* can
 see hidden units, which are known only up to a permutation. Not here: unbalanced transport.
 """
+import re
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,20 @@ def pair_layers(n_source: int, n_target: int, by: str = "depth") -> list[int | N
     # in integers: floating point can put a half on either side
     twice = 2 * (n_target - 1)
     return [(2 * j * (n_source - 1) + n_target - 1) // twice for j in range(n_target)]
+
+
+def same_names(target, source, encoded) -> dict:
+    """{target name: the same tensor's name in the source, or None}: equal, or with another leading
+    part ('model.', or a wrapper's), as the first encoded tensor shows it.
+    Args:     names of all tensors, and of those that are encoded"""
+    first = next(iter(encoded))
+    layers = re.search(r"[^.]+\.[0-9]+\..*|$", first).group() or first     # without what is before
+    others = [name for name in source if name == layers or name.endswith("." + layers)]
+    mine = first.removesuffix(layers)
+    theirs = others[0].removesuffix(layers) if len(others) == 1 else mine
+    moved = {name: theirs + name[len(mine):] for name in target if name.startswith(mine)}
+    return {name: next((n for n in (name, moved.get(name)) if n in source), None)
+            for name in target}
 
 
 def pair_places(target: dict, source: dict, by: str = "depth") -> dict:

@@ -10,10 +10,9 @@ number, and `real` marks what is a weight (1) and what is padding (0):
 
     flat_L [a b c d e f g]  ->  chunks_NC [[a b c d] [e f g 0]],  real_NC [[1 1 1 1] [1 1 1 0]]
 
-The first half of this file is that picture. The second half is files: a checkpoint is read piece
-by piece and written piece by piece, so that memory depends neither on the model nor on its
-largest tensor. Deliberately absent: pickles (they run code), memory maps (a file that shrinks
-under one kills the process), a table of architectures (names are enough).
+The first half of this file is that picture. The second half is files, read and written in pieces:
+memory depends neither on the model nor on its largest tensor. Not here: pickles (they run code),
+memory maps (a file that shrinks under one kills the process), a table of architectures.
 """
 import argparse, contextlib, json, math, os, re, secrets, shutil, signal, sys, threading
 from collections import namedtuple
@@ -35,8 +34,7 @@ ROLES = [
     ("q",       r"(q_proj|query|q_lin|wq|to_q)$"),                      # Llama, BERT, T5, ...
     ("k",       r"(k_proj|key|k_lin|wk|to_k)$"),
     ("v",       r"(v_proj|value|v_lin|wv|to_v)$"),
-    ("o",       r"(o_proj|out_proj|out_lin|wo|attention\.output\.dense|attn\.c_proj"
-                r"|attention\.dense|attn\.proj)$"),                     # before down: output.dense
+    ("o",       r"(o_proj|out_proj|out_lin|wo|att\w*\.(output\.dense|dense|c_proj|proj))$"),
     ("gate_up", r"gate_up_proj$"),                                      # fused: Phi-3
     ("gate",    r"(gate_proj|w1)$"),
     ("up",      r"(up_proj|w3|intermediate\.dense|c_fc|fc1|lin1|dense_h_to_4h)$"),
@@ -185,9 +183,7 @@ def from_windows(x_BTC, N):
     return x_BTC.reshape(-1, x_BTC.shape[-1])[:N]       # (B, T, C) -> (N, C)
 
 
-# ==================================================================================================
-# Files. From here on nothing is specific to the paper.
-# ==================================================================================================
+# === Files. From here on nothing is specific to the paper. ========================================
 class CheckpointError(ValueError):
     """A file is not what it should be. One line: file, tensor, what is wrong, what to do."""
 
@@ -230,7 +226,7 @@ def read_header(path):
     """
     need(os.path.isfile(path), path, "is no regular file", "pass a .safetensors file, or a folder")
     with open(path, "rb") as file:
-        head = file.read(32)
+        head = file.read(32)            # eight bytes of length, then the header's beginning
         try:
             with safe_open(path, framework="pt"):       # reads the header, not the weights
                 pass
@@ -246,6 +242,7 @@ def read_header(path):
     for name, record in header.items():
         need(not QUANTISED.search(name), path, "belongs to a quantised checkpoint",
              "use the original 16- or 32-bit checkpoint", name)
+        # The library takes a list for an object, too; nobody writes one.
         need(isinstance(record, dict) and isinstance(record["dtype"], str), path,
              "is written in an unusual way", "load and save it with safetensors", name)
         need(record["dtype"] in DTYPES, path, f"dtype {record['dtype']} is not supported",
@@ -255,20 +252,13 @@ def read_header(path):
     return entries, metadata
 
 
-def read_json(path):
-    """The JSON object of a small file beside the weights."""
-    try:
-        with open(path, "rb") as file:
-            table = json.loads(file.read())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(path, f"is not valid JSON: {error}"[:300], AGAIN) from None
-    need(isinstance(table, dict), path, "is not a JSON object")
-    return table
-
-
 def read_index(path):
     """{tensor name: path of its shard}. No shard lies outside the folder of the index."""
-    table, folder = read_json(path).get("weight_map"), os.path.dirname(path)
+    try:
+        with open(path, "rb") as file:
+            table, folder = json.loads(file.read())["weight_map"], os.path.dirname(path)
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise CheckpointError(path, f"no index with weight_map: {error}"[:300], AGAIN) from None
     need(isinstance(table, dict) and table, path, "has no weight_map", "pass a checkpoint's index")
     shards = {n: os.path.join(folder, os.path.basename(str(shard))) for n, shard in table.items()}
     for name, shard in shards.items():
@@ -279,6 +269,7 @@ def read_index(path):
 def locate(path):
     """The one file that a user means: weights or an index of shards. In a folder the index comes
     first: a model.safetensors beside it may be a stale one."""
+    # A broken link is a path, too.
     need(os.path.lexists(path), path, "no such file or folder", "check the path")
     if not os.path.isdir(path):
         return path
@@ -314,7 +305,7 @@ class Checkpoint:
         for name, file in sorted(differ):       # index and shards must say the same, both ways
             raise CheckpointError(found, f"index and {os.path.basename(file)} differ", AGAIN, name)
         self.entries = {e.name: e for e in sorted(entries, key=lambda e: natural_key(e.name))}
-        self.metadata, self.files = headers[0][1], sorted({found, *weights})
+        self.metadata, self.files = headers[0][1], sorted({found, *weights})    # with the index
         self._open = {file: open(file, "rb") for file in weights}
 
     def read(self, name, start=0, stop=None):
@@ -346,7 +337,7 @@ class StateDict(Checkpoint):
                         for key in sorted(tensors, key=natural_key)}
 
     def read(self, name, start=0, stop=None):
-        return self.tensors[name].detach().reshape(-1)[start:stop].cpu()
+        return self.tensors[name].detach().reshape(-1)[start:stop].cpu()    # a view, not a copy
 
 
 # --- Writing. The library's save_file wants all tensors in memory at once. ------------------------
@@ -372,11 +363,7 @@ class Output:
         if new:
             if hasattr(os, "posix_fallocate"):      # a full disk says so now, not after an hour
                 os.posix_fallocate(self.file.fileno(), 0, self.size)
-            self._write(len(text).to_bytes(8, "little") + text, 0)
-
-    def _write(self, data, position):
-        done = os.pwrite(self.file.fileno(), data, position)
-        need(done == len(data), self.path, "the disk is full", "free some space, or another -o")
+            self.file.write(len(text).to_bytes(8, "little") + text)
 
     def put(self, name, start, piece):
         """Elements [start, start + len(piece)) of a flattened tensor, in its declared dtype."""
@@ -384,7 +371,8 @@ class Output:
         assert piece.dtype == entry.dtype, f"{name}: {piece.dtype}, declared {entry.dtype}"
         if len(piece):
             data = memoryview(piece.contiguous().view(torch.uint8).numpy())
-            self._write(data, entry.start + start * entry.dtype.itemsize)
+            done = os.pwrite(self.file.fileno(), data, entry.start + start * entry.dtype.itemsize)
+            need(done == len(data), self.path, "the disk is full", "free some space, or another -o")
         self.written.append(len(piece))         # appending is atomic: threads need no lock
 
     def check(self):
@@ -397,28 +385,21 @@ class Output:
 
 
 @contextlib.contextmanager
-def create(path, entries, metadata=None, folder=False):
-    """An Output that appears at `path` whole or not at all: filled under a temporary name beside
-    its place, checked, renamed. What is raised in between removes it and leaves the old one.
-
-    folder: a folder that holds model.safetensors; others may add files beside it (output.path).
-    """
+def appear(path):
+    """A path to write a file or a folder to, which takes the name `path` at the end, whole. What is
+    raised in between removes it, and leaves what was there before."""
     path = os.path.realpath(path)       # a link is written through, not replaced
     partial = os.path.join(os.path.dirname(path), f".lsmerge-{secrets.token_hex(4)}.tmp")
     aside = partial + ".old"
     try:
-        if folder:                      # its permissions, and a file's: as the umask says
-            os.mkdir(partial)
-        output = Output(os.path.join(partial, "model.safetensors") if folder else partial,
-                        entries, metadata, new=True)
-        yield output
-        output.check()                  # whatever is wrong is found before anybody sees the file
-        if folder and os.path.exists(path):
+        yield partial
+        if os.path.isdir(partial) and os.path.exists(path):
             # Killed between the two renames, a run leaves both folders whole; the next one says so.
             os.rename(path, aside)
         os.replace(partial, path)       # in one step
-    except OSError as error:
-        error.filename = error.filename or path         # a full disk has no name of its own
+    except OSError as error:            # a full disk has no name, and nobody knows the partial one
+        if str(error.filename or partial).startswith(partial):
+            error.filename = path
         raise
     finally:
         if os.path.exists(aside) and not os.path.exists(path):      # the second rename failed
@@ -427,19 +408,17 @@ def create(path, entries, metadata=None, folder=False):
             shutil.rmtree(rest) if os.path.isdir(rest) else os.unlink(rest)
 
 
-def write_text(path, text):
-    """A small text file, whole or not at all."""
-    partial = f"{os.path.realpath(path)}.tmp"
-    try:
-        with open(partial, "w") as file:
-            file.write(text)
-        os.replace(partial, os.path.realpath(path))
-    except OSError as error:
-        error.filename = error.filename or path
-        raise
-    finally:
-        if os.path.exists(partial):
-            os.unlink(partial)
+@contextlib.contextmanager
+def create(path, entries, metadata=None, folder=False):
+    """An Output that appears at `path`, complete and checked; folder: as its model.safetensors,
+    beside which others may put files (output.path)."""
+    with appear(path) as partial:
+        if folder:                      # its permissions, and a file's: as the umask says
+            os.mkdir(partial)
+        output = Output(os.path.join(partial, "model.safetensors") if folder else partial,
+                        entries, metadata, new=True)
+        yield output
+        output.check()                  # whatever is wrong is found before anybody sees the file
 
 
 def write_tensors(path, tensors, metadata):
@@ -459,12 +438,13 @@ def check_output(path, inputs, force, folder=None):
             need(not (place_ + os.sep).startswith(real + os.sep), path, f"is the input {file}", fix)
     need(not os.path.exists(real) or os.path.isdir(real) == (folder is not None), path,
          "a file does not replace a folder, nor a folder a file", fix)
-    held = os.listdir(real) if os.path.isdir(real) else [""] * os.path.exists(real)
+    held = os.listdir(real) if os.path.isdir(real) else [""] * os.path.exists(real)     # "": a file
     need(force or not held, path, "the output exists", fix + ", or pass --force")
     others = sorted({*held} - {*(folder or [""])})
     need(not others, path, f"the folder also holds {', '.join(others[:5])}", "move that away")
     parent = os.path.dirname(real)
-    need(os.path.isdir(parent) and os.access(parent, os.W_OK), path, "its folder cannot be written to", fix)
+    writable = os.path.isdir(parent) and os.access(parent, os.W_OK)
+    need(writable, path, "its folder is missing or not writable", fix)
 
 
 # --- What all commands share: how they fail -------------------------------------------------------
@@ -473,7 +453,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         print(f"error: {self.prog}: {message}; fix: see --help", file=sys.stderr)
-        raise SystemExit(2)
+        raise SystemExit(2)             # argparse's own prints the usage as well
 
 
 def command(run):
@@ -490,8 +470,7 @@ def command(run):
         line = CheckpointError(error.filename or "I/O", error.strerror or error, "check the path, "
                                "permissions and free space")
     except (MemoryError, RuntimeError) as error:        # torch's allocators raise RuntimeErrors
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not known and "can't allocate memory" not in str(error):
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         line = "out of memory; fix: smaller --chunk, --tokens, --width or --batch"
     except KeyboardInterrupt:           # Ctrl-C

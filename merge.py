@@ -60,8 +60,8 @@ from tqdm import tqdm
 
 import align as ot
 import lsmerge as ls
-from chunking import (STOP, Checkpoint, Output, check_output, command, create, is_selected, measure,
-                      need, place, spans, write_text)
+from chunking import (STOP, Checkpoint, Output, appear, check_output, command, create, is_selected,
+                      measure, need, place, spans)
 from train import (Schedule, describe_stage, gather, pick_device, rank_and_size, save_vae,
                    start_parser, train_vae)
 from vae import VAEConfig
@@ -95,19 +95,6 @@ def selected(checkpoint, pattern):
     return {e.name: e.shape for e in checkpoint.entries.values() if is_selected(e, pattern)}
 
 
-def same_names(target, source, encoded):
-    """{name: name in the source, or None}: equal, or with another leading part ('model.', or a
-    wrapper's), as the first encoded tensor shows it."""
-    first = next(iter(encoded))
-    layers = re.search(r"[^.]+\.[0-9]+\..*|$", first).group() or first     # without what is before
-    others = [n for n in source.entries if n == layers or n.endswith("." + layers)]
-    mine = first.removesuffix(layers)
-    theirs = others[0].removesuffix(layers) if len(others) == 1 else mine
-    moved = {n: theirs + n[len(mine):] for n in target.entries if n.startswith(mine)}
-    return {n: n if n in source.entries else moved.get(n) if moved.get(n) in source.entries else None
-            for n in target.entries}
-
-
 def plan_merge(target, sources, pattern=None, align="auto", by="depth", control=None):
     """(kind, method, [Task, ...] in the target's natural order).
 
@@ -118,7 +105,7 @@ def plan_merge(target, sources, pattern=None, align="auto", by="depth", control=
     """
     encoded = selected(target, pattern)
     need(encoded, target.path, "no tensor is selected", "give --select a pattern that matches")
-    names = [same_names(target, source, encoded) for source in sources]
+    names = [ot.same_names(target.entries, source.entries, encoded) for source in sources]
     same = all({found[n]: shape for n, shape in encoded.items()} == selected(source, pattern)
                for source, found in zip(sources, names))
     kind = "self" if not sources else "same-shape" if same else "cross-shape"
@@ -271,6 +258,8 @@ def check_codec(run, codecs, bound):
     """(gates, round trip) for the report. A parent's NMSE is the mean over its encoded weights; a
     codec that loses more than the bound is refused before anything is merged. With --residual what
     is lost of a parent that enters unaligned comes back: it needs no gate."""
+    if not codecs:          # --space weight
+        return [], {"nmse": None, "worst": {"name": None, "nmse": None}}
     sums, weights, worst, gates = Counter(), Counter(), {"name": None, "nmse": -1.0}, []
     for task, errors in zip(run.tasks, spread(partial(round_trip, run, codecs), run, "check")):
         for k, slot, nmse in zip(task.indices, task.slots, errors):
@@ -406,9 +395,10 @@ def print_plan(run):
         partners = "".join(f" <- {run.sources[i].path}: {name}" for i, name in task.partners)
         print(f"  {task.name} {list(run.target.entries[task.name].shape)}: {task.action}{partners}")
     size = sum(e.numel * e.dtype.itemsize for e in run.target.entries.values())
-    count = Counter(task.action for task in run.tasks)
-    print(f"{run.kind}, align {run.how.method}: {count['encoded']} encoded + {count['averaged']} averaged"
-          f" + {count['copied']} copied = {len(run.tasks)}; {run.a.output}: {size:,} bytes of weights")
+    counts = Counter(task.action for task in run.tasks)
+    said = " + ".join(f"{count} {action}" for action, count in counts.items())      # in order
+    print(f"{run.kind}, align {run.how.method}: {said} = {len(run.tasks)} tensors\n"
+          f"{run.a.output}: {size:,} bytes of weights")
 
 
 # --- The command line -----------------------------------------------------------------------------
@@ -484,7 +474,7 @@ def open_run(a, codecs):
     copies = companions(folder) if folder else None
     inside = {"model.safetensors", "README.md", *map(base_name, copies)} if folder else None
     inputs = [file for model in (target, *sources) for file in model.files] + (copies or [])
-    inputs += [file for codec in codecs for file in codec.files]
+    inputs += [file for codec in codecs for file in codec.files]        # a VAE is an input, too
     outputs = [path for path in (a.output, a.save_vae, a.report) if path and not a.dry_run]
     for i, path in enumerate(outputs):          # none is an input, and none lies in another
         check_output(path, inputs + outputs[:i], a.force, inside if path == a.output else None)
@@ -532,7 +522,7 @@ def main(argv=None):
     run = replace(run, tasks=spread(partial(measure_task, run.target, run.sources), run, "read"))
     clock.append(time.perf_counter())
     codecs = get_codecs(a, run) if a.init else codecs
-    gates, trip = check_codec(run, codecs, a.max_nmse or MAX_NMSE) if codecs else ([], {"nmse": None, "worst": None})
+    gates, trip = check_codec(run, codecs, a.max_nmse or MAX_NMSE)
     clock.append(time.perf_counter())
     with open_output(run, copies, gates) as output:         # appears whole, or not at all
         results = spread(partial(merge_tensor, run, codecs, output), run, "merge")
@@ -541,7 +531,8 @@ def main(argv=None):
     report = make_report(run, codecs, gates, trip, results, clock)
     print_report(report, run)
     if a.report and rank_and_size()[0] == 0:
-        write_text(a.report, json.dumps(report, indent=1, allow_nan=False))
+        with appear(a.report) as partial_path, open(partial_path, "w") as stream:
+            json.dump(report, stream, indent=1, allow_nan=False)
     print(f"wrote {a.output}" + (f" and {len(copies)} companions of the target" if copies else ""))
 
 

@@ -3,8 +3,7 @@
     python train.py CHECKPOINT [CHECKPOINT ...] [-o vae.safetensors] [options]
 
 the network    --chunk, --tokens, --width, --blocks, --heads, --ratio, --beta: VAEConfig in vae.py
-               --init NAME     pca (warm start), random (the paper's), or a VAE file, which goes on
-                               in stage 2 and brings its own network (pca)
+               --init NAME     pca (warm start), random (the paper's), or a VAE to go on from (pca)
 the stages     --steps1, --steps2, --lr, --batch, --holdout: see Schedule below
                --select REGEX  which tensors (floats of two or more dimensions in numbered layers)
 output         -o, --output PATH, --log FILE (a JSON line per validation), --force (overwrite)
@@ -17,8 +16,7 @@ variance; a VAE trained with the KL from scratch collapses before it has learnt 
     stage 1   mse / 2                        latent = the stream, D numbers per chunk
     stage 2   mse / 2 + (beta_t / r) kl      latent = the neck, Z = C / r numbers per chunk
 
-Enters: windows of standardised weights, read from the files as they are needed. Leaves: a VAE file,
-with its configuration and training record in the header. Ctrl-C keeps the best state so far.
+Enters: windows of standardised weights. Leaves: a VAE file. Ctrl-C keeps the best state so far.
 differs: the paper's stage 2 also distils, it matches stage 1's output. Measured, that lost.
 """
 if __name__ == "__main__":      # Ctrl-C during the imports: end without a traceback
@@ -154,7 +152,7 @@ def train_step(vae, windows, schedule, stage, optimiser, beta, picks, noise):
     chosen = picks.integers(len(windows.training), size=schedule.batch)[rank::size]
     x_BTC, real_BTC = windows.read(windows.training[chosen])
     with torch.autocast(x_BTC.device.type, torch.bfloat16, enabled=schedule.dtype == "bfloat16"):
-        loss = stage_loss(vae, stage, x_BTC, real_BTC, beta, noise)[0]      # the total
+        loss = stage_loss(vae, stage, x_BTC, real_BTC, beta, noise)[0]      # in nats per weight
     optimiser.zero_grad(set_to_none=True)
     loss.backward()                             # float32, whatever the products were
     for parameter in vae.parameters() if size > 1 else []:
@@ -165,14 +163,13 @@ def train_step(vae, windows, schedule, stage, optimiser, beta, picks, noise):
 
 
 def run_stage(vae, windows, schedule, stage, steps, peak, log):
-    """One stage, to its best held-out state, the start included: training never leaves a codec
-    worse than it found it. Returns its record; `ended` says why: converged, no better (patience),
-    steps, or interrupted (Ctrl-C)."""
+    """One stage, to its best held-out state, the start included: no training leaves a codec worse.
+    Returns its record; `ended`: converged, no better (patience), steps, or interrupted (Ctrl-C)."""
     decay, warmup, rank = schedule.weight_decay, schedule.warmup, rank_and_size()[0]
     optimiser = torch.optim.AdamW(vae.parameters(), peak, (0.9, 0.95), weight_decay=decay)
-    picks = np.random.default_rng([schedule.seed, stage])       # every process: the same windows
-    noise = generator(schedule.seed, stage, rank)               # but noise of its own each
-    best, state, stale, ended, began = {}, None, 0, "", time.perf_counter()
+    seeds = schedule.seed, stage        # the same windows in every process, but noise of its own
+    picks, noise = np.random.default_rng(seeds), generator(*seeds, rank)
+    best, state, stale, ended, began = {}, None, 0, "", time.perf_counter()     # stale: checks ago
     bar = tqdm(range(steps + 1), f"stage {stage}", leave=False, disable=schedule.quiet or None)
     try:
         for step in bar:
@@ -182,7 +179,7 @@ def run_stage(vae, windows, schedule, stage, steps, peak, log):
                 need(math.isfinite(figures["objective"]), "training", "infinite loss", "lower --lr")
                 log({"stage": stage, "step": step, "seconds": seconds, "lr": rate, **figures})
                 bar.set_postfix(NMSE=f"{figures['nmse']:.1e}", KL=f"{figures.get('kl', 0):.2f}")
-                stale += 1          # checks since the best one
+                stale += 1
                 if not best or figures["objective"] < best["objective"]:
                     best, stale = {**figures, "best_step": step}, 0
                     state = copy.deepcopy(vae.state_dict())
@@ -205,7 +202,7 @@ def train_vae(parents, config, schedule=Schedule(), log=lambda record: None, sta
 
     parents: [(checkpoint, [TensorSlot, ...]), ...], which share one VAE.  start: a trained VAE,
     which goes on in stage 2.  Raises CheckpointError (NaN in a file; a loss that is not finite)."""
-    gather(None)                            # under torchrun: the processes meet
+    gather(None)        # under torchrun: the processes meet
     vae = copy.deepcopy(start or VAE(config, generator(schedule.seed))).to(schedule.device)
     windows = Windows(parents, vae.config, schedule)
     peak, stages = schedule.lr or (8e-3 if vae.config.init == "random" else 1e-4), []
@@ -214,7 +211,7 @@ def train_vae(parents, config, schedule=Schedule(), log=lambda record: None, sta
         start_neck(vae, windows, schedule.batch)
     if start or stages[0]["ended"] != "interrupted":
         stages.append(run_stage(vae, windows, schedule, 2, schedule.steps2, peak, log))
-    return vae.eval(), stages
+    return vae.eval(), stages       # at its best
 
 
 def save_vae(path, vae, stages, **facts):
@@ -224,8 +221,7 @@ def save_vae(path, vae, stages, **facts):
 
 
 def describe_stage(record):
-    """One printed line per stage."""
-    keys = "nmse", "kl", "sigma", "active", "steps", "best_step", "seconds"
+    keys = "nmse", "kl", "sigma", "active", "steps", "best_step", "seconds"     # one line
     parts = ", ".join(f"{key} {record[key]:.4g}" for key in keys if key in record)
     return f"stage {record['stage']}: held-out {parts}; ended: {record['ended']}"
 
@@ -237,14 +233,15 @@ def rank_and_size(): return int(os.environ.get("RANK", 0)), int(os.environ.get("
 def gather(value):
     """[value of process 0, of process 1, ...], in every process of a torchrun; alone, [value]."""
     values = [value] * rank_and_size()[1]       # to be filled in
-    if len(values) > 1:
-        if not distributed.is_initialized():    # a day: the others wait for the largest tensor
-            distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
-            atexit.register(distributed.destroy_process_group)
-        try:
-            distributed.all_gather_object(values, value)        # waits for all
-        except RuntimeError:        # another process has gone, and has said why
-            raise SystemExit(1) from None
+    if len(values) > 1 and not distributed.is_initialized():
+        # A day: for whoever has the largest tensor.
+        distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
+        atexit.register(distributed.destroy_process_group)      # else an exit may abort
+    try:
+        if len(values) > 1:
+            distributed.all_gather_object(values, value)
+    except RuntimeError:        # another process has gone, and has said why
+        raise SystemExit(1) from None
     return values
 
 
@@ -256,10 +253,10 @@ def pick_device(name):
 
 
 def regex(text):
-    try:
+    try:        # argparse then names the flag
         return re.compile(text).pattern
     except re.error:
-        raise ValueError from None      # argparse then names the flag
+        raise ValueError from None
 
 
 def start_parser(name, doc, texts, switches=""):
@@ -282,7 +279,7 @@ def start_parser(name, doc, texts, switches=""):
 
 
 def parse(argv):
-    """(arguments, VAEConfig, Schedule); a value that is wrong on its face is a usage error."""
+    """(arguments, VAEConfig, Schedule)."""
     parser, add = start_parser("train.py", __doc__, "log")
     add("checkpoints", nargs="+")
     add("-o", "--output", default="vae.safetensors")
@@ -292,10 +289,10 @@ def parse(argv):
         for name in names.split():
             add(f"--{name}", type=type(getattr(kind, name)), default=getattr(kind, name))
     a = parser.parse_intermixed_args(argv)
-    given, pairs = dict(vars(a), device=pick_device(a.device)), 2 * max(1, a.heads)
+    given, pairs = dict(vars(a), device=pick_device(a.device)), 2 * max(1, a.heads)     # rotation
     given["width"] = -(-max(a.width, a.chunk) // pairs) * pairs     # room for a chunk, in pairs
     given["init"] = a.init if a.init in ("pca", "random") else "random"
-    own = any(given[field.name] != field.default for field in fields(VAEConfig) if field.name != "init")
+    own = any(given[f.name] != f.default for f in fields(VAEConfig) if f.name != "init")
     if own and given["init"] != a.init:
         parser.error("--init FILE brings its network: drop the network's flags")
     try:
@@ -320,8 +317,8 @@ def main(argv=None):
         print(f"{checkpoint.path}: {len(entries)} tensors")
     first = rank_and_size()[0] == 0     # under torchrun only the first process writes
     with open(a.log if a.log and first else os.devnull, "a") as stream:
-        vae, stages = train_vae(parents, config, schedule, start=codec and codec.vae, log=lambda record: print(
-            json.dumps(record), file=stream, flush=True))
+        vae, stages = train_vae(parents, config, schedule, lambda record: print(
+            json.dumps(record), file=stream, flush=True), codec and codec.vae)
     print(*map(describe_stage, stages), sep="\n")
     if first:
         save_vae(a.output, vae, stages, select=a.select, schedule=asdict(schedule))

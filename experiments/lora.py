@@ -23,8 +23,8 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from chunking import (PIECE, Checkpoint, Parser, check_output, command, create, is_selected, need,
-                      place, read_json, spans, write_tensors)
+from chunking import (AGAIN, PIECE, Checkpoint, CheckpointError, Parser, check_output, command,
+                      create, is_selected, need, place, spans, write_tensors)
 from merge import companions
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -99,6 +99,17 @@ class Adapter:
             check_finite(self.file.read(factor), self.file.path, factor)
         A, B = (self.file.read_tensor(factor).double() for factor in (A, B))
         return (A.T, B.T, s) if self.transposed else (B, A, s)
+
+
+def read_json(path):
+    """The JSON object of a small file beside the weights."""
+    try:
+        with open(path, "rb") as file:
+            table = json.loads(file.read())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(path, f"is not valid JSON: {error}"[:300], AGAIN) from None
+    need(isinstance(table, dict), path, "is not a JSON object")
+    return table
 
 
 def read_config(path):
