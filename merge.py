@@ -70,7 +70,6 @@ VERSION = "2.0"
 SAMPLES = 8             # draws of a self-merge: their noise shrinks by sqrt(8)
 MAX_NMSE = 1e-3         # a relative error of 3 %; beyond it a language model's loss is seen to rise
 GATE_WEIGHTS = 1 << 16  # of a tensor, in windows evenly spread: the gate takes seconds
-WORKERS = 16            # threads at most: each holds a piece of every parent
 
 
 # --- The plan: what happens to each tensor of the target (paper: Algorithm 1, line 1) -------------
@@ -191,8 +190,8 @@ def spread(work, run, label):
     rank, size = rank_and_size()
     order = sorted(range(len(run.tasks)), key=lambda n: -run.tasks[n].numel)[rank::size]
     threads, found, problem = torch.get_num_threads(), {}, None
-    # A transport problem of Sinkhorn's fills its memory limit: one at a time.
-    count = 1 if run.how.method == "sinkhorn" else min(threads, WORKERS)
+    # Each thread holds a piece of every parent; a problem of Sinkhorn's fills its memory limit.
+    count = 1 if run.how.method == "sinkhorn" else min(threads, 16)
     torch.set_num_threads(threads // count)
     pool = ThreadPoolExecutor(count)
     try:        # results in order, whichever ends first
@@ -310,8 +309,7 @@ def distances(run, task, readers, plain, start, piece):
     apart = {"norm": raw[0], **{k: merged_L - other for k, other in raw.items()}}
     if run.kind == "same-shape" and run.a.space == "latent":
         apart["average"] = merged_L - ls.combine([*raw.values()], plain).to(piece.dtype).float()
-    # In float32 within a piece; the pieces are then summed in float64.
-    return {key: part.dot(part).item() for key, part in apart.items()}
+    return {key: part.dot(part).item() for key, part in apart.items()}      # summed in float64
 
 
 # --- The report -----------------------------------------------------------------------------------
@@ -349,6 +347,8 @@ def print_report(report, run):
     far, lam = report["distance"], ", ".join(f"{value:g}" for value in run.lam) or "-"
     print("{kind}: {operator} in {space} space, align {align}, control {control}, r = {ratio}, "
           "lambda {lam}".format(lam=lam, **report))
+    if run.a.vae == "exact":
+        print("codec: exact and untrained, so that merging latents is averaging weights")
     print("tensors: {encoded} encoded + {averaged} averaged + {copied} copied = {total}; encoded: "
           "{weights_encoded:,} of {weights_total:,} weights".format(**report["tensors"]))
     copied = [task for task in run.tasks if task.action == "copied"]

@@ -159,7 +159,7 @@ def train_step(vae, windows, schedule, stage, optimiser, beta, picks, noise):
         if parameter.grad is not None:      # data-parallel: the mean of all processes' gradients
             distributed.all_reduce(parameter.grad.div_(size))
     torch.nn.utils.clip_grad_norm_(vae.parameters(), schedule.clip)
-    optimiser.step()
+    optimiser.step()        # AdamW
 
 
 def run_stage(vae, windows, schedule, stage, steps, peak, log):
@@ -192,7 +192,7 @@ def run_stage(vae, windows, schedule, stage, steps, peak, log):
     except KeyboardInterrupt:       # Ctrl-C: the best state so far is worth keeping
         need(best, "training", "interrupted before its first check", "run it again")
         ended = "interrupted"
-    vae.load_state_dict(state)      # the best, not the last
+    vae.load_state_dict(state)              # the best, not the last
     return {**best, "stage": stage, "steps": step, "lr": peak, "ended": ended,
             "seconds": round(time.perf_counter() - began, 2)}
 
