@@ -269,7 +269,6 @@ def read_index(path):
 def locate(path):
     """The one file that a user means: weights or an index of shards. In a folder the index comes
     first: a model.safetensors beside it may be a stale one."""
-    # A broken link is a path, too.
     need(os.path.lexists(path), path, "no such file or folder", "check the path")
     if not os.path.isdir(path):
         return path
@@ -280,7 +279,8 @@ def locate(path):
         found = [name for name in names if name.endswith(end)]
         if "model" + end in found or len(found) == 1:
             return os.path.join(path, "model" + end if "model" + end in found else found[0])
-    what = f"holds {len(found) or 'no'} .safetensors files: {', '.join((found or names)[:5])}"
+    held = (found or names or ["it is empty"])[:5]
+    what = f"holds {len(found) or 'no'} .safetensors files: {', '.join(held)}"
     raise CheckpointError(path, what, "pass one of them or an index; pickles must be converted")
 
 

@@ -360,7 +360,7 @@ def print_report(report, run):
     print("distance, over the target's norm:", ", ".join(
         f"{value:.4f} to {name}" for name, value in shown if value is not None))
     if run.kind == "self" and run.samples:
-        print(f"self-merging: the mean of {run.samples} draws from the posterior: the distance")
+        print(f"self-merging: the mean of {run.samples} draws from the posterior moved it so far")
     for key in ("cost_before", "cost_after", "std_ratio") if report["alignment"] else ():
         values = sorted(record[key] for record in report["alignment"])
         print(f"alignment, {key}: {values[0]:.3g} to {values[-1]:.3g}")
