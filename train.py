@@ -13,8 +13,9 @@ Paper: abstract, Sec. 3.2. Stage 1 trains a deterministic, high-capacity autoenc
 2 inserts the compact neck and turns the KL on. Why two: weights have heavy tails and a small
 variance; a VAE trained with the KL from scratch collapses before it has learnt anything.
 
-    stage 1   mse / 2                        latent = the stream, D numbers per chunk
-    stage 2   mse / 2 + (beta_t / r) kl      latent = the neck, Z = C / r numbers per chunk
+    stage 1   mse / 2                      latent = the stream, D numbers per chunk (r > 1), else
+                                           the neck's mean mu: at r <= 1 it has room for a chunk
+    stage 2   mse / 2 + (beta / r) kl      latent = one sample from q(z | w), Z = C / r numbers
 
 Enters: windows of standardised weights. Leaves: a VAE file. Ctrl-C keeps the best state so far.
 differs: the paper's stage 2 also distils, it matches stage 1's output. Measured, that lost.
@@ -39,16 +40,15 @@ from vae import VAE, VAEConfig, masked_mse, sample, vae_loss
 
 @dataclass(frozen=True)
 class Schedule:
-    steps1: int = 1000          # stage 1, at most: it ends where it has converged
-    steps2: int = 200           # stage 2, at most
+    steps1: int = 400           # stage 1, at most: it ends where it has converged
+    steps2: int = 400           # stage 2; both together take a minute on two cores
     lr: float = 0.0             # peak; 0: 1e-4 (paper), from a random start 8e-3 (measured)
     batch: int = 64             # windows per step: 1,024 chunks, where a CPU multiplies fastest
     holdout: float = 0.1        # fraction of windows kept for validation
-    warmup: float = 0.1         # fraction of a stage in which the rate rises; beta takes twice that
+    warmup: float = 0.1         # fraction of a stage in which the rate rises
     weight_decay: float = 1e-5  # paper: AdamW, 1e-5
     clip: float = 1.0           # paper: gradient clipping, no value given
     checks: int = 20            # validations per stage; the best state is kept
-    patience: int = 8           # checks without a better one that end a stage
     seed: int = 0               # of everything random: windows, noise, the random start
     device: str = "cpu"         # or cuda:N
     dtype: str = "float32"      # of the products; the weights and the optimiser stay float32
@@ -61,6 +61,7 @@ class Schedule:
 
 
 CONVERGED = 1e-8            # NMSE at which nothing is left to learn; float32 rounding lies at 1e-13
+STAGE2_RATE = 0.1           # of stage 1's peak, where nothing was cut off: stage 2 then refines
 NECK_WINDOWS = 8192         # for the neck's covariance: 131,072 chunks for 128 x 128 numbers
 VALIDATION_WINDOWS = 256    # at most, in one batch: 262,144 weights
 
@@ -70,11 +71,6 @@ def learning_rate(step, steps, peak, warmup):
     ramp = max(1, round(warmup * steps))
     done = max(0, step - ramp) / max(1, steps - ramp)       # of the way down, 0 to 1
     return peak * min((step + 1) / ramp, 0.5 * (1 + math.cos(math.pi * done)))
-
-
-def beta_at(step, steps, beta, warmup):
-    """ours: beta rises linearly over the first 2 x warmup of stage 2; first the neck settles."""
-    return beta * min(1.0, (step + 1) / max(1, round(2 * warmup * steps)))
 
 
 class Windows:
@@ -117,25 +113,28 @@ def start_neck(vae, windows, batch):
     vae.set_neck(moments.mean_Z.float(), moments.cov_ZZ)
 
 
-def stage_loss(vae, stage, x_BTC, real_BTC, beta, noise):
+def stage_loss(vae, stage, x_BTC, real_BTC, noise):
     """(loss, mse, kl): stage 1 mse / 2; stage 2 Eq. 1, with one sample of each code (`noise`)."""
     real_BT = real_BTC.any(dim=-1)
     if stage == 1:
-        decoded_BTC = vae.decode_stream(vae.encode_stream(x_BTC, real_BT), real_BT)
+        if vae.config.true_ratio <= 1:      # the neck has a number for each weight: through it
+            decoded_BTC = vae.decode(vae.encode(x_BTC, real_BT).mu_BTZ, real_BT)
+        else:
+            decoded_BTC = vae.decode_stream(vae.encode_stream(x_BTC, real_BT), real_BT)
         mse = masked_mse(decoded_BTC, x_BTC, real_BTC)
         return mse / 2, mse, torch.zeros(())                            # no KL
     posterior = vae.encode(x_BTC, real_BT)                              # q(z | w)
     decoded_BTC = vae.decode(sample(posterior, noise), real_BT)         # p(w | z)
-    return vae_loss(decoded_BTC, posterior, x_BTC, real_BTC, beta, vae.config.true_ratio)
+    return vae_loss(decoded_BTC, posterior, x_BTC, real_BTC, vae.config.beta, vae.config.true_ratio)
 
 
 @torch.no_grad()
 def validate(vae, windows, stage):
-    """Figures on held-out windows: `objective`, the stage's loss at full beta; `nmse` of the mean
+    """Figures on held-out windows: `objective`, the stage's loss; `nmse` of the mean
     code; in stage 2 `kl` per latent number in nats, `sigma`, the mean posterior deviation, and
     `active`, the share of latent numbers whose variance is above 0.01 (Burda et al. 2016)."""
     (x_BTC, real_BTC), noise = windows.validation, torch.Generator().manual_seed(0)
-    loss, mse, kl = stage_loss(vae, stage, x_BTC, real_BTC, vae.config.beta, noise)
+    loss, mse, kl = stage_loss(vae, stage, x_BTC, real_BTC, noise)
     figures = {"objective": loss, "nmse": mse}          # stage 1 has no more
     if stage == 2:
         real_BT = real_BTC.any(dim=-1)
@@ -146,13 +145,13 @@ def validate(vae, windows, stage):
     return {key: value.item() for key, value in figures.items()}        # numbers, for JSON
 
 
-def train_step(vae, windows, schedule, stage, optimiser, beta, picks, noise):
+def train_step(vae, windows, schedule, stage, optimiser, picks, noise):
     """One batch, one step of AdamW. Under torchrun each process takes its part of the batch."""
     rank, size = rank_and_size()
     chosen = picks.integers(len(windows.training), size=schedule.batch)[rank::size]
     x_BTC, real_BTC = windows.read(windows.training[chosen])
     with torch.autocast(x_BTC.device.type, torch.bfloat16, enabled=schedule.dtype == "bfloat16"):
-        loss = stage_loss(vae, stage, x_BTC, real_BTC, beta, noise)[0]      # in nats per weight
+        loss = stage_loss(vae, stage, x_BTC, real_BTC, noise)[0]    # in nats per weight
     optimiser.zero_grad(set_to_none=True)
     loss.backward()                             # float32, whatever the products were
     for parameter in vae.parameters() if size > 1 else []:
@@ -164,12 +163,12 @@ def train_step(vae, windows, schedule, stage, optimiser, beta, picks, noise):
 
 def run_stage(vae, windows, schedule, stage, steps, peak, log):
     """One stage, to its best held-out state, the start included: no training leaves a codec worse.
-    Returns its record; `ended`: converged, no better (patience), steps, or interrupted (Ctrl-C)."""
+    Returns its record; `ended`: converged, steps, or interrupted (Ctrl-C)."""
     decay, warmup, rank = schedule.weight_decay, schedule.warmup, rank_and_size()[0]
     optimiser = torch.optim.AdamW(vae.parameters(), peak, (0.9, 0.95), weight_decay=decay)
     seeds = schedule.seed, stage        # the same windows in every process, but noise of its own
     picks, noise = np.random.default_rng(seeds), generator(*seeds, rank)
-    best, state, stale, ended, began = {}, None, 0, "", time.perf_counter()     # stale: checks ago
+    best, state, ended, began = {}, None, "", time.perf_counter()
     bar = tqdm(range(steps + 1), f"stage {stage}", leave=False, disable=schedule.quiet or None)
     try:
         for step in bar:
@@ -179,16 +178,12 @@ def run_stage(vae, windows, schedule, stage, steps, peak, log):
                 need(math.isfinite(figures["objective"]), "training", "infinite loss", "lower --lr")
                 log({"stage": stage, "step": step, "seconds": seconds, "lr": rate, **figures})
                 bar.set_postfix(NMSE=f"{figures['nmse']:.1e}", KL=f"{figures.get('kl', 0):.2f}")
-                stale += 1
                 if not best or figures["objective"] < best["objective"]:
-                    best, stale = {**figures, "best_step": step}, 0
-                    state = copy.deepcopy(vae.state_dict())
-                reasons = {"converged": figures["nmse"] < CONVERGED, "steps": step == steps,
-                           "no better": stale == schedule.patience}
-                if ended := next((reason for reason, holds in reasons.items() if holds), ""):
+                    best, state = {**figures, "best_step": step}, copy.deepcopy(vae.state_dict())
+                if figures["nmse"] < CONVERGED or step == steps:
+                    ended = "converged" if figures["nmse"] < CONVERGED else "steps"
                     break           # before the step: `best` has seen this state
-            beta = beta_at(step, steps, vae.config.beta, warmup)
-            train_step(vae, windows, schedule, stage, optimiser, beta, picks, noise)
+            train_step(vae, windows, schedule, stage, optimiser, picks, noise)
     except KeyboardInterrupt:       # Ctrl-C: the best state so far is worth keeping
         need(best, "training", "interrupted before its first check", "run it again")
         ended = "interrupted"
@@ -208,9 +203,12 @@ def train_vae(parents, config, schedule=Schedule(), log=lambda record: None, sta
     peak, stages = schedule.lr or (8e-3 if vae.config.init == "random" else 1e-4), []
     if not start:
         stages.append(run_stage(vae, windows, schedule, 1, schedule.steps1, peak, log))
-        start_neck(vae, windows, schedule.batch)
+        if vae.config.true_ratio > 1:       # the cut from D to Z numbers
+            start_neck(vae, windows, schedule.batch)
     if start or stages[0]["ended"] != "interrupted":
+        peak *= STAGE2_RATE if vae.config.true_ratio <= 1 else 1    # after a cut: to learn anew
         stages.append(run_stage(vae, windows, schedule, 2, schedule.steps2, peak, log))
+    vae.ready = True
     return vae.eval(), stages       # at its best
 
 

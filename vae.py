@@ -5,18 +5,18 @@
 
 Paper: Sec. 3.2, Eq. 1 and the two-stage curriculum. Stage 1 is the network without its neck: a
 deterministic autoencoder whose latent is the stream itself, D numbers per chunk (high capacity).
-Stage 2 inserts the neck, D -> Z. Letters: B windows, T chunks per window, C weights per chunk, D
-width, Z latent numbers per chunk. Example: 64 windows of 16 chunks of 64 weights are x (64, 16,
-64), h (64, 16, 128) and at r = 1 mu (64, 16, 64).
+Stage 2 inserts the neck, D -> Z; at r = C / Z <= 1 it cuts nothing off, and is there at once.
+Letters: B windows, T chunks per window, C weights per chunk, D width, Z latent numbers per chunk.
+Example: 64 windows of 16 chunks of 64 weights are x (64, 16, 64), h (64, 16, 128), mu (64, 16, 64).
 
 Why the network can start out exact (ours: init="pca"). A pre-norm transformer computes x + f_1(x)
 + f_2(x) + ...; with the last matrix of every f at zero it is the identity, and the stream carries
 the embedded chunk untouched. If the embedding is an isometry (D >= C) and the neck holds the Z
 leading principal directions, the untrained network IS the best linear autoencoder (Eckart-Young):
-exact at r = C / Z <= 1, PCA at r > 1. Three things would break this and are therefore absent:
-positions added to the stream (they enter by rotation, inside attention), a final norm on the
-stream, a nonlinearity in the heads. Tried and not kept: pooled latents, companding, Huber loss, a
-neck of its own for each tensor. Not tried: token down-sampling, learned positions, dropout.
+exact at r <= 1, PCA at r > 1. Three things would break this and are therefore absent: positions
+added to the stream (they enter by rotation, inside attention), a final norm on the stream, a
+nonlinearity in the heads. Tried and not kept: pooled latents, companding, Huber loss, a neck of its
+own for each tensor. Not tried: token down-sampling, learned positions, dropout.
 """
 import functools, json, math
 from collections import namedtuple
@@ -102,7 +102,7 @@ def rotate(q_BTHK, cos_T1K, sin_T1K):
 
 class VAE(nn.Module):
     """Encoder, neck and decoder. `real_BT` (1 = chunk with weights, 0 = padding) may be None for
-    windows without padding.  ready: the neck has been set; before that a code means nothing."""
+    windows without padding.  ready: trained, or exact; before that a code means nothing."""
 
     def __init__(self, config, generator=None):
         super().__init__()
@@ -118,28 +118,29 @@ class VAE(nn.Module):
                 nn.init.normal_(module.weight, 0, module.in_features ** -0.5, generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        if config.init == "pca":
-            self._start_exact()
+        self._start()
 
     @torch.no_grad()
-    def _start_exact(self):
-        """init="pca": the embedding becomes an isometry, the unembedding its transpose, the last
-        matrix of each branch zero: stage 1 is exact. At r <= 1 any orthonormal basis is an exact
-        neck, so that the embedding's own columns serve, and z is the standardised chunk itself."""
+    def _start(self):
+        """"random" (paper), ours: the last matrix of each branch over the root of their number, so
+        that all branches together add what the stream holds. "pca": that matrix zero, the embedding
+        an isometry, the unembedding its transpose. At r <= 1 the neck is set now, in the columns
+        of the embedding; with "pca" z is then the standardised chunk itself."""
+        exact, blocks = self.config.init == "pca", [*self.encoder, *self.decoder]
+        for matrix in [last for block in blocks for last in (block.out, block.down)]:
+            matrix.weight.mul_(0 if exact else (2 * len(blocks)) ** -0.5)
         isometry_DC = torch.linalg.qr(self.embed.weight.double()).Q.float()
-        self.embed.weight.copy_(isometry_DC)
-        self.unembed.weight.copy_(isometry_DC.T)
-        for block in [*self.encoder, *self.decoder]:
-            block.out.weight.zero_()
-            block.down.weight.zero_()
-        if self.config.latent >= self.config.chunk:
+        if exact:
+            self.embed.weight.copy_(isometry_DC)
+            self.unembed.weight.copy_(isometry_DC.T)
+        if self.config.true_ratio <= 1:
             self._fill_neck(torch.zeros(self.config.width), isometry_DC)
+            self.ready = exact
 
     def _run(self, blocks, h_BTD, real_BT):
         T, K = h_BTD.shape[1], self.config.width // self.config.heads
         cos_T1K, sin_T1K = rotation(T, K, h_BTD.device, h_BTD.dtype)
-        # Padding is not attended to.
-        keys_B11T = None if real_BT is None else real_BT[:, None, None]
+        keys_B11T = None if real_BT is None else real_BT[:, None, None]     # not the padding
         for block in blocks:
             h_BTD = block(h_BTD, cos_T1K, sin_T1K, keys_B11T)
         return h_BTD
@@ -173,6 +174,7 @@ class VAE(nn.Module):
         noise_DD = (1e-9 * cov_DD.diagonal().sum() + 1e-12) / D * embed_DC @ embed_DC.T
         directions_DD = torch.linalg.eigh(cov_DD.double() + noise_DD).eigenvectors.flip(1)
         self._fill_neck(mean_D, directions_DD[:, :self.config.latent])
+        self.ready = True
 
     @torch.no_grad()
     def _fill_neck(self, mean_D, directions_DZ):
@@ -190,7 +192,6 @@ class VAE(nn.Module):
         self.widen.bias.copy_(mean_D)
         self.neck_logvar.weight.zero_()
         self.neck_logvar.bias.fill_(math.log(max(self.config.beta, 1e-12) / (1 + self.config.beta)))
-        self.ready = True
 
     def to_file(self, record):
         """(tensors, header metadata) for a safetensors file; `record`: JSON-able facts."""

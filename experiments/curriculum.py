@@ -8,9 +8,9 @@ Out:   per variant and seed: NMSE and decoded bits per byte minus the model's ow
        unseen checkpoints; KL per latent number, active units, posterior sigma; seconds. A record
        per variant. It is judged by decoded bits on unseen checkpoints, paired per document,
        against its group's first row.
-       "One stage": the KL counts and codes are sampled from the first step of the random network;
-       what stays of the curriculum is the rise of beta over the first fifth of the steps, and the
-       neck's start in the network's principal directions.
+       "One stage": the KL counts and codes are sampled from the first step of the random network,
+       for as many steps as both stages have, at the first one's rate. (At r > 1 the neck starts in
+       the principal directions of the untrained network.)
 Equal compute: the same number of steps of the same number of chunks through the same network.
        Pooling adds matrices of its own; the warm start ends early, having nothing to learn.
 Paper: abstract and Sec. 3.2 (two stages, and the collapse without them). ours: everything else.
@@ -40,12 +40,12 @@ from codec_tables import FAMILY, Model, ThroughCodec
 from evaluate import DOMAINS
 from lsmerge import Codec
 from scores import QUICK, difference, machine, score, stacked, summary
-from train import Schedule
+from train import STAGE2_RATE, Schedule
 from vae import VAE, Posterior, VAEConfig, kl_divergence, masked_mse, sample, vae_loss
 
 UNSEEN = ("arithmetic", "base-seed2")
-STEPS1, STEPS2 = 400, 200
-CHUNKS = 512                    # per step: 307,200 in all, six times as many as there are
+STEPS1, STEPS2 = Schedule.steps1, Schedule.steps2
+CHUNKS = 512                    # per step: 409,600 in all, eight times as many as there are
 SPREAD = 0.623                  # standard deviation of sign(x) log(1 + |x|) for x ~ N(0, 1)
 
 
@@ -78,7 +78,7 @@ def through_streams(vae, x_BTC, real_BT):
     return vae.decode_stream(vae.encode_stream(x_BTC, real_BT), real_BT)
 
 
-def huber_loss(vae, stage, x_BTC, real_BTC, beta, noise):
+def huber_loss(vae, stage, x_BTC, real_BTC, noise):
     """train.stage_loss with Huber's loss (delta = 1 standard deviation), not the squared error."""
     real_BT = real_BTC.any(dim=-1)
     if stage == 1:
@@ -88,7 +88,7 @@ def huber_loss(vae, stage, x_BTC, real_BTC, beta, noise):
         decoded_BTC = vae.decode(sample(posterior, noise), real_BT)
         kl = kl_divergence(posterior, real_BT)
     loss = F.huber_loss(decoded_BTC[real_BTC], x_BTC[real_BTC])
-    return loss + beta / vae.config.true_ratio * kl, loss, kl
+    return loss + vae.config.beta / vae.config.true_ratio * kl, loss, kl
 
 
 class Distillation:
@@ -97,15 +97,16 @@ class Distillation:
     def __init__(self):
         self.plain, self.teacher = train.stage_loss, None
 
-    def __call__(self, vae, stage, x_BTC, real_BTC, beta, noise):
+    def __call__(self, vae, stage, x_BTC, real_BTC, noise):
         if stage == 1:
-            return self.plain(vae, stage, x_BTC, real_BTC, beta, noise)
+            return self.plain(vae, stage, x_BTC, real_BTC, noise)
         if self.teacher is None:            # at the first batch: the streams as stage 1 left them
             self.teacher = copy.deepcopy(vae).requires_grad_(False)
         real_BT = real_BTC.any(dim=-1)
         posterior = vae.encode(x_BTC, real_BT)
         decoded_BTC = vae.decode(sample(posterior, noise), real_BT)
-        loss = vae_loss(decoded_BTC, posterior, x_BTC, real_BTC, beta, vae.config.true_ratio)
+        loss = vae_loss(decoded_BTC, posterior, x_BTC, real_BTC, vae.config.beta,
+                        vae.config.true_ratio)
         with torch.no_grad():
             taught_BTC = through_streams(self.teacher, x_BTC, real_BT)
         return loss._replace(total=loss.total + masked_mse(decoded_BTC, taught_BTC, real_BTC) / 2)
@@ -160,7 +161,9 @@ def slots_of(model, change):
 def cold(change=None, stages=2, tokens=16, **config):
     """From the random network, the paper's start. Its rate (1e-4) would learn nothing here."""
     steps = (STEPS1, STEPS2) if stages == 2 else (0, STEPS1 + STEPS2)
-    schedule = dict(lr=1e-3, steps1=steps[0], steps2=steps[1], batch=CHUNKS // tokens)
+    schedule = dict(lr=8e-3, steps1=steps[0], steps2=steps[1], batch=CHUNKS // tokens)
+    if stages == 1 and config.get("ratio", 1.0) <= 1:
+        schedule["lr"] /= STAGE2_RATE       # so that the only stage runs at the first one's rate
     return dict(init="random", tokens=tokens, **config), schedule, change
 
 
@@ -249,22 +252,21 @@ def measure_group(group, members, seeds, models, before, documents, bar):
 
 
 def measure_ablation(models, seeds=3, documents=None, quick=False, quiet=False):
-    """One record per variant: its seeds' figures, how it does against the first of its group."""
+    """The records of one group after another: per variant its seeds' figures, and how it does
+    against the first of its group."""
     groups = variants()
     if quick:
         seeds, documents = 1, QUICK
         groups = {group: dict(list(members.items())[:2]) for group, members in groups.items()}
     models = {name: Model.open(models / f"{name}.safetensors") for name in (*FAMILY, *UNSEEN)}
     before = {name: score(model.tensors(), documents=documents) for name, model in models.items()}
-    rows = []
     with tqdm(total=seeds * sum(map(len, groups.values())), desc="ablation", disable=quiet) as bar:
         for group, members in groups.items():
-            rows += measure_group(group, members, seeds, models, before, documents, bar)
-    for row in rows:
-        for run in row["runs"]:
-            for checkpoint in run["checkpoints"].values():
+            rows = measure_group(group, members, seeds, models, before, documents, bar)
+            for checkpoint in (c for row in rows for run in row["runs"]
+                               for c in run["checkpoints"].values()):
                 del checkpoint["scores"]                # arrays, and too many of them for a record
-    return rows
+            yield rows
 
 
 # --- Printing -------------------------------------------------------------------------------------

@@ -54,14 +54,12 @@ def equal(vae, other):
 
 
 # --- Parts ----------------------------------------------------------------------------------------
-def test_learning_rate_and_beta_at_their_corners():
+def test_learning_rate_at_its_corners():
     rates = [train.learning_rate(step, 100, 2.0, 0.1) for step in range(101)]
     assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == pytest.approx(2.0)
     assert rates[55] == pytest.approx(1.0) and rates[100] == pytest.approx(0)   # down the cosine
     assert max(rates) == pytest.approx(2.0) and rates[10:] == sorted(rates[10:], reverse=True)
-    betas = [train.beta_at(step, 100, 0.5, 0.1) for step in range(100)]
-    assert betas[0] == pytest.approx(0.025) and betas[19] == betas[99] == 0.5
-    assert train.learning_rate(0, 1, 1.0, 0.1) == train.beta_at(0, 1, 1.0, 0.1) == 1.0
+    assert train.learning_rate(0, 1, 1.0, 0.1) == 1.0
 
 
 def standardised(path, names):
@@ -100,28 +98,37 @@ def test_windows_are_held_out_by_place_so_in_all_parents_at_once(models):
     assert sorted(whole.training) == list(range(total)) and len(whole.validation[0]) > 0
 
 
-def test_stage_1_leaves_the_neck_alone_and_stage_2_does_not(models):
-    windows = train.Windows([parent(models["a"])], TINY, train.Schedule())
-    batch, vae = windows.read(range(4)), VAE(RANDOM, generator())
-    necks = [vae.neck_mu.weight, vae.neck_logvar.weight, vae.widen.weight]
-    loss, mse, kl = train.stage_loss(vae, 1, *batch, 0.0, None)
+@pytest.mark.parametrize("ratio", [1.0, 2.0])
+def test_stage_1_goes_through_the_neck_where_it_has_room(models, ratio):
+    """r <= 1: through the posterior's mean; r > 1: through the stream, the neck stays as it is."""
+    config = replace(RANDOM, ratio=ratio)
+    windows = train.Windows([parent(models["a"])], config, train.Schedule())
+    (x, real), vae = windows.read(range(4)), VAE(config, generator())
+    necks = [vae.neck_mu.weight, vae.widen.weight]
+    loss, mse, kl = train.stage_loss(vae, 1, x, real, None)
     loss.backward()
-    assert loss == mse / 2 and kl == 0
-    assert all(neck.grad is None for neck in necks) and vae.embed.weight.grad.abs().sum() > 0
-    train.stage_loss(vae, 2, *batch, 0.1, generator())[0].backward()
-    assert all(neck.grad.abs().sum() > 0 for neck in necks)
+    assert loss == mse / 2 and kl == 0 and vae.neck_logvar.weight.grad is None
+    assert all((neck.grad is None) == (ratio > 1) for neck in necks)
+    assert vae.embed.weight.grad.abs().sum() > 0
+    h = vae.encode_stream(x, real.any(-1))
+    if ratio == 1:
+        h = vae.widen(vae.neck_mu(h - vae.widen.bias))
+    expected = (vae.decode_stream(h, real.any(-1)) - x).square().mean()
+    torch.testing.assert_close(mse, expected)
+    train.stage_loss(vae, 2, x, real, generator())[0].backward()
+    assert all(neck.grad.abs().sum() > 0 for neck in [*necks, vae.neck_logvar.weight])
 
 
 def test_stage_2_is_eq_1_of_one_sample(models):
     """By hand: the sample, its mean square error, beta KL by torch.distributions."""
     windows = train.Windows([parent(models["a"])], TINY, train.Schedule())
-    (x, real), vae = windows.read(range(4)), VAE(RANDOM, generator())
+    (x, real), vae = windows.read(range(4)), VAE(replace(RANDOM, beta=0.3), generator())
     mu, logvar = vae.encode(x, real.any(-1))
     q = Normal(mu, (logvar / 2).exp())
     z = q.loc + q.scale * torch.randn(mu.shape, generator=generator(5))
     kl = kl_divergence(q, Normal(0.0, 1.0)).mean()
     mse = (vae.decode(z, real.any(-1)) - x).square().mean()
-    found = train.stage_loss(vae, 2, x, real, 0.3, generator(5))
+    found = train.stage_loss(vae, 2, x, real, generator(5))
     for part, expected in zip(found, (mse / 2 + 0.3 * kl, mse, kl)):
         torch.testing.assert_close(part, expected, rtol=1e-4, atol=0)
 
@@ -134,7 +141,7 @@ def test_a_step_follows_its_schedule_and_clips(models):
     optimiser = torch.optim.AdamW(vae.parameters(), 5e-4, (0.9, 0.95), weight_decay=0.1)
     before = vae.embed.weight.detach().clone()
     picks = np.random.default_rng(0)
-    train.train_step(vae, windows, schedule, 1, optimiser, 0.0, picks, None)
+    train.train_step(vae, windows, schedule, 1, optimiser, picks, None)
     norm = sum(p.grad.square().sum() for p in vae.parameters() if p.grad is not None).sqrt()
     assert norm.item() == pytest.approx(1e-3, rel=1e-3)
     grad = vae.embed.weight.grad
@@ -190,10 +197,12 @@ def test_above_r_1_it_starts_as_pca(models):
     assert (apart / total).item() == pytest.approx((values[8:].sum() / total).item(), rel=1e-3)
 
 
-def test_it_ends_where_nothing_gets_better(models):
-    """lr = 1e-30 changes nothing: after `patience` checks without a better one a stage ends."""
-    _, (first, _) = fit(models["a"], RANDOM, lr=1e-30, steps1=100, steps2=1, patience=3)
-    assert first["ended"] == "no better" and first["best_step"] < first["steps"] < 100
+def test_stage_2_refines_at_a_tenth_of_the_rate_where_nothing_was_cut_off(models):
+    """At r > 1 it starts from the cut, and at stage 1's rate."""
+    for ratio, share in ((1.0, 0.1), (2.0, 1.0)):
+        config = replace(RANDOM, ratio=ratio)
+        _, stages = fit(models["a"], config, lr=1e-3, steps1=1, steps2=1)
+        assert [stage["lr"] for stage in stages] == pytest.approx([1e-3, 1e-3 * share])
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_with_the_remedy(models, tmp_path, capsys):

@@ -1,0 +1,82 @@
+"""What does a trained VAE lose of models that it has never seen? One record per model.
+
+    python experiments/round_trips.py VAE MODEL [MODEL ...] [--seen NAME ...] \\
+        [--record experiments/results/vae.jsonl]
+
+In:    a VAE file of train.py; checkpoints. --seen names those that it was trained on.
+Out:   per model: NMSE over its encoded weights and of the worst tensor, and the loss before and
+       after: bits per byte of the experiments' own models, nats per token of a language model in a
+       folder (needs transformers; prose and code of evaluate.py), nothing of other files.
+Paper: Table 7, "a VAE of one model on another": the claim that the encoder generalises.
+Previous: real_model.py. Next: bench.py.
+"""
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from codec_tables import Model, ThroughCodec
+from lsmerge import Codec
+from real_model import RealModel
+from scores import append, machine, score, summary
+
+DOCUMENTS = 48      # of each domain of a real model's text
+
+
+def lost_by(path, way):
+    """(model, NMSE, NMSE per tensor, loss before, loss after); the losses None where the file is
+    no language model that can be judged here."""
+    if (Path(path) / "tokenizer.json").exists():
+        real = RealModel(path, DOCUMENTS)
+        after, nmse, errors = real.after(way)
+        return real.model, nmse, errors, real.before, after
+    model = Model.open(path)
+    tensors, nmse, errors = model.rebuilt(way)
+    if "model.embed_tokens.weight" not in tensors:
+        return model, nmse, errors, None, None
+    before, after = (summary(score(each))["pooled"] for each in (model.tensors(), tensors))
+    return model, nmse, errors, before, after
+
+
+def measure_model(path, vae, seen, dtype):
+    codec, began = Codec.load(vae, dtype=getattr(torch, dtype)), time.perf_counter()
+    model, nmse, errors, before, after = lost_by(path, ThroughCodec(codec))
+    worst = max(errors, key=errors.get)
+    return {"vae": Path(vae).stem, "model": model.name, "seen": model.name in seen,
+            "weights": model.weights, "nmse": nmse,
+            "worst": {"name": worst, "nmse": errors[worst]}, "dtype": dtype,
+            "loss_before": before, "loss": after, "seconds": time.perf_counter() - began,
+            **machine()}
+
+
+def show(row):
+    change = "" if row["loss"] is None else (f"   loss {row['loss_before']:.4f} -> "
+                                             f"{row['loss']:.4f}")
+    seen = "seen  " if row["seen"] else "unseen"
+    print(f"{row['model']:<24} {row['dtype']:<9} {seen} NMSE {row['nmse']:.1e}   worst "
+          f"{row['worst']['nmse']:.1e} {row['worst']['name']}{change}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("vae", help="a file of train.py")
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--seen", nargs="*", default=[], help="names of models it was trained on")
+    parser.add_argument("--dtype", nargs="+", default=["float32"])
+    parser.add_argument("--record", type=Path, help="append to this file")
+    args = parser.parse_args()
+    for path in args.models:
+        for dtype in args.dtype:
+            row = measure_model(path, args.vae, args.seen, dtype)
+            show(row)
+            if args.record:
+                append(args.record, [row])
+
+
+if __name__ == "__main__":
+    main()
