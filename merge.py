@@ -19,7 +19,8 @@ how      --align NAME      auto, none, mean, gaussian, sinkhorn (auto: none, acr
          --control NAME    zero, noise, shuffled: a null control in place of the source's latents
          --residual        add back what the codec lost: lambda = 0 is then the target, bit for bit
          --space SPACE     latent, or weight: the same operator without the codec (latent)
-codec    --vae FILE|exact  a trained VAE; exact: untrained, LS-Merge = plain averaging (exact)
+codec    --vae FILE|exact  a trained VAE (the reference VAE, experiments/models/vae.safetensors);
+                           exact: untrained, LS-Merge = plain averaging, at the speed of the disk
          --init random     instead: train the paper's VAE on the inputs first, in two stages
          --save-vae FILE   keep it;  --source-vae FILE  a second VAE, for the sources' architecture
          --max-nmse X      refuse a codec whose round trip of a parent is worse (0.001)
@@ -67,6 +68,7 @@ from train import (Schedule, describe_stage, gather, pick_device, rank_and_size,
 from vae import VAEConfig
 
 VERSION = "2.0"
+REFERENCE = os.path.join(os.path.dirname(__file__), "experiments", "models", "vae.safetensors")
 SAMPLES = 8             # draws of a self-merge: their noise shrinks by sqrt(8)
 MAX_NMSE = 1e-3         # a relative error of 3 %; beyond it a language model's loss is seen to rise
 GATE_WEIGHTS = 1 << 16  # of a tensor, in windows evenly spread: the gate takes seconds
@@ -196,8 +198,11 @@ def spread(work, run, label):
     pool = ThreadPoolExecutor(count)
     try:        # results in order, whichever ends first
         results = pool.map(work, [run.tasks[n] for n in order])
-        for n in tqdm(order, desc=label, unit="tensor", leave=False, disable=run.a.quiet or None):
-            found[n] = next(results)
+        with tqdm(total=sum(run.tasks[n].numel for n in order), desc=label, unit=" weights",
+                  unit_scale=True, leave=False, disable=run.a.quiet or None) as bar:
+            for n in order:
+                found[n] = next(results)
+                bar.update(run.tasks[n].numel)
     except BaseException as error:
         STOP.set()          # threads that read notice it
         problem = error
@@ -342,30 +347,34 @@ def make_report(run, codecs, gates, trip, results, clock):
             ("read and check", "codec", "merge and write"), clock, clock[1:])}}
 
 
-def print_report(report, run):
-    """For people: what was done, and what it means."""
+def print_report(report, run, codecs):
+    """For people: what was done, what it means, what to try next. All else is in --report."""
     far, lam = report["distance"], ", ".join(f"{value:g}" for value in run.lam) or "-"
-    print("{kind}: {operator} in {space} space, align {align}, control {control}, r = {ratio}, "
-          "lambda {lam}".format(lam=lam, **report))
-    if run.a.vae == "exact":
-        print("codec: exact and untrained, so that merging latents is averaging weights")
+    print("{kind}: {operator} in {space} space, align {align}, lambda {lam}{}".format(
+        f", control {run.how.control}" if run.how.control else "", lam=lam, **report))
     print("tensors: {encoded} encoded + {averaged} averaged + {copied} copied = {total}; encoded: "
           "{weights_encoded:,} of {weights_total:,} weights".format(**report["tensors"]))
-    copied = [task for task in run.tasks if task.action == "copied"]
-    for why in {task.why: 0 for task in copied}:
-        names = [task.name for task in copied if task.why == why]
-        print(f"  copied, {why}: {len(names)}, the first is {names[0]}")
+    for why, number in Counter(t.why for t in run.tasks if t.action == "copied").items():
+        print(f"  copied, {why}: {number}")
+    if codecs:
+        names, trip = codecs[0].record.get("trained_on", []), report["roundtrip"]
+        trained = f"trained on {', '.join(names)}" if names else "trained here"
+        print(f"codec: exact and untrained, so that merging latents is averaging weights"
+              if run.a.vae == "exact" else
+              f"codec: {base_name(run.a.vae or 'new')}, r = {report['ratio']:g}, {trained}; "
+              "--vae exact would average plainly, at the speed of the disk")
+        print("round trip of the target: NMSE {nmse:.1e}, its worst tensor {worst:.1e}".format(
+            nmse=trip["nmse"], worst=trip["worst"]["nmse"]))
     names = "the target", "the plain average", *(f"source {i + 1}" for i in range(len(run.lam)))
     shown = zip(names, (far["to_target"], far["to_average"], *far["to_source"]))
     print("distance, over the target's norm:", ", ".join(
         f"{value:.4f} to {name}" for name, value in shown if value is not None))
     if run.kind == "self" and run.samples:
         print(f"self-merging: the mean of {run.samples} draws from the posterior moved it so far")
-    for key in ("cost_before", "cost_after", "std_ratio") if report["alignment"] else ():
-        values = sorted(record[key] for record in report["alignment"])
-        print(f"alignment, {key}: {values[0]:.3g} to {values[-1]:.3g}")
-    for gate in report["gates"]:
-        print("gate passed: {name}: NMSE {value:.2e} (bound {bound:.0e})".format(**gate))
+    if report["alignment"]:
+        spreads = sorted(record["std_ratio"] for record in report["alignment"])
+        print(f"aligned: {len(spreads)} tensors, which keep {spreads[0]:.2f} to {spreads[-1]:.2f} "
+              "of the target's spread (each in --report)")
     print("seconds:", ", ".join(f"{key} {value:.1f}" for key, value in report["seconds"].items()))
 
 
@@ -418,7 +427,10 @@ def parse(argv):
         add(flag, type=kind)
     a = parser.parse_intermixed_args(argv)      # options and files in any order
     check_usage(a, parser)
-    a.vae = a.vae or ("exact" if a.space == "latent" and not a.init else None)
+    if not a.vae and not a.init and a.space == "latent":
+        a.vae = REFERENCE
+        need(os.path.exists(a.vae), a.vae, "the reference VAE is missing",
+             "give --vae FILE, --vae exact or --init random")
     return a
 
 
@@ -529,7 +541,7 @@ def main(argv=None):
         output.written = [n for part in gather(output.written) for n in part]
     clock.append(time.perf_counter())
     report = make_report(run, codecs, gates, trip, results, clock)
-    print_report(report, run)
+    print_report(report, run, codecs)
     if a.report and rank_and_size()[0] == 0:
         with appear(a.report) as partial_path, open(partial_path, "w") as stream:
             json.dump(report, stream, indent=1, allow_nan=False)

@@ -130,9 +130,9 @@ def stage_loss(vae, stage, x_BTC, real_BTC, noise):
 
 @torch.no_grad()
 def validate(vae, windows, stage):
-    """Figures on held-out windows: `objective`, the stage's loss; `nmse` of the mean
-    code; in stage 2 `kl` per latent number in nats, `sigma`, the mean posterior deviation, and
-    `active`, the share of latent numbers whose variance is above 0.01 (Burda et al. 2016)."""
+    """Figures on held-out windows: `objective`, the stage's loss; `nmse` of the mean code; in stage
+    2 `kl` per latent number in nats, `sigma`, the mean posterior deviation, and `active`, the share
+    of latent numbers whose variance is above 0.01 (Burda et al. 2016)."""
     (x_BTC, real_BTC), noise = windows.validation, torch.Generator().manual_seed(0)
     loss, mse, kl = stage_loss(vae, stage, x_BTC, real_BTC, noise)
     figures = {"objective": loss, "nmse": mse}          # stage 1 has no more
@@ -319,7 +319,9 @@ def main(argv=None):
             json.dumps(record), file=stream, flush=True), codec and codec.vae)
     print(*map(describe_stage, stages), sep="\n")
     if first:
-        save_vae(a.output, vae, stages, select=a.select, schedule=asdict(schedule))
+        names = [os.path.basename(checkpoint.path) for checkpoint in checkpoints]
+        save_vae(a.output, vae, stages, trained_on=names, select=a.select,
+                 schedule=asdict(schedule))
         print(f"wrote {a.output}: r = {vae.config.true_ratio:g}")
     return 130 if stages[-1]["ended"] == "interrupted" else 0       # as shells expect
 
