@@ -176,6 +176,7 @@ def facts(rows):
 
 
 # --- Tables 2, 3, 4, 6: rows held against other rows ----------------------------------------------
+# A section is a function: results -> (records it used, sentences, lines of its tables).
 def expert_table(rows, labels, name="row"):
     head = [name, "bits", "sd", *(f"minus {label}" for label in labels)]
     lines = []
