@@ -1,0 +1,357 @@
+"""experiments/report.py and figures.py. Oracles: the committed page, verdicts and cells by hand,
+the means and errors of raw records, WCAG's contrast, an XML parser."""
+import json
+import math
+import re
+import shutil
+import statistics
+import xml.etree.ElementTree as xml
+
+import pytest
+
+import figures
+import report
+from conftest import ROOT
+
+HERE = ROOT / "experiments"
+REQUIREMENTS = (HERE / "requirements.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def results():
+    return report.Results(HERE / "results")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the records, to be changed."""
+    shutil.copytree(HERE / "results", tmp_path / "results")
+    return tmp_path / "results"
+
+
+def write(folder, name, *rows):
+    with (folder / f"{name}.jsonl").open("a") as stream:
+        stream.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def rows_of(lines):
+    """The cells of a Markdown table without its head."""
+    return [[cell.strip() for cell in line[1:-1].split("|")] for line in lines
+            if line.startswith("|")][2:]
+
+
+# --- What is committed is what the records say ----------------------------------------------------
+def test_the_page_is_built_from_the_records(results):
+    assert report.page(results) == (HERE / "RESULTS.md").read_text()
+
+
+def test_the_readmes_blocks_are_built_from_the_records(results):
+    readme = (ROOT / "README.md").read_text()
+    if "<!-- verdicts: begin -->" not in readme:
+        pytest.skip("the README has no place for the verdicts yet")
+    assert report.fill(readme, results) == readme
+
+
+def test_every_picture_is_there_and_no_other(results):
+    assert ({path.stem for path in (HERE / "figures").glob("*.svg")}
+            == set(report.pictures(results)) == set(re.findall(
+                r"\(figures/(\w+)\.svg\)", (HERE / "RESULTS.md").read_text())))
+
+
+def test_pictures_are_the_same_bytes_again(results):
+    matplotlib = pytest.importorskip("matplotlib")
+    if f"matplotlib=={matplotlib.__version__}" not in REQUIREMENTS:
+        pytest.skip("another matplotlib than the one that drew them")
+    for name in report.pictures(results):
+        assert figures.svg(name, results) == (HERE / "figures" / f"{name}.svg").read_text(), name
+
+
+def test_links_lead_to_headings_and_lines_are_short(results):
+    text = report.page(results)
+    headings = {report.slug(line[3:]) for line in text.splitlines() if line.startswith("## ")}
+    links = re.findall(r"^\[([\w-]+)\]: #(.+)$", text, re.M)
+    assert len(links) >= 10 and {target for _, target in links} <= headings
+    assert set(re.findall(r"\]\[([\w-]+)\]", text)) == {name for name, _ in links}
+    assert max(len(line) for line in text.splitlines() if line[:1] in "| ") <= 120
+
+
+# --- Verdicts -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("differences, word", [
+    ([(-0.3, 0.1), (-0.3, 0.1)], "holds"),
+    ([(-0.3, 0.1)], "holds"),
+    ([(-0.3, 0.1), (-0.2, 0.1)], "ties"),               # exactly two errors are a tie
+    ([(-0.3, 0.1), (0.1, 0.1)], "ties"),
+    ([(-0.3, 0.1), (0.3, 0.1)], "not reproduced"),      # a control is better
+    ([(-0.1, 0.1), (-0.3, 0.1)], "not reproduced"),     # nothing gained, whatever the controls do
+    ([(-9e-5, 1e-9), (-0.3, 0.1)], "not reproduced"),   # less than rounding can do
+])
+def test_a_claimed_gain(differences, word):
+    assert report.gain(differences) == word
+
+
+def test_nearly_lossless_and_parts_of_the_curriculum(tmp_path):
+    assert [report.lossless(change) for change in (0.0, 0.01, -0.01, 0.0101, -0.45)] == [
+        *["holds"] * 3, *["not reproduced"] * 2]
+    group = "r = 1, random start"
+    for name, mean, word in (("costs", 0.3, "holds"), ("nothing", 0.1, "ties"),
+                             ("helps", -0.3, "not reproduced"), ("distillation", -0.3, "holds")):
+        write(tmp_path, "ablation", {"group": group, "variant": name,
+                                     "difference": {"mean": mean, "se": 0.1}})
+        assert report.part_worth(report.Results(tmp_path), group, name)[1] == word, name
+
+
+def test_every_recorded_verdict_is_the_computed_one(results):
+    found = [d for table in "2346" for row in results.rows(f"table{table}", "row")
+             for d in row["difference"].values()]
+    assert len(found) > 100
+    assert all(d["verdict"] == report.said(d["mean"], d["se"]) for d in found)
+    cells = [row for row in results.cells() if row["verdict"]]
+    words = {"transfers": "holds"}
+    assert len(cells) > 50 and all(
+        report.cell_gain(row) in (words.get(row["verdict"], row["verdict"]), "ties")
+        for row in cells)
+
+
+# --- Text -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("mean, se, text", [
+    (2.5303, 0.0277, "+2.530 ± 0.028"), (17.0635, 0.1407, "+17.06 ± 0.14"),
+    (5.867, 1.361, "+5.9 ± 1.4"), (-0.0018, 0.0008, "-0.0018 ± 0.0008"),
+    (-1e-8, 8e-9, "0.0000 ± 0.0000"), (123.4, 17.0, "+123 ± 17"), (0.5, 0.0, "+0.5000 ± 0.0000")])
+def test_an_error_has_two_digits(mean, se, text):
+    assert report.pm(mean, se) == text
+
+
+def test_seeds_are_taken_together():
+    mean, se = report.over_seeds([{"mean": 1.0, "se_text": 0.3}, {"mean": 3.0, "se_text": 0.5}])
+    assert mean == 2 and se == pytest.approx(math.sqrt(0.4 ** 2 + 1.0))  # var 2 of 2 seeds
+    assert report.over_seeds([{"mean": 1.0, "se": 0.3}]) == (1.0, pytest.approx(0.3))
+
+
+def test_facts_of_records():
+    rows = [{"python": "3.11", "threads": 1, "load": 0.5, "seed": 0},
+            {"python": "3.11", "threads": 2, "load": 1.0, "seed": 1},
+            {"python": "3.11", "threads": 2, "load": 1.5, "seed": 1, "per_seed": [1, 2, 3]}]
+    assert report.facts(rows) == "3 rows; Python 3.11; threads 1 and 2; load 0.5 to 1.5; seeds 3"
+
+
+# --- Records --------------------------------------------------------------------------------------
+def test_the_last_record_of_a_key_counts(tmp_path):
+    write(tmp_path, "x", {"row": "a", "v": 1}, {"row": "b", "v": 2}, {"row": "a", "v": 3})
+    results = report.Results(tmp_path)
+    assert [row["v"] for row in results.rows("x", "row")] == [3, 2]
+    assert len(results.rows("x")) == 3 and results.rows("absent", "row") == []
+
+
+def test_a_changed_record_changes_page_and_verdict(results, folder):
+    row = report.Results(folder).row("3", "soup, latents [r 1]")
+    for d in row["difference"].values():
+        d.update(mean=-0.5, se=0.1)
+    write(folder, "table3", row)
+    changed = report.page(report.Results(folder))
+    name = "a soup of LoRA experts gains in latents"
+    before, after = (re.search(rf"\| {name} .*", text)[0]
+                     for text in (report.page(results), changed))
+    assert before.endswith("| [ties][table3] |")
+    assert after.endswith("| -0.50 ± 0.10 to weights | [holds][table3] |")
+    assert "| soup, latents [r 1] | 1.704 |  | -0.50 ± 0.10 beats |" in changed
+
+
+@pytest.mark.parametrize("section", report.SECTIONS, ids=lambda section: section.title)
+def test_a_section_without_its_records_is_left_out(section, folder):
+    for name in section.needs:
+        (folder / f"{name}.jsonl").unlink(missing_ok=True)
+    text = report.page(report.Results(folder))
+    assert f"## {section.title}" not in text and f"][{section.needs[0]}]" not in text
+
+
+def test_a_folder_without_records_gives_a_page_without_sections(tmp_path):
+    assert "\n## " not in report.page(report.Results(tmp_path))
+
+
+# --- Cells by hand --------------------------------------------------------------------------------
+def test_cells_across_shapes_from_the_raw_lines(results):
+    """Independent of Results: the last line of a cell, seeds together, three columns."""
+    cells = {}
+    for line in (HERE / "results" / "figure4.jsonl").read_text().splitlines():
+        r = json.loads(line)
+        key = (r["source"], r["align"], r["pairing"], r["lam"], r["control"], r["seed"])
+        cells[key] = r["difference"]["base"]
+    table = [row for row in rows_of(report.figure4(results)[2]) if row[0] == "0.1"]
+    assert len(table) == 3
+    for row, keys in zip(table, ([("large", "none", "depth", None), ("large", "mean", "depth", None),
+                                  ("large", "gaussian", "depth", None),
+                                  ("large", "sinkhorn", "depth", None),
+                                  ("large", "sinkhorn", "depth", "carried")],
+                                 [("base-seed2", "none", "depth", None)],
+                                 [("", "", "", "zero"), ("", "", "", "noise")])):
+        for cell, (source, align, pairing, control) in zip(row[1:], keys):
+            group = [d for key, d in cells.items() if key[:5] == (source, align, pairing, 0.1,
+                                                                  control)]
+            mean = sum(d["mean"] for d in group) / len(group)
+            text = sum(d["se_text"] for d in group) / len(group)
+            spread = sum((d["mean"] - mean) ** 2 for d in group) / max(1, len(group) - 1)
+            se = math.sqrt(text ** 2 + spread / len(group))
+            assert len(group) == (5 if control in ("carried", "noise") else 1)
+            assert cell == f"{mean:+.4f} ± {se:.4f}", (source, align, control)
+
+
+def test_the_codecs_cells_from_the_raw_lines(results):
+    last = {}
+    for line in (HERE / "results" / "table7.jsonl").read_text().splitlines():
+        r = json.loads(line)
+        last[r["checkpoint"], f"{r['ratio']:.4g}", r["method"]] = r
+    lines = report.codec(results)[2]
+    start = lines.index("Table 7, `base-seed2`, unseen:")
+    row = next(row for row in rows_of(lines[start:]) if row[0] == "1.6")
+    vae, pca, noise = (last["base-seed2", "1.6", method] for method in ("VAE", "PCA", "noise"))
+    assert row[:4] == ["1.6", "0.375", f"{vae['nmse']:.3f}", f"{pca['nmse']:.3f}"]
+    assert [cell.split(" ±")[0] for cell in row[5:8]] == [
+        f"{r['difference']['mean']:+.3f}" for r in (vae, pca, noise)]
+    assert row[-1] == f"{vae['effective_ratio']:.2f}"
+
+
+def test_speed_from_the_raw_lines(results):
+    peer = json.loads((HERE / "results" / "bench-peer.jsonl").read_text().splitlines()[-1])
+    middle, low, high = peer["ratios"]["exact"]
+    assert next(report.peer_rows(peer)) == [
+        "latent merge, exact codec: time", f"{peer['seconds']['exact'][0]:.1f} s",
+        f"{peer['seconds']['mergekit'][0]:.1f} s", f"{middle:.2f} [{low:.2f}, {high:.2f}]"]
+    seconds = [row["seconds"] for row in results.rows("bench-training")
+               if row.get("recipe") == "curriculum"]
+    cell = dict(row[:2] for row in rows_of(report.bench_training(results)[2]))["curriculum"]
+    assert cell == (f"{statistics.median(seconds):.1f} "
+                    f"[{min(seconds):.1f}, {max(seconds):.1f}]")
+
+
+SIBLING = [{"row": "units", "lam": 0.5, "seed": seed, "domains": {
+    "prose": {"mean": mean, "se": 0.01, "loss": 3.0}, "code": {"mean": 0.5, "se": 0.01, "loss": 2}}}
+    for seed, mean in ((0, 9.0), (0, -0.10), (1, -0.12))]       # seed 0 was measured again
+KINSHIP = [{"source": "a", "target": "b", "related": related, "layers": [0, None],
+            "similarity": [value, value + 0.02], "null": 0.08, "matrix": [[0.9, 0.1], [0.2, 0.8]]}
+           for related, value in ((True, 0.9),)] + [
+    {"source": "c", "target": "b", "related": False, "layers": [1, 0], "similarity": [0.1, 0.1],
+     "null": 0.08, "matrix": [[0.1, 0.1], [0.1, 0.1]]}]
+DRIFT = [{"steps": steps, "share": share, "kinship": 0.9, "null": 0.1,
+          "difference": {"code": {"mean": mean, "se": 0.01}}}
+         for steps, share, mean in ((0, 0.0, -0.1), (300, 0.0, 0.0), (0, 0.5, 0.1))]
+VAE = [{"vae": "reference", "model": "m", "seen": seen, "weights": 2_000_000, "nmse": nmse,
+        "worst": {"name": "model.layers.0.mlp.up_proj.weight", "nmse": 1e-3}, "dtype": dtype,
+        "loss_before": before, "loss": after, "seconds": 12.0}
+       for seen, nmse, dtype, before, after in ((True, 1e-4, "float32", None, None),
+                                                (False, 3e-5, "bfloat16", 2.0, 2.01))]
+CURVES = [{"name": name, "model": "m", "seed": 0, "points": [
+    {"stage": 1, "step": 0, "seconds": 0.0, "nmse": 1.0, "lr": 1e-3},
+    {"stage": 1, "step": 9, "seconds": 9.0, "nmse": 0.1, "lr": 1e-3},
+    {"stage": 2, "step": 1, "seconds": 1.0, "nmse": 0.01, "kl": 4.6, "lr": 1e-4}]}
+    for name in ("two stages, r = 1", "one stage, beta 1")]
+CLOUDS = [{"align": align, "source": [[0, 0], [1, 2]], "target": [[3, 1], [2, 2]]}
+          for align in ("none", "gaussian")]
+SPECTRA = [{"model": "m", "role": role, "cumulative": [0, 0.5, 0.8, 0.9, 1.0],
+            "white": [0, 0.3, 0.7, 0.8, 1.0]} for role in ("q_proj", "up_proj")]
+TOUR = [{"text": "one\n  two\n"}]
+
+
+@pytest.fixture
+def added(folder):
+    """The records with those that others will append."""
+    for name, rows in (("sibling", SIBLING), ("kinship", KINSHIP), ("drift", DRIFT), ("vae", VAE),
+                       ("curves", CURVES), ("clouds", CLOUDS), ("spectra", SPECTRA),
+                       ("tour", TOUR)):
+        (folder / f"{name}.jsonl").unlink(missing_ok=True)
+        write(folder, name, *rows)
+    return report.Results(folder)
+
+
+def test_siblings_seeds_together(added):
+    # mean -0.11; the two seeds' variance is 2e-4, over 2 seeds 1e-4; with 0.01^2: sqrt(2e-4)
+    assert rows_of(report.sibling(added)[2]) == [
+        ["units", "0.5", "-0.110 ± 0.014 beats", "+0.500 ± 0.010 loses"]]
+    assert report.of_sibling(added) == ("prose, units 0.5: -0.110 ± 0.014 nats", "ours")
+
+
+def test_kinship_and_drift(added):
+    assert rows_of(report.kinship(added)[2]) == [
+        ["`a`", "`b`", "yes", "0.910", "0.080", "0 -"],
+        ["`c`", "`b`", "no", "0.100", "0.080", "1 0"]]
+    assert "0.910, is above the highest of the others, 0.100" in report.kinship(added)[1][1]
+    assert [row[4] for row in rows_of(report.drift(added)[2])] == [
+        "-0.100 ± 0.010 beats", "0.000 ± 0.010 ties", "+0.100 ± 0.010 loses"]
+    assert "in 1 of 3 rows; the lowest kinship among them is 0.90" in report.drift(added)[1][1]
+
+
+def test_the_reference_vae(added):
+    assert rows_of(report.vae(added)[2]) == [
+        ["reference", "`m`, float32", "yes", "2 M", "1.0e-04", "layers.0.mlp.up_proj", "1.0e-03",
+         "", "12"],
+        ["reference", "`m`, bfloat16", "no", "2 M", "3.0e-05", "layers.0.mlp.up_proj", "1.0e-03",
+         "+0.50%", "12"]]
+    assert report.of_vae(added) == ("NMSE at most 3.0e-05", "ours")      # the unseen one
+
+
+def test_spectra_curves_and_the_tour(added):
+    assert "explains +20% more" in report.spectra(added)[1][1]
+    assert figures.shifted(CURVES[0]["points"]) == ([0.0, 9.0, 10.0], [1.0, 0.1, 0.01], 2)
+    assert figures.shifted(CURVES[0]["points"][2:]) == ([1.0], [0.01], None)
+    text = report.page(added)
+    assert "```\none\n  two\n```" in text
+    assert max(len(line) for line in text.splitlines() if line[:1] in "| ") <= 120
+
+
+# --- The README's places --------------------------------------------------------------------------
+def test_fill_writes_what_has_a_place_and_nothing_else(results):
+    text = "a\n<!-- verdicts: begin -->\nstale row\n<!-- verdicts: end -->\nb <!-- other: begin -->\nc"
+    filled = report.fill(text, results)
+    assert filled.startswith("a\n<!-- verdicts: begin -->\n| claim |") and "stale" not in filled
+    assert filled.endswith("\n<!-- verdicts: end -->\nb <!-- other: begin -->\nc")
+    assert "[table2]: experiments/RESULTS.md#table-2-self-merging\n" in filled
+    assert report.fill(filled, results) == filled
+
+
+def test_the_readmes_tables(results):
+    merged = rows_of(report.readme_merge(results))
+    last = {r["file"]: r["scores"] for r in results.rows("merge")}
+    assert 3 <= len(merged) <= 6
+    for name, *cells in merged:
+        scores = last[name.strip("`") + ".safetensors"]
+        assert [cell.split(" ±")[0] for cell in cells][0] == f"{scores['code']['mean']:.3f}"
+    assert [row[3] for row in rows_of(report.readme_bench(results))][:4] == [
+        row[3] for row in rows_of(report.bench_peer(results)[2])]
+
+
+# --- Pictures -------------------------------------------------------------------------------------
+def luminance(colour):
+    parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
+              for part in parts]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear))
+
+
+@pytest.mark.parametrize("colour", [figures.GREY, *figures.COLOURS])
+def test_colours_have_contrast_on_white_and_on_dark(colour):
+    for ground in ("#ffffff", "#0d1117"):
+        dark, light = sorted((luminance(colour), luminance(ground)))
+        assert (light + 0.05) / (dark + 0.05) >= 3, (colour, ground)
+
+
+@pytest.mark.parametrize("name", figures.DRAW)
+def test_every_picture_draws_and_twice_the_same(name, added):
+    pytest.importorskip("matplotlib")
+    drawn = figures.svg(name, added)
+    assert drawn == figures.svg(name, added)
+    tree = xml.fromstring(drawn)
+    assert tree.tag.endswith("svg") and "<image" not in drawn       # no pixels
+    assert float(tree.get("width").removesuffix("pt")) == pytest.approx(72 * figures.WIDTH)
+
+
+def test_without_matplotlib_the_pictures_are_skipped(monkeypatch, tmp_path, capsys, results):
+    page, readme = HERE / "RESULTS.md", ROOT / "README.md"
+    for path in (page, readme):
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(report, "HERE", tmp_path / "experiments")
+    shutil.copytree(HERE / "results", tmp_path / "experiments" / "results")
+    monkeypatch.setattr(figures, "available", bool)                 # bool() is False
+    monkeypatch.setattr("sys.argv", ["report.py"])
+    report.main()
+    assert capsys.readouterr().out.count("\n") == 1
+    assert (tmp_path / "experiments" / "RESULTS.md").read_text() == page.read_text()
+    assert not (tmp_path / "experiments" / "figures").exists()
