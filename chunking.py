@@ -340,6 +340,57 @@ class StateDict(Checkpoint):
         return self.tensors[name].detach().reshape(-1)[start:stop].cpu()    # a view, not a copy
 
 
+class Layers:
+    """A model layer by layer: {role: matrix} of the known roles, read when it is asked for."""
+
+    def __init__(self, model, roles):
+        self.model, named = model, {}
+        for entry in model.entries.values():
+            layer, role = place(entry.name)
+            if layer is not None and role in roles and len(entry.shape) == 2 and entry.is_float:
+                first = named.setdefault(layer, {}).setdefault(role, entry.name)
+                need(first == entry.name, model.path, f"layer {layer} has two of role {role}",
+                     "hidden units cannot be matched: give another --align", entry.name)
+        self.names = [named[layer] for layer in sorted(named)]
+
+    def __len__(self): return len(self.names)
+
+    def __getitem__(self, j):
+        return {role: self.model.read_tensor(name) for role, name in self.names[j].items()}
+
+
+class Matched:
+    """A source as if its layers and hidden units stood in the target's order. It holds what the two
+    have in common; the target's own numbers stand where the source has no such unit.
+
+    match: says which layer is which (layers), and which rows and columns (index), -1 for none."""
+
+    def __init__(self, source, target, match, roles):
+        self.source, self.target, self.path, self.files = source, target, source.path, source.files
+        here, there = Layers(target, roles).names, Layers(source, roles).names
+        self.entries, self.parts = {}, {}
+        for j, i in enumerate(match.layers):
+            for role in here[j].keys() & there[i].keys() if i is not None else ():
+                entry, other = target.entries[here[j][role]], source.entries[there[i][role]]
+                self.entries[entry.name] = entry
+                self.parts[entry.name] = other, *match.index(j, role, other.shape, entry.shape)
+
+    def read(self, name, start=0, stop=None):
+        """As Checkpoint.read, float32: W~[j, k] = W_source[row(j), column(k)], read row by row.
+        Example: row [1, -1], column [0]: source [[1], [2]], target [[7], [8]] -> [[2], [8]]"""
+        other, row_J, column_K = self.parts[name]
+        K, width, numel = len(column_K), other.shape[1], self.entries[name].numel
+        start, stop = min(start, numel), min(numel if stop is None else stop, numel)
+        j0, j1 = start // K, -(-stop // K)
+        merged_JK = self.target.read(name, j0 * K, j1 * K).float().view(-1, K)
+        j_R, k_S = (row_J[j0:j1] >= 0).nonzero()[:, 0], (column_K >= 0).nonzero()[:, 0]
+        rows = [self.source.read(other.name, i * width, (i + 1) * width)
+                for i in row_J[j0 + j_R].tolist()]
+        if rows:
+            merged_JK[j_R[:, None], k_S] = torch.stack(rows)[:, column_K[k_S]].float()
+        return merged_JK.view(-1)[start - j0 * K:stop - j0 * K]
+
+
 # --- Writing. The library's save_file wants all tensors in memory at once. ------------------------
 class Output:
     """A safetensors file of known layout, open for writing: pieces come in any order, from any

@@ -5,16 +5,17 @@
 TARGET gives names, shapes, dtypes and companions of the result; alone, it is merged with itself. A
 model is a .safetensors file, a Hugging Face folder or an index of shards. In brackets: defaults.
 
-what     --lam L[,L...]    weight of each source (also --lambda), the target has the rest; 0 is the
-                           target's round trip (0.5 for one source, 1/(N+1) each for N; across
-                           shapes 0.1 in all: the paper's best range is 0.05 to 0.2)
+what     --lam L[,L...]    weight of each source (also --lambda), the rest is the target's; 0: round
+                           trip (1/(N+1) for each of N; across shapes 0.1 in all; paper: 0.05-0.2)
          --operator NAME   lerp, slerp, soup (uniform), task-arithmetic: z_target + sum of lambda
                            (z_i - z_base), lambda in [-10, 10], as --lam=-0.5,2 (lerp)
          --base MODEL      the sources' ancestor, for task-arithmetic
          --samples K       average K posterior draws of each parent (8 without SOURCE, else 0)
          --select REGEX    what is merged, by name; all else stays the target's (floats of two or
                            more dimensions in numbered layers are encoded, the rest is averaged)
-how      --align NAME      auto, none, mean, gaussian, sinkhorn (auto: none, across shapes gaussian)
+how      --align NAME      none; on chunks: mean, gaussian, sinkhorn; units: layers and hidden units
+                           are matched by their weights first (auto: none; across shapes units if
+                           the models are related, else gaussian)
          --epsilon E       Sinkhorn's regularisation, over the largest cost (0.01)
          --control NAME    zero, noise, shuffled: a null control in place of the source's latents
          --residual        add back what the codec lost: lambda = 0 is then the target, bit for bit
@@ -45,8 +46,8 @@ Refused are flags that would change nothing:
          without sinkhorn  --epsilon
          without task-arithmetic  --base
 
-The run, straight down (`main`): open the parents; plan who meets whom (paper: Algorithm 1, line 1);
-get a codec; check that it can carry these weights; write what `ls_merge` yields; report.
+The run, straight down (`main`): open the parents; match hidden units (ours); plan who meets whom
+(Algorithm 1, line 1); get a codec; check that it can carry these weights; merge; report.
 """
 if __name__ == "__main__":      # Ctrl-C during the imports: end without a traceback
     import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -61,16 +62,19 @@ from tqdm import tqdm
 
 import align as ot
 import lsmerge as ls
-from chunking import (STOP, Checkpoint, Output, appear, check_output, command, create, is_selected,
-                      measure, need, place, spans)
+from chunking import (PIECE, STOP, Checkpoint, CheckpointError, Layers, Matched, Output, appear,
+                      check_output, command, create, is_selected, measure, need, place, spans)
 from train import (Schedule, describe_stage, gather, pick_device, rank_and_size, save_vae,
                    start_parser, train_vae)
 from vae import VAEConfig
 
-VERSION = "2.0"
+VERSION, CROSS = "2.0", "cross-shape"
 REFERENCE = os.path.join(os.path.dirname(__file__), "experiments", "models", "vae.safetensors")
 SAMPLES = 8             # draws of a self-merge: their noise shrinks by sqrt(8)
 MAX_NMSE = 1e-3         # a relative error of 3 %; beyond it a language model's loss is seen to rise
+TOKENS = 4096           # of the vocabularies, that tell which place of the stream is which
+STRANGERS = 0.1         # cosine of two models' weights: trained apart 0.00, experts of one base 0.9
+OTHER = "give another --align"
 GATE_WEIGHTS = 1 << 16  # of a tensor, in windows evenly spread: the gate takes seconds
 
 
@@ -79,16 +83,12 @@ GATE_WEIGHTS = 1 << 16  # of a tensor, in windows evenly spread: the gate takes 
 class Task:
     """One tensor of the target."""
     name: str
-    number: int             # its place in the target's order: part of every seed
+    number: int             # its position in the target: part of every seed
     numel: int
     action: str             # "encoded", "averaged" (the same operator on the weights), "copied"
-    partners: tuple = ()    # (index of the source, name there)
-    slots: tuple = ()       # statistics: the target's, then one per partner
+    parents: tuple          # (index, name there): 0 the target, i the i-th source
+    slots: tuple = ()       # the parents' statistics, once they are measured
     why: str = ""           # if it is copied
-
-    @property
-    def indices(self):      # of the parents: 0 the target, i the i-th source
-        return [0, *(i + 1 for i, _ in self.partners)]
 
 
 def selected(checkpoint, pattern):
@@ -96,8 +96,8 @@ def selected(checkpoint, pattern):
     return {e.name: e.shape for e in checkpoint.entries.values() if is_selected(e, pattern)}
 
 
-def plan_merge(target, sources, pattern=None, align="auto", by="depth", control=None):
-    """(kind, method, [Task, ...] in the target's natural order).
+def plan_merge(target, sources, pattern=None, align="none", by="depth", control=None):
+    """(kind, [Task, ...] in the target's natural order).
 
     kind: "cross-shape" if an encoded tensor of a parent differs in shape or is missing in another.
     What is not encoded is averaged where shapes are equal, nothing is aligned and no pattern was
@@ -109,42 +109,117 @@ def plan_merge(target, sources, pattern=None, align="auto", by="depth", control=
     names = [ot.same_names(target.entries, source.entries, encoded) for source in sources]
     same = all({found[n]: shape for n, shape in encoded.items()} == selected(source, pattern)
                for source, found in zip(sources, names))
-    kind = "self" if not sources else "same-shape" if same else "cross-shape"
-    method = align if align != "auto" else "gaussian" if kind == "cross-shape" else "none"
-    if not same:        # layers by proportional depth, roles with their like
+    kind = "self" if not sources else "same-shape" if same else CROSS
+    by_name = same or align == "units"
+    if not by_name:     # layers by proportional depth, roles with their like
         mine = {name: place(name) for name in encoded}
         theirs = [{name: place(name) for name in selected(source, pattern)} for source in sources]
-    pairs = names if same else [ot.pair_places(mine, found, by) for found in theirs]
+    pairs = names if by_name else [ot.pair_places(mine, found, by) for found in theirs]
     for source, found in zip(sources, pairs):
         need(found, source.path, "no tensor pairs with one of the target by layer and role",
              "names are unknown or ambiguous: see chunking.ROLES, or narrow --select")
-    average = kind == "same-shape" and method == "none" and not control and pattern is None
-    tasks = []
+    average = kind == "same-shape" and align == "none" and not control and pattern is None
+    tasks, models = [], [target, *sources]
     for number, (name, entry) in enumerate(target.entries.items()):
-        partners = tuple((i, found[name]) for i, found in enumerate(pairs) if found.get(name))
-        kinds = [(sources[i].entries[n].shape, sources[i].entries[n].is_float) for i, n in partners]
+        parents = [(0, name), *((k, p[name]) for k, p in enumerate(pairs, 1) if p.get(name))]
+        alike = len(parents) == len(models) and all(
+            models[k].entries[n].is_float and models[k].entries[n].shape == entry.shape
+            for k, n in parents)
         action, why = "copied", "no such float in every source" if average else "not encoded"
-        if name in encoded:
-            merged = bool(partners) or not sources
-            action, why = "encoded" if merged else "copied", "no source has one partner of its role"
-        elif average and kinds == [(entry.shape, True)] * len(sources):
+        if name in encoded and (parents[1:] or not sources):
+            action = "encoded"
+        elif name in encoded:
+            why = "no source has one partner of its role"
+        elif average and alike:
             action = "averaged"
-        partners = partners if action != "copied" else ()
-        tasks.append(Task(name, number, entry.numel, action, partners, why=why))
-    return kind, method, tasks
+        parents = tuple(parents if action != "copied" else parents[:1])
+        tasks.append(Task(name, number, entry.numel, action, parents, why=why))
+    return kind, tasks
 
 
-def measure_task(target, sources, task):
+def measure_task(models, task):
     """The task with its statistics. Every float that enters the result is read once here, so that
     NaN and Inf are refused before any work. Equal shapes share the target's statistics: with an
     exact codec the merge is then exactly weight interpolation."""
-    slots = [measure(target, task.name)] if target.entries[task.name].is_float else []
-    for index, name in task.partners:
-        own = measure(sources[index], name)
-        if own.shape == slots[0].shape:
-            own = replace(own, mean=slots[0].mean, scale=slots[0].scale)
-        slots.append(own)
+    slots = []
+    for k, name in task.parents:
+        slot = models[k].entries[name]
+        slot = measure(models[k], name) if slot.is_float else slot
+        if slots and slot.shape == slots[0].shape:
+            slot = replace(slot, mean=slots[0].mean, scale=slots[0].scale)
+        slots.append(slot)
     return replace(task, slots=tuple(slots))
+
+
+# --- Relatives (ours): sources in the order of the target's hidden units --------------------------
+def vocabulary(model):
+    """(Entry of the token embedding, {token: row} from tokenizer.json, or None)."""
+    found = [e for e in model.entries.values() if place(e.name) == (None, "embed")]
+    need(found, model.path, "holds no embedding: hidden units cannot be matched", OTHER)
+    embed, rows = max(found, key=lambda entry: entry.numel), None       # words, not positions
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with open(os.path.join(model.folder, "tokenizer.json")) as stream:
+            rows = json.load(stream)["model"]["vocab"]
+    return embed, rows if isinstance(rows, dict) else None
+
+
+def match(target, source):
+    """align.Match of two models. Tokens are the same by name where both have a tokenizer.json, else
+    by row. Raises CheckpointError where a model shows no hidden units."""
+    embeds, rows = zip(*map(vocabulary, (source, target)))
+    if not all(rows):
+        rows = [{row: row for row in range(embed.shape[0])} for embed in embeds]
+    tokens, read = [token for token in rows[0] if token in rows[1]], []
+    for model, embed, row in zip((source, target), embeds, rows):
+        D, some = embed.shape[1], [row[t] for t in tokens[::max(1, len(tokens) // TOKENS)]]
+        read.append(torch.stack([model.read(embed.name, t * D, (t + 1) * D) for t in some]).float())
+    try:
+        return ot.match_models(Layers(source, ot.AXES), Layers(target, ot.AXES), *read, None)
+    except ValueError as error:
+        raise CheckpointError(source.path, error, OTHER) from None
+
+
+def alike(one, other):
+    """Mean cosine of the tensors that two models share by name and shape, as their units stand:
+    0 for strangers, and for relatives whose units were permuted."""
+    found = []
+    for entry in filter(is_selected, one.entries.values()):
+        if getattr(other.entries.get(entry.name), "shape", None) == entry.shape:
+            dot, a, b = ls.inner([[model.read(entry.name, 0, PIECE) for model in (one, other)]])
+            found.append(float(dot) / (a * b) if a * b > 0 else 0.0)
+    return sum(found) / max(1, len(found))
+
+
+def relate(a, target, sources, kind):
+    """Match hidden units, where they are to be matched. Returns (sources as they enter, the method
+    of alignment, the kinship of each source or None)."""
+    if a.align not in ("auto", "units") or kind == "self" or a.align == "auto" and kind != CROSS:
+        for source in sources if kind == "same-shape" and a.align == "auto" else ():
+            if alike(target, source) < STRANGERS:
+                print(f"note: {source.path} and the target are strangers as their hidden units "
+                      "stand (cosine 0): --align units looks for another order")
+        return sources, "none" if a.align == "auto" else a.align, None
+    try:        # with a base one match, of target and base, serves all its experts
+        found = [match(target, source) for source in (sources[-1:] if a.base else sources)]
+    except CheckpointError as error:
+        if a.align == "units" or a.base:
+            raise
+        print(f"note: {error}")
+        return sources, "gaussian", None
+    found = found * len(sources) if a.base else found
+    for source, m in zip(sources, found):
+        if not m.related:
+            print(f"note: {source.path} is no relative of the target (its units match with cosine "
+                  f"{max(m.similarity):.2f}, strangers with {m.null:.2f}): expect nothing of it")
+    related, units = all(m.related for m in found), "units"
+    need(related or not a.base, target.path, "is no relative of --base", "drop --base")
+    if related or a.align == "units":
+        sources = [Matched(source, target, m, ot.AXES) for source, m in zip(sources, found)]
+    else:
+        units = "gaussian"
+    kinship = [{key: getattr(m, key) for key in ("related", "layers", "similarity", "null")}
+               for m in found]
+    return sources, units, kinship
 
 
 # --- The run: what the command line and the files have decided ------------------------------------
@@ -154,19 +229,24 @@ class Run:
     target: Checkpoint
     sources: list           # the base of a task arithmetic stands last
     kind: str
+    align: str
+    kinship: list | None    # one record per source, where hidden units were looked at
     tasks: list
     lam: list               # one per source proper
-    how: ls.Alignment
+    how: ls.Alignment       # of chunks
     samples: int
+
+    @property
+    def models(self): return [self.target, *self.sources]
 
     def weights(self, task, pairs=None):
         """The parents' c_i; a source without a partner leaves its share to the target. pairs: an
         iterator over the two vectors' pieces, read only by slerp."""
-        if self.a.operator == "task-arithmetic" and task.partners:
+        if self.a.operator == "task-arithmetic" and task.parents[1:]:
             return ls.task_weights(self.lam)
         if pairs and self.a.operator == "slerp" and task.action == "encoded":
             return ls.slerp_weights(self.lam[0], *ls.inner(pairs))
-        return ls.convex_weights([self.lam[index] for index, _ in task.partners])
+        return ls.convex_weights([self.lam[k - 1] for k, _ in task.parents[1:]])
 
     def in_weights(self, task):
         """Whether the weights themselves are combined (or copied): nothing to encode, no codec
@@ -174,15 +254,11 @@ class Run:
         alone = not any(self.weights(task)[1:]) and self.a.residual and not self.samples
         return task.action != "encoded" or self.a.space == "weight" or alone
 
-    def readers(self, task):
-        """How to read the tensor of the target, and its partners."""
-        pairs = [(self.target, task.name), *((self.sources[i], n) for i, n in task.partners)]
-        return [partial(model.read, name) for model, name in pairs]
-
     def parents(self, task, codecs):
-        """The same as Parents. Noise is seeded by run, tensor and parent."""
-        return [ls.Parent(read, slot, codecs[k > 0], self.samples, (self.a.seed, task.number, k))
-                for read, slot, k in zip(self.readers(task), task.slots, task.indices)]
+        """The tensor's Parents. Noise is seeded by run, tensor and parent."""
+        return [ls.Parent(partial(self.models[k].read, name), slot, codecs and codecs[k > 0],
+                          self.samples, (self.a.seed, task.number, k))
+                for (k, name), slot in zip(task.parents, task.slots)]
 
 
 def spread(work, run, label):
@@ -218,31 +294,34 @@ def spread(work, run, label):
 
 
 # --- The codec, and whether it can carry these weights --------------------------------------------
-def get_codecs(a, run=None):
-    """[the target's Codec, the sources']. From files, first of all: a wrong one is noticed at once;
-    with --init random, once the run is known, the paper's VAE trained on the inputs."""
-    device, dtype = pick_device(a.device), getattr(torch, a.dtype)
-    if run is None:
-        paths = [a.vae, a.source_vae or a.vae] if a.vae else []
-        return [ls.Codec.load(path, device, dtype) for path in paths]
-    schedule = Schedule(seed=a.seed, device=device, dtype=a.dtype, quiet=a.quiet)
-    parents = training_parents(run.target, run.sources, run.tasks)
+def load_codecs(a):
+    """[the target's Codec, the sources'], first of all: a wrong file is noticed at once. One Codec
+    for all, unless two are named."""
+    paths = [path for path in (a.vae, a.source_vae) if path]
+    found = [ls.Codec.load(path, pick_device(a.device), getattr(torch, a.dtype)) for path in paths]
+    return found * 2 if len(found) == 1 else found
+
+
+def train_codec(a, run):
+    """With --init random: the paper's VAE, trained on the encoded tensors of all inputs."""
+    schedule = Schedule(seed=a.seed, device=pick_device(a.device), dtype=a.dtype, quiet=a.quiet)
+    parents = training_parents(run.models, run.tasks)
     vae, stages = train_vae(parents, VAEConfig(init="random"), schedule)
     print(*map(describe_stage, stages), sep="\n")
     if stages[-1]["ended"] == "interrupted":        # Ctrl-C: no merge with half a codec
         raise KeyboardInterrupt
     if a.save_vae and rank_and_size()[0] == 0:
-        save_vae(a.save_vae, vae, stages)
-    return [ls.Codec(vae, device, dtype)] * 2
+        save_vae(a.save_vae, vae, stages, trained_on=[base_name(m.path) for m in run.models])
+    return [ls.Codec(vae, schedule.device, getattr(torch, a.dtype))] * 2
 
 
-def training_parents(target, sources, tasks):
-    """[(checkpoint, slots of its encoded tensors)], as `train_vae` takes them."""
-    slots = [{} for _ in (target, *sources)]
+def training_parents(models, tasks):
+    """[(model, slots of its encoded tensors)], as `train_vae` takes them."""
+    slots = [{} for _ in models]        # by name: one source tensor may meet two of the target
     for task in tasks:
-        for k, slot in zip(task.indices, task.slots if task.action == "encoded" else ()):
-            slots[k][slot.name] = slot
-    return [(model, [*found.values()]) for model, found in zip((target, *sources), slots)]
+        for (k, name), slot in zip(task.parents, task.slots if task.action == "encoded" else ()):
+            slots[k][name] = slot
+    return [(model, [*found.values()]) for model, found in zip(models, slots)]
 
 
 def round_trip(run, codecs, task):
@@ -259,41 +338,40 @@ def round_trip(run, codecs, task):
 
 
 def check_codec(run, codecs, bound):
-    """(gates, round trip) for the report. A parent's NMSE is the mean over its encoded weights; a
-    codec that loses more than the bound is refused before anything is merged. With --residual what
-    is lost of a parent that enters unaligned comes back: it needs no gate."""
+    """(gates, round trip) for the report. A parent's NMSE is the mean over its encoded weights, in
+    the unit that it is encoded in; a codec that loses more than the bound is refused before
+    anything is merged. With --residual what is lost of an unaligned parent comes back: no gate."""
     if not codecs:          # --space weight
         return [], {"nmse": None, "worst": {"name": None, "nmse": None}}
-    sums, weights, worst, gates = Counter(), Counter(), {"name": None, "nmse": -1.0}, []
+    sums, count, worst, gates = Counter(), Counter(), {}, []        # worst: (NMSE, name) of each
     for task, errors in zip(run.tasks, spread(partial(round_trip, run, codecs), run, "check")):
-        for k, slot, nmse in zip(task.indices, task.slots, errors):
-            sums[k], weights[k] = sums[k] + nmse * slot.numel, weights[k] + slot.numel
-            if not nmse <= worst["nmse"]:           # a NaN is the worst
-                worst = {"name": slot.name, "nmse": nmse}
+        for (k, name), slot, nmse in zip(task.parents, task.slots, errors):
+            sums[k], count[k] = sums[k] + nmse * slot.numel, count[k] + slot.numel
+            if k not in worst or not nmse <= worst[k][0]:           # a NaN is the worst
+                worst[k] = nmse, name
     names = ["target", *(f"source {i + 1}" for i in range(len(run.lam))), "base"]
-    unaligned = run.kind != "cross-shape" and run.how.method == "none" and not run.how.control
-    free = run.a.residual and (unaligned or not any(run.lam))
-    for k in sorted(weights) if not free else ():
-        nmse, name = sums[k] / weights[k], f"round trip of {names[k]}"
-        need(nmse <= bound or k == 0 and run.a.residual, name, f"the codec loses {nmse:.1%} of the "
-             f"variance (NMSE {nmse:.3g} > {bound:g}); nothing was merged", "--vae exact, a VAE "
-             "trained for longer or at a lower ratio, or raise --max-nmse", worst["name"])
+    aligned = run.how.control or run.how.method != "none" or (run.align, run.kind) == ("none", CROSS)
+    free = run.a.residual and (not aligned or not any(run.lam))
+    for k in sorted(count)[run.a.residual:] if not free else ():
+        nmse, name = sums[k] / count[k], f"round trip of {names[k]}"
+        need(nmse <= bound, name, f"the codec loses {nmse:.1%} of the variance (NMSE {nmse:.3g} > "
+             f"{bound:g}); nothing was merged", "--vae exact, or a VAE trained for longer or at a "
+             "lower ratio" + ", or raise --max-nmse" * (not run.a.residual), worst[k][1])
         gates.append({"name": name, "passed": True, "value": nmse, "bound": bound})
-    return gates, {"nmse": sums[0] / weights[0], "worst": worst}
+    return gates, {"nmse": sums[0] / count[0], "worst": dict(zip(("nmse", "name"), worst[0]))}
 
 
 # --- The merge ------------------------------------------------------------------------------------
 def merge_tensor(run, codecs, output, task):
     """Merge one tensor into the output. Returns (sums of squares, records of its transports)."""
-    entry, readers, transports = run.target.entries[task.name], run.readers(task), []
-    plain = run.weights(task, ([read(*span) for read in readers] for span in spans(task.numel)))
-    squares = Counter()
-    if run.in_weights(task):
-        pieces = ls.weight_merge(readers, plain, entry)     # the baseline, or a copy
+    target, *sources = parents = run.parents(task, codecs)
+    raw = ([parent.read(*span) for parent in parents] for span in spans(task.numel))
+    plain, transports, squares = run.weights(task, raw), [], Counter()      # the c_i of raw weights
+    if run.in_weights(task):        # the baseline, or a copy
+        pieces = ls.weight_merge([parent.read for parent in parents], plain, target.slot)
     else:
-        target, *sources = parents = run.parents(task, codecs)
-        steps = spans(target.N, target.step)
-        codes = ([parent.latents(*step) for parent in parents] for step in steps)
+        codes = ([parent.latents(*step) for parent in parents]
+                 for step in spans(target.N, target.step))
         weights = run.weights(task, codes)
         aligned = [ls.bring(target, source, run.how, (*source.seed, 1)) for source in sources]
         transports = [source for source in aligned if isinstance(source, ls.Transport)]
@@ -301,20 +379,20 @@ def merge_tensor(run, codecs, output, task):
     for start, piece in pieces:
         output.put(task.name, start, piece.cpu())
         if task.action == "encoded":
-            squares.update(distances(run, task, readers, plain, start, piece))
+            squares.update(distances(run, parents, plain, start, piece))
     return squares, [{"source": t.source.seed[-1], **t.record()} for t in transports]
 
 
-def distances(run, task, readers, plain, start, piece):
+def distances(run, parents, plain, start, piece):
     """Squared distances of a merged piece to the parents of its shape (read again, from the file
     cache) and to what the operator gives on raw weights; and the square of the target."""
-    merged_L, shape = piece.float(), task.slots[0].shape
-    raw = {k: read(start, start + len(piece)).to(piece.device).float()
-           for k, slot, read in zip(task.indices, task.slots, readers) if slot.shape == shape}
+    merged_L = piece.float()
+    raw = {parent.seed[-1]: parent.read(start, start + len(piece)).to(piece.device).float()
+           for parent in parents if parent.slot.shape == parents[0].slot.shape}
     apart = {"norm": raw[0], **{k: merged_L - other for k, other in raw.items()}}
     if run.kind == "same-shape" and run.a.space == "latent":
         apart["average"] = merged_L - ls.combine([*raw.values()], plain).to(piece.dtype).float()
-    return {key: part.dot(part).item() for key, part in apart.items()}      # summed in float64
+    return {key: part.dot(part).item() for key, part in apart.items()}  # the caller adds in float64
 
 
 # --- The report -----------------------------------------------------------------------------------
@@ -327,22 +405,22 @@ def make_report(run, codecs, gates, trip, results, clock):
     squares, a, count = Counter(), run.a, Counter(task.action for task in run.tasks)
     for part, _ in results:
         squares.update(part)
-    norm, lost = squares.pop("norm", 0), run.kind == "cross-shape"      # lost: no common shape
+    norm, undefined = squares.pop("norm", 0), run.kind == CROSS and run.align != "units"
     far = {key: math.sqrt(value / norm) for key, value in squares.items() if norm}
     average = 0.0 if a.space == "weight" else far.get("average")        # itself
     return {
         "version": VERSION, "inputs": [*map(base_name, a.models)], "output": base_name(a.output),
         "seed": a.seed, "samples": run.samples, "kind": run.kind, "lambda": run.lam,
         "ratio": codecs[0].vae.config.true_ratio if codecs else None, "operator": a.operator,
-        "space": a.space, "align": run.how.method, "control": run.how.control,
+        "space": a.space, "align": run.align, "control": run.how.control,
         "tensors": {"encoded": count["encoded"], "averaged": count["averaged"],
                     "copied": count["copied"], "total": len(run.tasks),
                     "weights_encoded": sum(t.numel for t in run.tasks if t.action == "encoded"),
                     "weights_total": sum(task.numel for task in run.tasks)},
         "roundtrip": trip, "distance": {
             "to_target": far.get(0), "to_average": average if run.kind == "same-shape" else None,
-            "to_source": [None if lost else far.get(i + 1) for i in range(len(run.lam))]},
-        "alignment": [record for _, records in results for record in records], "kinship": None,
+            "to_source": [None if undefined else far.get(i + 1) for i in range(len(run.lam))]},
+        "alignment": [record for _, records in results for record in records], "kinship": run.kinship,
         "gates": gates, "seconds": {stage: round(stop - start, 3) for stage, start, stop in zip(
             ("read and check", "codec", "merge and write"), clock, clock[1:])}}
 
@@ -354,15 +432,16 @@ def print_report(report, run, codecs):
         f", control {run.how.control}" if run.how.control else "", lam=lam, **report))
     print("tensors: {encoded} encoded + {averaged} averaged + {copied} copied = {total}; encoded: "
           "{weights_encoded:,} of {weights_total:,} weights".format(**report["tensors"]))
-    for why, number in Counter(t.why for t in run.tasks if t.action == "copied").items():
-        print(f"  copied, {why}: {number}")
+    copied = [task for task in run.tasks if task.action == "copied"]
+    for why, number in Counter(task.why for task in copied).items():
+        first = next(task.name for task in copied if task.why == why)
+        print(f"  copied, {why}: {number}, the first is {first}")
     if codecs:
-        names, trip = codecs[0].record.get("trained_on", []), report["roundtrip"]
-        trained = f"trained on {', '.join(names)}" if names else "trained here"
-        print(f"codec: exact and untrained, so that merging latents is averaging weights"
-              if run.a.vae == "exact" else
-              f"codec: {base_name(run.a.vae or 'new')}, r = {report['ratio']:g}, {trained}; "
-              "--vae exact would average plainly, at the speed of the disk")
+        names, trip = codecs[0].record.get("trained_on", ["the inputs"]), report["roundtrip"]
+        others = f" and {len(names) - 1} others" if names[1:] else ""
+        print("codec: exact and untrained, so that merging latents is averaging weights"
+              if run.a.vae == "exact" else f"codec: {base_name(run.a.vae or 'a new VAE')}, r = "
+              f"{report['ratio']:g}, trained on {names[0]}{others} (--vae exact: plain averaging)")
         print("round trip of the target: NMSE {nmse:.1e}, its worst tensor {worst:.1e}".format(
             nmse=trip["nmse"], worst=trip["worst"]["nmse"]))
     names = "the target", "the plain average", *(f"source {i + 1}" for i in range(len(run.lam)))
@@ -381,7 +460,7 @@ def print_report(report, run, codecs):
 def recipe(run):
     """What the result's header says. No time, no path: equal runs give equal bytes."""
     facts = {"version": VERSION, "operator": run.a.operator, "space": run.a.space,
-             "align": run.how.method, "control": run.how.control, "seed": run.a.seed,
+             "align": run.align, "control": run.how.control, "seed": run.a.seed,
              "lambda": ", ".join(f"{v:g}" for v in run.lam), "samples": run.samples,
              "residual": "yes" if run.a.residual else None}
     return {f"lsmerge.{key}": str(value) for key, value in facts.items() if value not in (None, "")}
@@ -401,12 +480,17 @@ def model_card(run, gates):
 def print_plan(run):
     """--dry-run: who meets whom, and how much is written."""
     for task in run.tasks:
-        partners = "".join(f" <- {run.sources[i].path}: {name}" for i, name in task.partners)
+        partners = "".join(f" <- {run.models[k].path}: {n}" for k, n in task.parents[1:])
         print(f"  {task.name} {list(run.target.entries[task.name].shape)}: {task.action}{partners}")
     size = sum(e.numel * e.dtype.itemsize for e in run.target.entries.values())
     counts = Counter(task.action for task in run.tasks)
     said = " + ".join(f"{count} {action}" for action, count in counts.items())      # in order
-    print(f"{run.kind}, align {run.how.method}: {said} = {len(run.tasks)} tensors\n"
+    for source, kin in zip(run.sources, run.kinship or ()):
+        print(f"kinship of {source.path}: {'' if kin['related'] else 'not '}related; cosine of the "
+              f"matched units, {kin['null']:.2f} for strangers; target layer <- source layer")
+        for j, (i, alike_) in enumerate(zip(kin["layers"], kin["similarity"])):
+            print(f"  {j} <- {'none' if i is None else i}: {alike_:.3f}")
+    print(f"{run.kind}, align {run.align}: {said} = {len(run.tasks)} tensors\n"
           f"{run.a.output}: {size:,} bytes of weights")
 
 
@@ -420,7 +504,7 @@ def parse(argv):
     add("--lam", "--lambda")
     add("--operator", choices=("lerp", "slerp", "soup", "task-arithmetic"), default="lerp")
     add("--space", choices=("latent", "weight"), default="latent")
-    add("--align", choices=("auto", *ot.ALIGNERS), default="auto")
+    add("--align", choices=("auto", *ot.ALIGNERS, "units"), default="auto")
     add("--control", choices=ot.CONTROLS)
     add("--init", choices=("random",))
     for flag, kind in (("--samples", int), ("--epsilon", float), ("--max-nmse", float)):
@@ -490,17 +574,25 @@ def open_run(a, codecs):
     outputs = [path for path in (a.output, a.save_vae, a.report) if path and not a.dry_run]
     for i, path in enumerate(outputs):          # none is an input, and none lies in another
         check_output(path, inputs + outputs[:i], a.force, inside if path == a.output else None)
-    kind, method, tasks = plan_merge(target, sources, a.select, a.align, control=a.control)
-    equal = a.space == "weight" or a.base or a.operator == "slerp"
-    need(kind != "cross-shape" or not equal, target.path, "its encoded tensors and a source's "
-         "differ in shape or name", "drop --space weight, --base, slerp: they need equal ones")
-    need(kind == "cross-shape" or not a.source_vae, a.source_vae, "equal shapes share one VAE",
+    kind = plan_merge(target, sources, a.select)[0]
+    need(kind != CROSS or a.space == "latent" and a.operator != "slerp", target.path, "its encoded "
+         "tensors and a source's differ in shape or name", "drop --space weight, slerp: they need "
+         "equal ones")
+    need(kind == CROSS or not a.source_vae, a.source_vae, "equal shapes share one VAE",
          "drop --source-vae")
+    for source in sources[:-1] if a.base and kind == CROSS else ():
+        need(selected(source, a.select) == selected(sources[-1], a.select), source.path,
+             f"differs in shape or name from its base {a.base}", "give the base of this expert")
+        need(alike(source, sources[-1]) >= STRANGERS, source.path, f"is no relative of {a.base}: "
+             "their difference is no skill", "give the base of this expert")
+    sources, align, kinship = relate(a, target, sources, kind)
+    tasks = plan_merge(target, sources, a.select, align, control=a.control)[1]
     n = len(a.models) - 1
-    share = 0.1 / n if kind == "cross-shape" and a.operator != "soup" else 1 / (n + 1)
+    share = 0.1 / n if kind == CROSS and a.operator != "soup" else 1 / (n + 1)
     samples = a.samples if a.samples is not None else 0 if n or a.roundtrip else SAMPLES
-    how = ls.Alignment(method, a.control, a.epsilon or ot.EPSILON)
-    return Run(a, target, sources, kind, tasks, a.lam or [share] * n, how, samples), copies
+    how = ls.Alignment("none" if align == "units" else align, a.control, a.epsilon or ot.EPSILON)
+    lam = a.lam or [share] * n
+    return Run(a, target, sources, kind, align, kinship, tasks, lam, how, samples), copies
 
 
 @contextlib.contextmanager
@@ -523,17 +615,15 @@ def open_output(run, copies, gates):
 
 def main(argv=None):
     a, clock = parse(argv), [time.perf_counter()]
-    codecs = get_codecs(a)
+    codecs = load_codecs(a)
     run, copies = open_run(a, codecs)
     for left in glob.glob(os.path.join(glob.escape(os.path.dirname(a.output)), ".lsmerge-*")):
         print(f"note: {left} is of an unfinished run: delete it if none is running")
-    if run.kind == "cross-shape":
-        print("note: across shapes nothing can be expected of models that are not related (README)")
     if a.dry_run:
         return print_plan(run)
-    run = replace(run, tasks=spread(partial(measure_task, run.target, run.sources), run, "read"))
+    run = replace(run, tasks=spread(partial(measure_task, run.models), run, "read"))
     clock.append(time.perf_counter())
-    codecs = get_codecs(a, run) if a.init else codecs
+    codecs = train_codec(a, run) if a.init else codecs
     gates, trip = check_codec(run, codecs, a.max_nmse or MAX_NMSE)
     clock.append(time.perf_counter())
     with open_output(run, copies, gates) as output:         # appears whole, or not at all

@@ -69,15 +69,16 @@ def noise_parent(parent, generator):
 
 def encoded_tasks(target, sources, by="depth"):
     """Who meets whom among the encoded tensors, with statistics, of any shapes."""
-    _, _, tasks = plan_merge(target, sources, align="mean", by=by)
-    return [measure_task(target, sources, task) for task in tasks if task.action == "encoded"]
+    _, tasks = plan_merge(target, sources, align="mean", by=by)
+    models = [target, *sources]
+    return [measure_task(models, task) for task in tasks if task.action == "encoded"]
 
 
 def trained_codec(target, sources, config, schedule=Schedule()):
     """(Codec, its training record): one VAE trained on all models."""
     target, sources = Checkpoint(target), [Checkpoint(source) for source in sources]
     tasks = encoded_tasks(target, sources)
-    vae, stages = train_vae(training_parents(target, sources, tasks), config, schedule)
+    vae, stages = train_vae(training_parents([target, *sources], tasks), config, schedule)
     return Codec(vae), stages
 
 

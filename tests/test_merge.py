@@ -135,9 +135,9 @@ def test_statistics_are_the_targets_where_shapes_are_equal(models, tmp_path):
     got, report = merged(models, tmp_path, models["a"], source, "--lam", 0.4)
     assert_models_close(got, combination([0.6, 0.4], [a, shifted]), rtol=1e-5)
     target, other = ck.Checkpoint(models["a"]), ck.Checkpoint(source)
-    kind, method, tasks = merge.plan_merge(target, [other])
+    kind, tasks = merge.plan_merge(target, [other])
     for task in tasks:
-        first, second = merge.measure_task(target, [other], task).slots
+        first, second = merge.measure_task([target, other], task).slots
         assert (first.mean, first.scale) == (second.mean, second.scale)
         assert first.mean == pytest.approx(a[task.name].double().mean().item(), abs=1e-12)
 
