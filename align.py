@@ -1,27 +1,31 @@
-"""align.py: carry a source model's latents onto a target's slots.                 (read fourth)
+"""align.py: bring a source to its target: layers, hidden units, latents.           (read fourth)
 
-Paper: Sec. 3.3, Algorithm 1. Enters: the latents of one tensor of the source, z_source_IZ, and of
-its partner in the target, z_target_JZ; a row is a chunk, I source chunks, J target chunks, Z latent
-numbers each. Leaves: z_aligned_JZ, the source's content in the target's slots, to be interpolated.
+Paper: Sec. 3.3, Algorithm 1. Enters: names, weights and latents of both; a row of latents is a
+chunk, I of the source, J of the target, Z numbers each. Leaves: the source in the target's slots.
 
-    line 1   pair_layers, pair_places       which layer, which tensor, meets which of the target's
-    line 3   project                        I x Z_source -> J x Z_target, by overlap in order
-    line 4   ALIGNERS                       name -> function; a fork adds a function and a line
-             sinkhorn -> barycentric_map    transport of points, from unprojected latents
-             gaussian_map, mean_map         transport of moments, fitted on projected latents
-    report   wasserstein2, Moments.spread;  control_latents: what a source without content would do
+    line 1   pair_layers, pair_places    names -> which layer and tensor meets which, by depth
+    ours     match_models, carry         weights -> hidden units in the target's order (Match)
+    line 3   project                     latents z_IZ -> z_JZ, by overlap in order
+    line 4   ALIGNERS                    name -> function; a fork adds a function and a line
+             sinkhorn, barycentric_map   transport of points, from unprojected latents
+             gaussian_map                transport of moments, fitted on projected latents
+    report   wasserstein2, Moments.spread; control_latents: what a source without content would do
 
-Pure functions on any device, in float64 (lower precisions are upcast). No transport of *chunks* can
-see hidden units, which are known only up to a permutation. Not here: unbalanced transport.
+Hidden units come before chunks: a chunk of a flattened matrix means nothing outside its own model's
+order of hidden units. Once they are carried, shapes agree.
+Pure functions on any device, latents in float64. Not here: unbalanced transport.
 """
+import math
+import operator
 import re
 from typing import NamedTuple
 
 import torch
+from scipy.optimize import linear_sum_assignment
+from torch.nn.functional import normalize
 
-# Sinkhorn's regularisation, over the largest cost. At 0.05 / 0.01 / 0.001 the map between two
-# Gaussian clouds (500 and 400 points of 64 numbers) keeps 17 / 63 / 80 % of the spread, and takes 5
-# / 22 / 133 steps.
+# Sinkhorn's regularisation, over the largest cost. At 0.05 / 0.01 / 0.001 two Gaussian clouds (500
+# and 400 points, Z = 64) keep 17 / 63 / 80 % of their spread, after 5 / 22 / 133 steps.
 EPSILON = 0.01
 TOLERANCE = 1e-6       # L1 error of a marginal; masses sum to 1
 MAX_ITERATIONS = 2000  # six times what the hardest problem tried takes at epsilon 0.005
@@ -32,10 +36,10 @@ LIMIT_BYTES = 2 ** 28  # of one cost matrix: 5792 x 5792; sinkhorn adds one of t
 CONTROLS = "zero", "noise", "shuffled"
 
 
+# --- Line 1: which layer, which tensor ------------------------------------------------------------
 def pair_layers(n_source: int, n_target: int, by: str = "depth") -> list[int | None]:
     """The source layer of each target layer j; None = no partner, the target's own stays.
-    ours:     "depth": floor(j (L_s - 1) / (L_t - 1) + 1/2), first to first, last to last; L_t = 1:
-              the middle
+    ours:     "depth": floor(j (L_s - 1) / (L_t - 1) + 1/2), ends to ends; L_t = 1: the middle
     paper:    "index": Algorithm 1, line 1, literally: the first min(L_s, L_t) layers, in order
     Example:  n_source = 6, n_target = 4 by depth: layers 0, 2, 3, 5"""
     if min(n_source, n_target) < 1 or by not in ("depth", "index"):
@@ -44,15 +48,13 @@ def pair_layers(n_source: int, n_target: int, by: str = "depth") -> list[int | N
         return [j if j < n_source else None for j in range(n_target)]
     if n_target == 1:
         return [n_source // 2]
-    # in integers: floating point can put a half on either side
-    twice = 2 * (n_target - 1)
+    twice = 2 * (n_target - 1)  # in integers: floating point can put a half on either side
     return [(2 * j * (n_source - 1) + n_target - 1) // twice for j in range(n_target)]
 
 
 def same_names(target, source, encoded) -> dict:
     """{target name: the same tensor's name in the source, or None}: equal, or with another leading
-    part ('model.', or a wrapper's), as the first encoded tensor shows it.
-    Args:     names of all tensors, and of those that are encoded"""
+    part ('model.', or a wrapper's), as the first encoded tensor shows it."""
     first = next(iter(encoded))
     layers = re.search(r"[^.]+\.[0-9]+\..*|$", first).group() or first     # without what is before
     others = [name for name in source if name == layers or name.endswith("." + layers)]
@@ -70,11 +72,10 @@ def pair_places(target: dict, source: dict, by: str = "depth") -> dict:
     for group, places in zip(groups, (target, source)):
         for name, where in places.items():
             group.setdefault(tuple(where), []).append(name)
-    layers = [sorted({layer for layer, _ in group} - {None}) for group in groups]
-    partner, pairs = {None: None}, {}
-    if all(layers):
-        found = pair_layers(len(layers[1]), len(layers[0]), by)
-        partner |= {here: layers[1][j] for here, j in zip(layers[0], found) if j is not None}
+    mine, theirs = (sorted({layer for layer, _ in group} - {None}) for group in groups)
+    found = pair_layers(len(theirs), len(mine), by) if mine and theirs else []
+    partner = {None: None} | {at: theirs[i] for at, i in zip(mine, found) if i is not None}
+    pairs = {}
     for (layer, role), names in groups[0].items():
         match = groups[1].get((partner[layer], role), []) if layer in partner else []
         if len(names) == len(match) == 1:
@@ -82,45 +83,212 @@ def pair_places(target: dict, source: dict, by: str = "depth") -> dict:
     return pairs
 
 
+# --- Before chunks (ours): layers, heads and MLP units of two models, matched by their weights ----
+# Related models hold the same hidden units in some order. Axes of each role's rows and columns (of
+# a bias: the rows); a fork adds a line. "groups": keys and values, which heads may share. Norms
+# stay the target's: a grown model's gains differ by a factor, as its mean square has more numbers.
+AXES = {
+    "q": ("heads", "stream"), "k": ("groups", "stream"), "v": ("groups", "stream"),
+    "gate": ("units", "stream"), "up": ("units", "stream"), "down": ("stream", "units"),
+    "o": ("stream", "heads"), "embed": ("vocabulary", "stream"), "head": ("vocabulary", "stream")}
+NEEDED = "q", "k", "v", "o", "up", "down"  # fused matrices and experts show by what they lack
+SLACK = 0.3    # a cosine that is no evidence: units of strangers reach 0.33, of relatives pass 0.94
+SAMPLE = 32    # units per layer that tell which layer is which
+PLACES = 1024  # of the stream that are compared: at 4096 all would take four times as long
+
+
+class Match(NamedTuple):
+    """Which of the source's layers and units is which of the target's: per index of the target the
+    source's, or -1 (a layer: None) where it has none and the target keeps its own numbers."""
+    layers: list                # source layer of each target layer
+    units: list                 # per target layer {"units", "heads", "groups": index of rows}
+    stream_J: torch.Tensor      # one order for the whole model
+    vocabulary_J: torch.Tensor  # rows of the embedding
+    similarity: list            # per target layer: cosine with its partner (if none: the best one)
+    null: float                 # the cosine that strangers of these shapes have
+    related: bool               # half of the layers that could have a partner have one
+
+    def index(self, layer, role: str, source_shape, target_shape):
+        """For `carry`: per axis of a target tensor the source's indices; None: it has no partner.
+        An axis of another length than its role's (positions beside words) keeps its order."""
+        axes = AXES.get(role.removesuffix(".bias"))
+        if axes is None or (layer is not None and self.layers[layer] is None):
+            return None
+        known = {"stream": self.stream_J, "vocabulary": self.vocabulary_J}
+        known |= {} if layer is None else self.units[layer]
+        return [known[axis] if len(known.get(axis, ())) == J
+                else torch.arange(J).masked_fill(torch.arange(J) >= I, -1)
+                for axis, I, J in zip(axes, source_shape, target_shape)]
+
+
+def carry(source, target, index):
+    """A vector or matrix of the source in the target's coordinates; one dtype, one device.
+    Equation:  W~[j, l] = W_source[row(j), column(l)]; where either is -1, W_target[j, l]
+    Example:   index [[1, -1], [0]]: source [[1], [2]], target [[7], [8]] -> [[2], [8]]"""
+    index = index if len(index) == 1 else (index[0][:, None], index[1])  # each row, each column
+    known = math.prod(i >= 0 for i in index) > 0
+    return torch.where(known, source[tuple(index)], target)  # at -1 the last is read, and not used
+
+
+def assign(cosine_JI, slack: float = SLACK):
+    """One-to-one partners, (J,): the source's index of each of the target's, or -1; the cosines.
+    Equation:  max over injections i of  sum_j max(cosine[j, i(j)], slack)
+    ours:      not Sinkhorn: for 1536 units with partners at cosine 0.3 it takes 3.2 s, this 0.06 s
+    Example:   [[.9, .8], [.7, .1]] -> [1, 0], for .8 + .7 > .9 + .1; with slack .75: [0, -1]"""
+    cost_JI = cosine_JI.to(torch.float64, copy=True).clamp_(min=slack).neg_()
+    rows, columns = map(torch.from_numpy, linear_sum_assignment(cost_JI.numpy()))
+    index_J, value_J = torch.full((len(cosine_JI),), -1), cosine_JI.new_zeros(len(cosine_JI))
+    index_J[rows], value_J[rows] = columns, cosine_JI[rows, columns]
+    real_J = value_J > slack
+    return index_J.masked_fill(~real_J, -1), value_J * real_J
+
+
+def match_stream(embed_source_VI, embed_target_VJ):
+    """(J,): the source's place of each place of the target's residual stream, or -1.
+    Args:      embeddings with the same V tokens in both; a few thousand are enough
+    ours:      the cosine of columns. Tokens count alike, columns are centred: tokens never trained
+               share one large vector that drifts (128 places of 128 found; without both, 111)"""
+    tokens = [normalize(embed.float(), dim=1) for embed in (embed_target_VJ, embed_source_VI)]
+    target_VJ, source_VI = (normalize(token - token.mean(0), dim=0) for token in tokens)
+    cosine_JI = (target_VJ.T @ source_VI).cpu()
+    index_J = assign(cosine_JI)[0]
+    strangers = 2 * (index_J >= 0).sum() < min(cosine_JI.shape)  # kinship is to say so, of all
+    return assign(cosine_JI, slack=-1.0)[0] if strangers else index_J
+
+
+def rows_of(layer, axis: str) -> dict:
+    """{role: matrix with this axis as rows, the stream as columns}. Units: gate, up, and down^T."""
+    return {role: layer[role] if axes[0] == axis else layer[role].T
+            for role, axes in AXES.items() if axis in axes and role in layer}
+
+
+def cosines(source, target, places, size: int = 1):
+    """All pairs of units, (J, I), by what `rows_of` gives; of heads: blocks of `size` rows.
+    Equation:  c[j, i] = mean over roles of cos(W_source[i, places[0]], W_target[j, places[1]])
+    Args:      places: the matched places of the stream, the source's and the target's"""
+    roles, sides = [role for role in target if role in source], []
+    for rows, at in zip((source, target), places):
+        parts = [rows[role][:, at].float().unflatten(0, (-1, size)).flatten(1) for role in roles]
+        sides.append(torch.cat([normalize(part, dim=1) for part in parts], 1))
+    return (sides[1] @ sides[0].T).div_(len(roles)).cpu()
+
+
+def kinship(source, target, places, seed: int = 0):
+    """How alike is every pair of layers, (J, I), and how alike would strangers be?
+    Equation:  similarity[j, i] = mean over SAMPLE units of one layer of their best cosine in the
+               other; null = the same with each of these units shuffled by itself, all pairs"""
+    if len(source[0]["up"]) < len(target[0]["up"]):  # only the fewer units can all have a partner
+        similarity_IJ, null = kinship(target, source, places[::-1], seed)
+        return similarity_IJ.T, null
+    sample, generator = {}, torch.Generator().manual_seed(seed)
+    for layer in target:
+        for role, rows in rows_of(layer, "units").items():
+            some = rows[torch.linspace(0, len(rows) - 1, SAMPLE).long()]
+            order = torch.rand(some.shape, generator=generator).argsort(1).to(some.device)
+            sample.setdefault(role, []).append(torch.stack([some, some.gather(1, order)]))
+    sample = {role: torch.cat(parts, 1).flatten(0, 1) for role, parts in sample.items()}
+    best = [cosines(rows_of(layer, "units"), sample, places).amax(1) for layer in source]
+    best = torch.stack(best, 1).view(2, len(target), SAMPLE, len(source)).mean(2)
+    return best[0], best[1].mean().item()
+
+
+def match_layers(similarity_JI, slack: float = SLACK) -> list[int | None]:
+    """The source layer of each target layer, or None: the best pairing that keeps their order.
+    Equation:  best[j, i] = max(best[j-1, i], best[j, i-1], best[j-1, i-1] + similarity - slack)
+    Example:   [[.9, .1, .1], [.1, .1, .9]] -> [0, 2]"""
+    best = [(0.0, {})] * (similarity_JI.shape[1] + 1)  # (total, {target: source}) up to layer j
+    for j, gain_I in enumerate((similarity_JI.double() - slack).tolist()):
+        above, best = best, best[:1]
+        for i, gain in enumerate(gain_I):
+            pair = above[i][0] + gain, above[i][1] | {j: i}
+            best.append(max(above[i + 1], best[i], pair, key=operator.itemgetter(0)))
+    return [best[-1][1].get(j) for j in range(len(similarity_JI))]
+
+
+def match_heads(source, target, places, size: int, slack: float = SLACK):
+    """Heads as blocks of `size` rows: groups by their keys, values and heads, then heads in them.
+    Returns:   mean cosine of the groups, heads' rows, groups' rows
+    Example:   size 2, of two heads the second is the target's first: rows [2, 3, 0, 1]"""
+    head, group = (cosines(rows_of(source, axis), rows_of(target, axis), places, size)
+                   for axis in ("heads", "groups"))
+    t, s = (a // b for a, b in zip(head.shape, group.shape))  # heads per group
+    inner = head.unflatten(0, (-1, t)).unflatten(2, (-1, s))  # [group, head, group, head]
+    # of each head its best, on the side with fewer: there all can have a partner
+    group = (group + torch.maximum(inner.amax(3).mean(1), inner.amax(1).mean(2))) / 2
+    groups, value = assign(group, slack)
+    met = (groups[:, None] == torch.arange(group.shape[1])).repeat_interleave(t, 0)
+    heads = assign(head.where(met.repeat_interleave(s, 1), -1.0), slack)[0]
+    rows = [torch.where(of[:, None] >= 0, of[:, None] * size + torch.arange(size), -1).flatten()
+            for of in (heads, groups)]
+    return value.sum().item() / min(group.shape), *rows
+
+
+def match_units(source, target, places, size: int | None = None, slack: float = SLACK) -> dict:
+    """Units and heads of one pair of layers: {"units", "heads", "groups": index of rows}.
+    size: rows of a head; None: unknown, the largest that matches about as well as the best."""
+    units = assign(cosines(rows_of(source, "units"), rows_of(target, "units"), places), slack)[0]
+    shared = math.gcd(*(len(layer[role]) for layer in (source, target) for role in "qk"))
+    if size and shared % size:
+        raise ValueError(f"heads of {size} rows do not divide projections of {shared} rows")
+    sizes = [n for n in range(256, 7, -1) if shared % n == 0] or [shared]
+    found = [match_heads(source, target, places, n, slack) for n in ([size] if size else sizes)]
+    best = max(value for value, _, _ in found)
+    _, heads, groups = next(of for of in found if of[0] >= 0.9 * best)
+    return {"units": units, "heads": heads, "groups": groups}
+
+
+def match_models(source, target, embed_source_VI, embed_target_VJ, vocabulary_J, size=None, seed=0):
+    """From weights alone: the stream, kinship, layers, and the units of each pair of layers.
+    Args:      source, target: sequences of layers {role: matrix (out, in)}; one that reads when it
+               is indexed keeps memory to a pair. Embeddings: the same tokens, row by row
+    Raises:    ValueError where a layer lacks a role of NEEDED"""
+    for which, layers in (("source", source), ("target", target)):
+        if lacking := sorted(set(NEEDED) - set(layers[0])):
+            raise ValueError(f"a {which} layer has no matrix of its own for {', '.join(lacking)}")
+    stream_J = match_stream(embed_source_VI, embed_target_VJ)
+    have = (stream_J >= 0).nonzero()[:PLACES, 0]
+    places = stream_J[have], have
+    similarity_JI, null = kinship(source, target, places, seed)
+    slack = max(SLACK, 2 * null)
+    layers, units, similarity = match_layers(similarity_JI, slack), [], []
+    for j, i in enumerate(layers):
+        units.append(i if i is None else match_units(source[i], target[j], places, size, slack))
+        similarity.append(similarity_JI[j, slice(None) if i is None else i].max().item())
+    related = 2 * (len(layers) - layers.count(None)) >= min(similarity_JI.shape)
+    return Match(layers, units, stream_J, vocabulary_J, similarity, null, related)
+
+
+# --- Line 3: proportional projection --------------------------------------------------------------
 def source_range(j0: int, j1: int, n_source: int, n_target: int) -> tuple[int, int]:
-    """The source rows [i0, i1) under the slots [j0, j1): what a streaming caller hands to
-    project_rows."""
+    """The source rows [i0, i1) under the slots [j0, j1): what project_rows needs."""
     return j0 * n_source // n_target, -(-j1 * n_source // n_target)
 
 
 def project_rows(z_slice_IZ, i0: int, n_source: int, j0: int, j1: int, n_target: int):
-    """Slots [j0, j1) of the proportional projection, from the source rows i0, i0 + 1, ... held by
-    the caller.
-    Equation:  z[j] = sum_i P[j, i] z_source[i],   P[j, i] = n_t |[j/n_t, (j+1)/n_t) n [i/n_s,
-               (i+1)/n_s)|
-    Source:    ours: the paper only says "proportional". Overlap keeps constants and the mean, and
-               streams
-    Returns:   (j1 - j0, Z); n_s > n_t averages and so shrinks the spread, n_s < n_t repeats and
-               blends
+    """Slots [j0, j1) of the projection, (j1 - j0, Z); ValueError if the slice lacks a row for one.
+    Equation:  z[j] = sum_i P[j, i] z_source[i],  P[j, i] = n_t |[j, j+1) / n_t  n  [i, i+1) / n_s|
+    Source:    ours: the paper only says "proportional". Overlap keeps constants and the mean;
+               n_s > n_t averages, which shrinks the spread, n_s < n_t repeats and blends
     Example:   n_s = 3, n_t = 2:  (2 z0 + z1) / 3,  (z1 + 2 z2) / 3"""
     first, last = source_range(j0, j1, n_source, n_target)
     if not (0 <= j0 < j1 <= n_target and i0 <= first < last <= i0 + len(z_slice_IZ)):
         raise ValueError(f"slots [{j0}, {j1}) need rows [{first}, {last}), not {len(z_slice_IZ)}")
-    # In units of 1 / (n_s n_t) every border is an integer; between two neighbouring ones lie one
-    # slot and one source row. At most I + J such segments, so the memory is that of the slice (P
-    # itself would be J x I).
+    # In units of 1 / (n_s n_t) every border is an integer; between neighbouring borders lie one
+    # slot and one source row. That is at most I + J segments; P itself would be J x I.
     slot_J = torch.arange(j0, j1 + 1, device=z_slice_IZ.device) * n_source
     row_I = torch.arange(first + 1, last, device=z_slice_IZ.device) * n_target
     inside_I = row_I[(row_I > slot_J[0]) & (row_I < slot_J[-1])]
     border = torch.cat([slot_J, inside_I]).unique()     # sorted
     start, length = border[:-1], border.diff()
-    # embedding_bag: weighted sums over runs of rows, not copied; and deterministic, which
-    # index_add_ is not
+    # embedding_bag: weighted sums over runs of rows; index_add_ would not be deterministic
     return torch.nn.functional.embedding_bag(
         start // n_target - i0, z_slice_IZ.double(), torch.searchsorted(start, slot_J[:-1]),
         mode="sum", per_sample_weights=length.double() / n_source)
 
 
 def project(z_IZ, n_target: int, z_target: int | None = None):
-    """The whole projection to (n_target, z_target): rows, and if two VAEs differ latent numbers too
-    (ours; a
-    stand-in: the axes of two latent spaces share no order). The identity, bit for bit, if sizes
-              agree."""
+    """The whole projection, (n_target, z_target); the identity, bit for bit, if sizes agree.
+    ours:      also of latent numbers between two VAEs: a stand-in, as their axes share no order"""
     z = z_IZ.double()
     if len(z) != n_target:
         z = project_rows(z, 0, len(z), 0, n_target, n_target)
@@ -129,13 +297,12 @@ def project(z_IZ, n_target: int, z_target: int | None = None):
     return project(z.T.contiguous(), z_target).T.contiguous()
 
 
+# --- Line 4: optimal transport --------------------------------------------------------------------
 def squared_cost(z_source_IZ, z_target_JZ):
     """cost[i, j] = |z_source[i] - z_target[j]|^2, (I, J), the cost of Eq. 2."""
     if z_source_IZ.shape[1] != z_target_JZ.shape[1]:
         raise ValueError(f"latent sizes {z_source_IZ.shape[1]} and {z_target_JZ.shape[1]}: project")
-    # |x|^2 + |y|^2 - 2 x.y cancels far from the origin; distances stay when both clouds are moved
-    # to it
-    shift_Z = z_target_JZ.double().mean(0)
+    shift_Z = z_target_JZ.double().mean(0)  # |x|^2 + |y|^2 - 2 x.y cancels far from the origin
     x, y = z_source_IZ.double() - shift_Z, z_target_JZ.double() - shift_Z
     cost = x.square().sum(1, keepdim=True) + y.square().sum(1)
     return cost.addmm_(x, y.T, alpha=-2).clamp_(min=0)
@@ -144,71 +311,41 @@ def squared_cost(z_source_IZ, z_target_JZ):
 class Sinkhorn(NamedTuple):
     """An entropic plan = exp((f + g - cost) / (epsilon max cost)), and the evidence for it."""
     plan_IJ: torch.Tensor
-    f_I: torch.Tensor       # source potential, in units of the cost; -inf where a = 0
-    g_J: torch.Tensor       # target potential, centred; -inf where b = 0
+    f_I: torch.Tensor       # source potential, in units of the cost
+    g_J: torch.Tensor       # target potential, centred
     iterations: int
-    source_error: float     # sum_i |sum_j plan_ij - a_i|, measured on the returned plan
-    target_error: float     # sum_j |sum_i plan_ij - b_j|, likewise
-    converged: bool         # both <= tolerance: always True here, all else is raised
+    error: float            # of the returned plan: the larger sum |marginal - mass| of both sides
 
 
-def sinkhorn(cost_IJ, a_I=None, b_J=None, epsilon: float = EPSILON, tolerance: float = TOLERANCE,
-             max_iterations: int = MAX_ITERATIONS) -> Sinkhorn:
-    """Entropic optimal transport from masses a to masses b (None: uniform). A zero cost gives the
-    plan a b^T.
-    Equation:  min over P >= 0, P 1 = a, P^T 1 = b of  sum_ij P_ij (cost_ij + epsilon max(cost) log
-               P_ij)
-    Source:    paper: Sec. 3.3, Eq. 2, solved with "an existing OT library"; ours: written out, to
-               be read
-    Args:      cost_IJ (I, J) finite, >= 0;  a_I (I,), b_J (J,) >= 0, sum 1 (points of mass 0 are
-               left out)
-    Raises:    ValueError for bad costs or masses, or if a marginal is off by more than tolerance at
-               the end
-    Example:   cost [[0, 1], [1, 0]], epsilon 1: plan [[p, q], [q, p]], p = 1 / (2 + 2/e) = 0.3655,
-               q = p/e"""
+def sinkhorn(cost_IJ, epsilon=EPSILON, tolerance=TOLERANCE, max_iterations=MAX_ITERATIONS):
+    """Entropic optimal transport of I points, of mass 1/I each, to J, of mass 1/J each.
+    Equation:  min over such P >= 0 of  sum_ij P_ij (cost_ij + epsilon max(cost) log P_ij)
+    Source:    paper: Sec. 3.3, Eq. 2, by "an existing OT library"; ours: written out, to be read
+    Raises:    ValueError unless cost_IJ is finite and >= 0, and both marginals are met
+    Example:   cost [[0, 1], [1, 0]], epsilon 1: [[p, p/e], [p/e, p]], p = 1 / (2 + 2/e) = 0.3655"""
     cost = cost_IJ.detach().double()
     if cost.ndim != 2 or not min(epsilon, tolerance, max_iterations, cost.numel()) > 0:
         raise ValueError(f"need a cost matrix, got shape {tuple(cost.shape)}, epsilon, tolerance "
                          f"and max_iterations > 0, got {epsilon}, {tolerance}, {max_iterations}")
-    a, b = _masses("a", a_I, cost[:, 0]), _masses("b", b_J, cost[0])
-    rows, columns = a.nonzero()[:, 0], b.nonzero()[:, 0]
-    if len(rows) * len(columns) < cost.numel():
-        part = sinkhorn(cost[rows][:, columns], a[rows], b[columns], epsilon, tolerance,
-                        max_iterations)
-        f, g = a.new_full(a.shape, -torch.inf), b.new_full(b.shape, -torch.inf)
-        plan = torch.zeros_like(cost)
-        f[rows], g[columns], plan[rows[:, None], columns] = part.f_I, part.g_J, part.plan_IJ
-        return part._replace(plan_IJ=plan, f_I=f, g_J=g)
+    a, b = (torch.full_like(side, 1 / len(side)) for side in (cost[:, 0], cost[0]))
     low, high = (bound.item() for bound in cost.aminmax())  # NaN shows in both
     if not 0 <= low <= high < torch.inf:
         raise ValueError(f"cost must be finite and >= 0, got values from {low} to {high}")
     unit, plan = epsilon * (high or 1.0), torch.empty_like(cost)  # plan: first the loop's kernel
     f, g, iterations = _potentials(cost, unit, plan, a, b, tolerance, max_iterations)
-    # the plan, and so both errors, from the potentials that are returned, not from the loop's
-    # scalings
+    # the plan, and so its error, from the potentials that are returned, not from the loop
     torch.add(f[:, None], cost, alpha=-1 / unit, out=plan).add_(g).exp_()
-    errors = (plan.sum(1) - a).abs().sum().item(), (plan.sum(0) - b).abs().sum().item()
-    if not max(errors) <= tolerance:  # so put, NaN is refused too: it is in both errors
-        raise ValueError(f"Sinkhorn did not converge: marginal error {max(errors):.1e} above "
+    error = max((plan.sum(1) - a).abs().sum().item(), (plan.sum(0) - b).abs().sum().item())
+    if not error <= tolerance:  # so put, NaN is refused too: it is in both sums
+        raise ValueError(f"Sinkhorn did not converge: marginal error {error:.1e} above "
                          f"{tolerance:.1e} after {iterations} iterations; raise epsilon "
                          f"({epsilon}) or max_iterations")
-    return Sinkhorn(plan, f * unit, g * unit, iterations, *errors, True)
-
-
-def _masses(name: str, mass_N, like_N):
-    """Checked masses whose sum is 1 to the last digit, as the other side's is; None: uniform."""
-    mass_N = torch.full_like(like_N, 1 / len(like_N)) if mass_N is None else mass_N.to(like_N)
-    one = abs(mass_N.sum().item() - 1) <= 1e-6
-    if mass_N.shape != like_N.shape or not (mass_N >= 0).all() or not one:
-        raise ValueError(f"{name} must be {len(like_N)} finite masses >= 0 that sum to 1")
-    return mass_N / mass_N.sum()
+    return Sinkhorn(plan, f * unit, g * unit, iterations, error)
 
 
 def _rebuild(kernel_IJ, cost, unit, g):
-    """Write K = exp(f0 + g0 - cost / unit) around g; return f0, g0 and g, raised where it is far
-    below g0. By maxima in the log domain, at any epsilon, each row and column of K has 1 as its
-    largest entry: the first step gives each row a 1, whose column then has maximum 1, so that the
-    second step leaves it there."""
+    """Write K = exp(f0 + g0 - cost / unit) around g: at any epsilon 1 is the largest entry of each
+    row and column. Return f0, g0, and g, raised where it is far below g0."""
     f0 = -torch.add(g, cost, alpha=-1 / unit, out=kernel_IJ).amax(1)
     g0 = -torch.add(f0[:, None], cost, alpha=-1 / unit, out=kernel_IJ).amax(0)
     kernel_IJ.add_(g0).exp_()
@@ -216,22 +353,17 @@ def _rebuild(kernel_IJ, cost, unit, g):
 
 
 def _potentials(cost, unit, kernel, a, b, tolerance, max_iterations):
-    """Sinkhorn's fixed point: f_I, g_J in that unit, for which exp(f + g - cost / unit) has
-    marginals a, b. The textbook loop is four lines; the plan is then u_i K_ij v_j, and f = log u, g
-    = log v:
+    """Sinkhorn's fixed point: f_I, g_J in that unit; exp(f + g - cost / unit) has marginals a, b.
+    The textbook loop, after which the plan is u_i K_ij v_j, and f = log u, g = log v:
 
         K = exp(-cost / unit);  v = 1
-        repeat:  u = a / (K v)          the rows of the plan sum to a
-                 v = b / (K^T u)        its columns to b
+        repeat:  u = a / (K v);  v = b / (K^T u)    the plan's rows sum to a, its columns to b
 
-    Here the same with two additions, for small epsilon:
-    - absorption: K is built around (f0, g0), so v = exp(g - g0) is what g has moved since; nothing
-                  overflows
+    Two additions, for small epsilon:
+    - absorption: K is built around (f0, g0); v = exp(g - g0), what g moved since, cannot overflow
     - extrapolation (Anderson): from the last MEMORY steps, by least squares, the point where the
-      step would vanish. Plain steps alone stall: 512 planted pairs in 8 dimensions, epsilon 0.005,
-      are off by 4e-6 after 5000. With an extrapolation every third step 1e-6 takes 320, after every
-      single one 2715 (old steps then hardly differ). A check that the dual does not fall changed
-      nothing: plain steps mend a bad leap.
+      step would vanish. 512 planted pairs in 8 dimensions, epsilon 0.005: plain steps are off by
+      4e-6 after 5000; extrapolating every third step takes 320 to 1e-6, every step 2715.
     Not better when tried: epsilon scaling, fixed over-relaxation, restarts, memory beyond 8."""
     f0, g0, g = _rebuild(kernel, cost, unit, torch.zeros_like(b))
     points, steps = [], []
@@ -255,28 +387,23 @@ def _potentials(cost, unit, kernel, a, b, tolerance, max_iterations):
     return f0 + u.log(), g, iteration
 
 
-def barycentric_map(plan_IJ, z_source_IZ, b_J):
-    """Carry source latents onto the target's slots.
-    Equation:  z~[j] = sum_i plan[i, j] z_source[i] / b[j]
-    Source:    differs: usually target points are averaged at source positions: nothing of the
-               source stays
-    Args:      b_J (J,) the plan's target masses: divide by THIS side, I != J is the normal case
-    Returns:   (J, Z), a blurred cloud. A slot of mass 0 gets the source's mean
-    Raises:    ValueError if a slot that has mass gets none"""
-    plan, z, b = plan_IJ.double(), z_source_IZ.double(), b_J[:, None]
-    if ((plan.sum(0) <= 0) & (b[:, 0] > 0)).any():
-        raise ValueError("a column of the plan is empty although its slot has mass; raise epsilon")
-    return torch.where(b > 0, plan.T @ z / b.where(b > 0, 1.0), plan.sum(1) @ z / plan.sum())
+def barycentric_map(plan_IJ, z_source_IZ):
+    """Source latents on the target's slots, (J, Z), blurred; ValueError if a column is empty.
+    Equation:  z~[j] = sum_i plan[i, j] z_source[i] / sum_i plan[i, j]: by the TARGET's mass
+    Source:    differs: usually target points are averaged, so that nothing of the source stays
+    Example:   plan [[.25, .25], [0, .5]]: z~ = z0, (z0 + 2 z1) / 3"""
+    mass_J = plan_IJ.double().sum(0)
+    if not (mass_J > 0).all():
+        raise ValueError("a column of the plan is empty; raise epsilon")
+    return plan_IJ.double().T @ z_source_IZ.double() / mass_J[:, None]
 
 
 class Moments:
-    """Mean and covariance (1/n) in one pass; batches are centred first: raw sums of squares would
-    cancel."""
+    """Mean and covariance (1/n) in one pass, by centred batches: raw squares would cancel."""
     n, mean_Z, cov_ZZ = 0, 0.0, 0.0
 
     @classmethod
-    def of(cls, z_NZ):
-        return cls().add(z_NZ)
+    def of(cls, z_NZ): return cls().add(z_NZ)
 
     def add(self, z_NZ):
         if len(z_NZ):
@@ -292,8 +419,7 @@ class Moments:
 
     @property
     def spread(self) -> float:
-        """Root mean square about the mean, per latent number; std_ratio = aligned.spread /
-        target.spread."""
+        """Root mean square about the mean, per latent number."""
         return self.cov_ZZ.diagonal().mean().sqrt().item()
 
     @property
@@ -304,39 +430,27 @@ class Moments:
 
 
 class Affine(NamedTuple):
-    """z~ = mu_target + (z - mu_source) A, A symmetric. Fitted once, applied to slices."""
+    """z~ = mu_target + (z - mu_source) A, A symmetric: fitted once, applied to slices."""
     mu_source_Z: torch.Tensor
     mu_target_Z: torch.Tensor
     matrix_ZZ: torch.Tensor
 
-
-def apply_affine(affine: Affine, z_NZ):
-    return affine.mu_target_Z + (z_NZ.double() - affine.mu_source_Z) @ affine.matrix_ZZ
-
-
-def mean_map(source: Moments, target: Moments) -> Affine:
-    """z~ = z + mu_t - mu_s (ours: does the covariance matter at all?)."""
-    return Affine(source.mean_Z, target.mean_Z, torch.eye(len(source.mean_Z)).to(source.mean_Z))
+    def apply(self, z_NZ):
+        return self.mu_target_Z + (z_NZ.double() - self.mu_source_Z) @ self.matrix_ZZ
 
 
 def gaussian_map(source: Moments, target: Moments) -> Affine:
-    """Optimal transport between two Gaussians: the mapped cloud has the target's mean and
-    covariance.
+    """Optimal transport between two Gaussians; the mapped cloud has the target's moments.
     Equation:  z~ = mu_t + A (z - mu_s),   A = S_s^{-1/2} (S_s^{1/2} S_t S_s^{1/2})^{1/2} S_s^{-1/2}
-    Source:    paper: Sec. 3.3, Eq. 2 under a Gaussian model (silent about samples and
-               regularisation)
+    Source:    paper: Sec. 3.3, Eq. 2 under a Gaussian model
     Example:   in one dimension A = sigma_t / sigma_s; in general A S_s A = S_t
-    Floor:     ours: if an eigenvalue of S_s is below FLOOR times the larger cloud's mean
-               eigenvalue, that is
-               added to all: |A| <= sqrt(Z / FLOOR) even for n < Z, Z = 1, constant clouds. The
-                             price: where
-               the source hardly varies, the result varies less than the target"""
+    ours:      if an eigenvalue of S_s is below FLOOR times the larger cloud's mean one, that is
+               added to all: |A| <= sqrt(Z / FLOOR), but what hardly varies may vary too little"""
     floor = FLOOR * max(source.spread, target.spread) ** 2 or 1.0  # both constant: A = 0
     floor_ZZ = floor * torch.eye(len(source.cov_ZZ)).to(source.cov_ZZ)
     too_low = torch.linalg.cholesky_ex(source.cov_ZZ - floor_ZZ).info.item() != 0
     R_ZZ = torch.linalg.cholesky(source.cov_ZZ + too_low * floor_ZZ)
-    # any R with S_s = R R^T gives A = R^{-T} (R^T S_t R)^{1/2} R^{-1}; a triangular one is cheap
-    # and accurate
+    # any R with S_s = R R^T gives A = R^{-T} (R^T S_t R)^{1/2} R^{-1}; triangular: accurate
     m_Z, U_ZZ = torch.linalg.eigh(R_ZZ.T @ target.cov_ZZ @ R_ZZ)
     half_ZZ = torch.linalg.solve_triangular(R_ZZ.T, U_ZZ, upper=True)
     return Affine(source.mean_Z, target.mean_Z, (half_ZZ * m_Z.clamp(min=0).sqrt()) @ half_ZZ.T)
@@ -345,19 +459,15 @@ def gaussian_map(source: Moments, target: Moments) -> Affine:
 def wasserstein2(source: Moments, target: Moments) -> float:
     """Squared 2-Wasserstein distance of the Gaussian fits, per latent number; 0 after gaussian_map
     if n > Z: (|mu_s - mu_t|^2 + tr S_s + tr S_t - 2 tr (S_s^{1/2} S_t S_s^{1/2})^{1/2}) / Z."""
-    # sum of singular values = that trace; roots of the product's eigenvalues would keep only half
-    # the digits
+    # that trace is a sum of singular values; roots of eigenvalues would keep half the digits
     cross = torch.linalg.svdvals(source.factor_ZZ.T @ target.factor_ZZ).mean().item()
     shift = (source.mean_Z - target.mean_Z).square().mean().item()
     return max(0.0, shift + source.spread ** 2 + target.spread ** 2 - 2 * cross)
 
 
 def control_latents(kind: str, z_target_JZ, target: Moments, generator=None):
-    """Null controls (ours) in the shape of the target's latents, or of the slice at hand.
-    zero: the target's mean, pure shrinkage; noise: Gaussian, the target's mean and covariance;
-          shuffled: the
-    target's own latents in random order. The last two need the generator; its device decides the
-    numbers."""
+    """Null controls (ours) for a slice of the target. zero: its mean, pure shrinkage; noise: its
+    mean and covariance, Gaussian; shuffled: its latents in random order. Two need the generator."""
     z = z_target_JZ.double()
     if kind == "zero":
         return target.mean_Z.repeat(len(z), 1)
@@ -391,18 +501,17 @@ def align_none(m: Meeting) -> Aligned:
     return Aligned(m.z_projected_JZ)
 
 
-def align_mean(m: Meeting) -> Aligned:
-    return Aligned(apply_affine(mean_map(m.source, m.target), m.z_projected_JZ))
+def align_mean(m: Meeting) -> Aligned:      # ours: does the covariance matter at all?
+    return Aligned(m.z_projected_JZ.double() + m.target.mean_Z - m.source.mean_Z)
 
 
 def align_gaussian(m: Meeting) -> Aligned:
-    return Aligned(apply_affine(gaussian_map(m.source, m.target), m.z_projected_JZ))
+    return Aligned(gaussian_map(m.source, m.target).apply(m.z_projected_JZ))
 
 
 def align_sinkhorn(m: Meeting) -> Aligned:
     found = sinkhorn(squared_cost(m.z_source_IZ, m.z_target_JZ), epsilon=m.epsilon)
-    z_JZ = barycentric_map(found.plan_IJ, m.z_source_IZ, found.plan_IJ.sum(0))
-    return Aligned(z_JZ, found.iterations, max(found.source_error, found.target_error))
+    return Aligned(barycentric_map(found.plan_IJ, m.z_source_IZ), found.iterations, found.error)
 
 
 ALIGNERS = {"none": align_none, "mean": align_mean, "gaussian": align_gaussian,
