@@ -84,10 +84,9 @@ def pair_places(target: dict, source: dict, by: str = "depth") -> dict:
 
 
 # --- Before chunks (ours): layers, heads and MLP units of two models, matched by their weights ----
-# Related models (pruned, grown, trained on) hold the same hidden units in some order. Here the axes
-# of each role's rows and columns; a fork adds a line. A bias ("q.bias") has its matrix's rows.
-# "groups": keys and values, which heads may share. Norms are not here and stay the target's: gains
-# of a grown model differ by a factor, as its mean square is over more numbers.
+# Related models hold the same hidden units in some order. Axes of each role's rows and columns (of
+# a bias: the rows); a fork adds a line. "groups": keys and values, which heads may share. Norms
+# stay the target's: a grown model's gains differ by a factor, as its mean square has more numbers.
 AXES = {
     "q": ("heads", "stream"), "k": ("groups", "stream"), "v": ("groups", "stream"),
     "gate": ("units", "stream"), "up": ("units", "stream"), "down": ("stream", "units"),
@@ -232,7 +231,6 @@ def match_units(source, target, places, size: int | None = None, slack: float = 
     if size and shared % size:
         raise ValueError(f"heads of {size} rows do not divide projections of {shared} rows")
     sizes = [n for n in range(256, 7, -1) if shared % n == 0] or [shared]
-    sizes = sizes[-1:]
     found = [match_heads(source, target, places, n, slack) for n in ([size] if size else sizes)]
     best = max(value for value, _, _ in found)
     _, heads, groups = next(of for of in found if of[0] >= 0.9 * best)

@@ -33,11 +33,6 @@ def uniform(n):
     return torch.full((n,), 1 / n, dtype=torch.float64)
 
 
-def masses(n, seed):
-    mass = torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.1
-    return mass / mass.sum()
-
-
 # --- layers and projection ------------------------------------------------------------------------
 
 def test_layers_pair_by_depth():
@@ -121,7 +116,8 @@ def check_plan(solution, cost, a, b, epsilon, bound):
     close(solution.plan_IJ, plan, rtol=1e-11, atol=1e-16)
     assert (plan.sum(1) - a).abs().sum() <= bound and (plan.sum(0) - b).abs().sum() <= bound
     assert abs(solution.g_J.mean()) <= 1e-12 * solution.g_J.abs().max() + 1e-300  # centred
-    assert solution.converged and max(solution.source_error, solution.target_error) <= bound
+    errors = [(solution.plan_IJ.sum(1) - a).abs().sum(), (solution.plan_IJ.sum(0) - b).abs().sum()]
+    assert solution.error == max(errors) <= bound
 
 
 def lp_cost(cost, a, b):
@@ -147,8 +143,8 @@ def test_two_by_two_by_hand():
 def test_cost_against_the_linear_programme(n, m, epsilon):
     """LP <= transport cost <= LP + epsilon max(cost) (entropy of the plan - that of the LP's plan);
     a plan's entropy is at most that of a b^T, and the LP's at least 0."""
-    cost, a, b = align.squared_cost(cloud(n, 3, 1), cloud(m, 3, 2)), masses(n, 3), masses(m, 4)
-    solution = align.sinkhorn(cost, a, b, epsilon=epsilon, tolerance=1e-9)
+    cost, a, b = align.squared_cost(cloud(n, 3, 1), cloud(m, 3, 2)), uniform(n), uniform(m)
+    solution = align.sinkhorn(cost, epsilon=epsilon, tolerance=1e-9)
     check_plan(solution, cost, a, b, epsilon, 1e-9)
     optimum, reached = lp_cost(cost, a, b), (solution.plan_IJ * cost).sum().item()
     entropy = -(a * a.log()).sum().item() - (b * b.log()).sum().item()
@@ -201,13 +197,6 @@ def test_extrapolating_every_third_step_beats_every_step(monkeypatch):
             align.sinkhorn(cost, epsilon=0.005, max_iterations=700)
 
 
-def test_masses_that_sum_to_nearly_one_are_evened_out():
-    """Sums that differ in the 7th digit have no common plan: both are rescaled to exactly 1."""
-    cost, a, b = align.squared_cost(cloud(6, 2, 1), cloud(5, 2, 2)), masses(6, 3), masses(5, 4)
-    solution = align.sinkhorn(cost, a * (1 + 5e-7), b * (1 - 5e-7), epsilon=0.05, tolerance=1e-10)
-    check_plan(solution, cost, a, b, 0.05, 1.1e-10)
-
-
 def textbook_plan(cost, a, b, epsilon):
     """Sinkhorn's loop in numpy, in the log domain, run to its end: the same unique plan."""
     score, g = -cost.numpy() / (epsilon * cost.max().item()), np.zeros(len(b))
@@ -219,9 +208,8 @@ def textbook_plan(cost, a, b, epsilon):
 
 def test_against_the_textbook_loop():
     cost = align.squared_cost(cloud(9, 2, 1), cloud(13, 2, 2))
-    a, b = masses(9, 3), masses(13, 4)
-    found = align.sinkhorn(cost, a, b, epsilon=0.05, tolerance=1e-11)
-    close(found.plan_IJ, textbook_plan(cost, a, b, 0.05), atol=1e-10)
+    found = align.sinkhorn(cost, epsilon=0.05, tolerance=1e-11)
+    close(found.plan_IJ, textbook_plan(cost, uniform(9), uniform(13), 0.05), atol=1e-10)
 
 
 def test_kernel_is_rebuilt_when_potentials_move_far():
@@ -245,34 +233,18 @@ def test_a_constant_on_the_cost_changes_nothing():
 
 
 def test_permuted_points_permute_the_plan_and_scale_does_not_matter():
-    cost, a, b = align.squared_cost(cloud(20, 3, 1), cloud(31, 3, 2)), masses(20, 3), masses(31, 4)
-    plan = align.sinkhorn(cost, a, b, tolerance=1e-10).plan_IJ
+    cost = align.squared_cost(cloud(20, 3, 1), cloud(31, 3, 2))
+    plan = align.sinkhorn(cost, tolerance=1e-10).plan_IJ
     p = torch.randperm(20, generator=torch.Generator().manual_seed(0))
-    close(align.sinkhorn(cost[p], a[p], b, tolerance=1e-10).plan_IJ, plan[p], atol=1e-9)
-    close(align.sinkhorn(cost * 1e-12, a, b, tolerance=1e-10).plan_IJ, plan, atol=1e-9)
-
-
-def test_points_without_mass_are_left_out():
-    cost, a, b = align.squared_cost(cloud(6, 2, 1), cloud(5, 2, 2)), masses(6, 3), masses(5, 4)
-    a[2], b[[0, 4]] = 0, 0
-    a, b = a / a.sum(), b / b.sum()
-    solution = align.sinkhorn(cost, a, b, tolerance=1e-10)
-    rows, columns = [0, 1, 3, 4, 5], [1, 2, 3]
-    inner = align.sinkhorn(cost[rows][:, columns], a[rows], b[columns], tolerance=1e-10)
-    assert torch.equal(solution.plan_IJ[rows][:, columns], inner.plan_IJ)
-    assert solution.plan_IJ[2].eq(0).all() and solution.plan_IJ[:, [0, 4]].eq(0).all()
-    assert solution.f_I[2] == -math.inf and solution.f_I[rows].isfinite().all()
-    z = align.barycentric_map(solution.plan_IJ, cloud(6, 2, 1), b)
-    close(z[0], a @ cloud(6, 2, 1), atol=1e-9)  # nothing was sent there: the mean
-    assert z.isfinite().all()
+    close(align.sinkhorn(cost[p], tolerance=1e-10).plan_IJ, plan[p], atol=1e-9)
+    close(align.sinkhorn(cost * 1e-12, tolerance=1e-10).plan_IJ, plan, atol=1e-9)
 
 
 def test_zero_cost_and_single_points():
-    a, b = masses(4, 1), masses(6, 2)
-    close(align.sinkhorn(torch.zeros(4, 6), a, b).plan_IJ, a.outer(b), atol=1e-15)
+    close(align.sinkhorn(torch.zeros(4, 6)).plan_IJ, uniform(4).outer(uniform(6)), atol=1e-15)
     close(align.sinkhorn(torch.tensor([[3.0]])).plan_IJ, uniform(1)[None], atol=1e-12)
-    close(align.sinkhorn(torch.rand(1, 6), None, b).plan_IJ[0], b, atol=1e-12)
-    close(align.sinkhorn(torch.rand(4, 1), a, None).plan_IJ[:, 0], a, atol=1e-12)
+    close(align.sinkhorn(torch.rand(1, 6)).plan_IJ[0], uniform(6), atol=1e-12)
+    close(align.sinkhorn(torch.rand(4, 1)).plan_IJ[:, 0], uniform(4), atol=1e-12)
 
 
 @pytest.mark.parametrize("epsilon", [1e-4, 1e-6, 1e-9, 1e-15, 1e-200, 1e-320])
@@ -302,17 +274,10 @@ def test_the_refusal_names_the_error_that_was_reached():
 
 
 def test_bad_input_is_refused():
-    cost, good = torch.rand(3, 4), masses(3, 0)
+    cost = torch.rand(3, 4)
     for bad in (math.nan, math.inf, -1.0):
         with pytest.raises(ValueError, match="finite and >= 0"):
             align.sinkhorn(torch.tensor([[0.0, bad]]))
-    for a in [good * 2, good[:2] / good[:2].sum(), torch.tensor([1.5, -0.5, 0.0]), torch.zeros(3),
-              torch.tensor([math.nan, 0.5, 0.5]), torch.tensor([math.inf, 0.0, 0.0]),
-              good[:, None]]:
-        with pytest.raises(ValueError, match="a must be 3 finite masses"):
-            align.sinkhorn(cost, a)
-    with pytest.raises(ValueError, match="b must be 4 finite masses"):
-        align.sinkhorn(cost, None, good)
     for epsilon in [0.0, -1.0, math.nan]:
         with pytest.raises(ValueError, match="epsilon"):
             align.sinkhorn(cost, epsilon=epsilon)
@@ -331,7 +296,7 @@ def test_arguments_are_not_changed_and_float32_is_upcast():
     z64, z32 = cloud(8, 3), cloud(8, 3).float()
     affine = align.gaussian_map(Moments.of(z32), Moments.of(z64))
     outputs = [align.squared_cost(z32, z32), align.project(z32, 3), Moments.of(z32).cov_ZZ,
-               align.apply_affine(affine, z32)]
+               affine.apply(z32)]
     assert all(output.dtype == torch.float64 for output in outputs)
 
 
@@ -349,29 +314,33 @@ def test_squared_cost_against_differences():
 
 @pytest.mark.parametrize("n, m", [(6, 3), (3, 6), (5, 5)])
 def test_barycentric_map_divides_by_the_targets_mass(n, m):
-    z, a, b = cloud(n, 4), masses(n, 1), masses(m, 2)
-    plan = align.sinkhorn(align.squared_cost(z, cloud(m, 4, 3)), a, b, tolerance=1e-11).plan_IJ
-    moved = align.barycentric_map(plan, z, b)
+    z, generator = cloud(n, 4), torch.Generator().manual_seed(1)
+    plan = torch.rand(n, m, generator=generator, dtype=torch.float64) + 0.1     # any two marginals
+    plan /= plan.sum()
+    a, b = plan.sum(1), plan.sum(0)
+    moved = align.barycentric_map(plan, z)
     expected = torch.stack([sum(plan[i, j] * z[i] for i in range(n)) / b[j] for j in range(m)])
     close(moved, expected, atol=1e-13)
-    close(b @ moved, a @ z, atol=1e-10)  # the source's mean is kept
-    constant = align.barycentric_map(plan, torch.full((n, 4), 2.5), b)
-    close(constant, torch.full((m, 4), 2.5).double(), atol=1e-9)  # 1e-11 over b >= 0.03
+    close(b @ moved, a @ z, atol=1e-13)  # the source's mean is kept
+    constant = align.barycentric_map(plan, torch.full((n, 4), 2.5))
+    close(constant, torch.full((m, 4), 2.5).double(), atol=1e-13)
 
 
 def test_barycentric_map_by_hand_and_its_error():
-    z = cloud(2, 3)
-    close(align.barycentric_map(torch.eye(2) / 2, z, torch.tensor([0.5, 0.5])), z, atol=0)
+    z0, z1 = z = cloud(2, 3)
+    close(align.barycentric_map(torch.eye(2) / 2, z), z, atol=0)
+    plan = torch.tensor([[0.25, 0.25], [0.0, 0.5]])
+    close(align.barycentric_map(plan, z), torch.stack([z0, (z0 + 2 * z1) / 3]), atol=1e-15)
     with pytest.raises(ValueError, match="empty"):
-        align.barycentric_map(torch.tensor([[0.5, 0.0], [0.5, 0.0]]), z, torch.tensor([0.5, 0.5]))
+        align.barycentric_map(torch.tensor([[0.5, 0.0], [0.5, 0.0]]), z)
 
 
 def test_blur_at_the_default_epsilon_is_what_its_comment_says():
-    z, b = cloud(500, 64, 1), uniform(400)
+    z = cloud(500, 64, 1)
     cost = align.squared_cost(z, cloud(400, 64, 2))
     for epsilon, kept, most in [(0.05, 0.17, 5), (align.EPSILON, 0.63, 22), (0.001, 0.80, 133)]:
         solution = align.sinkhorn(cost, epsilon=epsilon)
-        moved = align.barycentric_map(solution.plan_IJ, z, b)
+        moved = align.barycentric_map(solution.plan_IJ, z)
         ratio = Moments.of(moved).spread / Moments.of(z).spread
         # the comment's two digits; steps can differ a little with another machine's rounding
         assert abs(ratio - kept) < 0.006 and solution.iterations <= 1.2 * most
@@ -396,7 +365,7 @@ def test_moments_in_batches_equal_numpy():
 
 def gaussian(source, target):
     affine = align.gaussian_map(Moments.of(source), Moments.of(target))
-    return affine.matrix_ZZ, align.apply_affine(affine, source)
+    return affine.matrix_ZZ, affine.apply(source)
 
 
 def mixed(n, d, seed):
@@ -466,12 +435,6 @@ def test_with_few_samples_the_map_stays_in_the_targets_span():
     centred = target - target.mean(0)
     outside = mapped - mapped @ torch.linalg.pinv(centred) @ centred
     assert outside.norm() < 1e-4 * mapped.norm()
-
-
-def test_mean_map_shifts_only():
-    source, target = mixed(30, 5, 1), mixed(40, 5, 2)
-    moved = align.apply_affine(align.mean_map(Moments.of(source), Moments.of(target)), source)
-    close(moved, source - source.mean(0) + target.mean(0), atol=1e-13)
 
 
 def test_wasserstein_against_sqrtm_and_one_dimension():

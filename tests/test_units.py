@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import hidden_units as align
+import align
 import tiny_lm
 from chunking import place
 
 MODELS = tiny_lm.MODELS
 SIZE = 8  # rows of a head in the models made here: small for testing
+EVERY = torch.arange(48), torch.arange(48)  # places of their streams, in order
 
 
 def normal(generator, *shape):
@@ -76,6 +77,12 @@ def noisy(model, seed, share):
     return embed, layers
 
 
+def cosines(source, target, places, axis, size=1):
+    """Of two layers; places of the stream: the source's, the target's."""
+    units = align.rows_of(source, axis), align.rows_of(target, axis)
+    return align.cosines(*units, places, size)
+
+
 def matched(source, target, **more):
     words = torch.arange(len(target[0]))
     return align.match_models(source[1], target[1], source[0], target[0], words, **more)
@@ -133,7 +140,7 @@ def test_layers_pair_as_the_best_of_all_monotone_pairings(I, J):
     for seed in range(20):
         similarity = torch.from_numpy(np.random.default_rng(seed).random((I, J)))
         for slack in (0.0, 0.3, 0.7):
-            layers = align.match_layers(similarity, slack)
+            layers = align.match_layers(similarity.T, slack)
             pairs = [(i, j) for j, i in enumerate(layers) if i is not None]
             assert [i for i, _ in pairs] == sorted({i for i, _ in pairs})  # in order, none twice
             total = sum(similarity[i, j].item() - slack for i, j in pairs)
@@ -145,9 +152,10 @@ def test_layers_are_found_where_depth_guesses_wrong():
     similarity = torch.full((6, 4), 0.1)
     for j, i in enumerate([0, 1, 3, 4]):
         similarity[i, j] = 0.9
-    assert align.match_layers(similarity) == [0, 1, 3, 4]
-    assert align.match_layers(similarity.T) == [0, 1, None, 2, 3, None]
-    assert align.match_layers(torch.full((3, 2), 0.2)) == [None, None]
+    assert align.match_layers(similarity.T) == [0, 1, 3, 4]
+    assert align.match_layers(similarity) == [0, 1, None, 2, 3, None]
+    assert align.match_layers(torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.1, 0.9]])) == [0, 2]
+    assert align.match_layers(torch.full((3, 2), 0.2)) == [None, None, None]
 
 
 # --- stream, units, heads -------------------------------------------------------------------------
@@ -173,13 +181,13 @@ def test_cosines_are_means_over_matrices():
     stream[::3] = -1
     have, there = (stream >= 0).nonzero()[:, 0], stream[stream >= 0]
     cos = lambda a, b: torch.cosine_similarity(a.flatten(), b.flatten(), dim=0)
-    found = align.cosines(source, target, stream, "units")
+    found = cosines(source, target, (there, have), "units")
     for j, i in [(0, 0), (3, 17), (39, 5)]:
         parts = [cos(target[role][j, have], source[role][i, there]) for role in ("gate", "up")]
         parts.append(cos(target["down"][have, j], source["down"][there, i]))
         torch.testing.assert_close(found[j, i], torch.stack(parts).mean())
-    heads = align.cosines(source, target, stream, "heads", SIZE)
-    groups = align.cosines(source, target, stream, "groups", SIZE)
+    heads = cosines(source, target, (there, have), "heads", SIZE)
+    groups = cosines(source, target, (there, have), "groups", SIZE)
     assert heads.shape == (6, 6) and groups.shape == (3, 3)
     rows = lambda n: slice(n * SIZE, (n + 1) * SIZE)
     parts = [cos(target["q"][rows(4)][:, have], source["q"][rows(1)][:, there]),
@@ -190,13 +198,16 @@ def test_cosines_are_means_over_matrices():
 
 
 def test_a_long_stream_is_compared_at_some_places(monkeypatch):
+    target, stranger = made(3), made(30)
+    source = taken(target, *orders(0))
     monkeypatch.setattr(align, "PLACES", 16)
-    source, target = made(1)[1][0], made(2)[1][0]
-    some = torch.arange(0, 48, 3)  # 16 of 48
-    small = [{role: layer[role][:, some] if role in ("gate", "up") else layer[role][some]
-              for role in ("gate", "up", "down")} for layer in (source, target)]
-    torch.testing.assert_close(align.cosines(source, target, torch.arange(48), "units"),
-                               align.cosines(*small, torch.arange(16), "units"))
+    known = matched(source, target).stream_J
+    for layer in source[1]:  # what lies beyond the first 16 may be anything
+        for role in ("gate", "up"):
+            layer[role][:, known[16:]] = stranger[1][0][role][:, known[16:]]
+    match = matched(source, target)
+    assert match.layers == [0, 1, 2] and min(match.similarity) > 0.99
+    assert (match.stream_J >= 0).all()  # and yet all of it is matched
 
 
 def carried(match, source, target):
@@ -264,6 +275,43 @@ def test_heads_of_a_group_may_be_fewer():
         assert rows["heads"][::SIZE].tolist() == [8, -1, -1, 16, 0, -1]
 
 
+def test_all_heads_count_that_can_have_a_partner():
+    """One of two heads in each group is left: the other is matched as well as its keys are."""
+    target = made(7, layers=1)
+    every = torch.arange(48), torch.arange(40)
+    few = taken(target, every[0], [(0, every[1], torch.tensor([1, 2, 5]), torch.arange(3))])
+    for one, other in ((few, target), (target, few)):
+        value, _, _ = align.match_heads(one[1][0], other[1][0], EVERY, SIZE)
+        assert value == pytest.approx(1.0, abs=1e-5)
+
+
+def test_heads_stay_with_their_group():
+    """What was a head of group 1 is found in group 0, where other keys and values serve it."""
+    target, stranger = made(31, layers=1), made(32, layers=1)
+    source = taken(target, torch.arange(48), [
+        (0, torch.arange(40), torch.tensor([0, 2, 1, 3, 4, 5]), torch.arange(3))])
+    part = slice(2 * SIZE, 3 * SIZE)
+    source[1][0]["q"][part] = stranger[1][0]["q"][part]
+    source[1][0]["o"][:, part] = stranger[1][0]["o"][:, part]
+    rows = matched(source, target, size=SIZE).units[0]
+    assert rows["groups"][::SIZE].tolist() == [0, 8, 16]
+    assert rows["heads"][::SIZE].tolist() == [0, -1, -1, 24, 32, 40]
+
+
+def test_of_sizes_that_match_the_largest_is_taken():
+    """Heads of 16 rows whose halves are the same: halves alone could be taken for each other."""
+    target = made(33, layers=1, groups=6)
+    for role in "qkvo":
+        matrix = target[1][0][role].T if role == "o" else target[1][0][role]
+        halves = matrix.unflatten(0, (3, 2, SIZE))  # a view
+        halves[:, 1] = halves[:, 0]
+    order = torch.tensor([4, 5, 0, 1, 2, 3])  # whole heads of two halves
+    source = taken(target, torch.arange(48), [(0, torch.arange(40), order, order)])
+    rows = matched(noisy(source, 34, 0.2), target).units[0]
+    assert torch.equal(rows["heads"], blocks(order.argsort()))
+    assert torch.equal(rows["groups"], blocks(order.argsort()))
+
+
 def test_groups_with_the_same_keys_and_values_are_told_apart_by_their_heads():
     target = made(21, layers=1)
     for role in "kv":
@@ -310,8 +358,8 @@ def shuffled_rows(layer, seed):
 @pytest.mark.parametrize("units", [(40, 40), (40, 70), (70, 40)])
 def test_strangers_are_at_the_null(units):
     source, target = made(11, layers=4, units=units[0]), made(12, layers=3, units=units[1])
-    similarity, null = align.kinship(source[1], target[1], torch.arange(48))
-    assert similarity.shape == (4, 3)
+    similarity, null = align.kinship(source[1], target[1], EVERY)
+    assert similarity.shape == (3, 4)
     assert 0.9 * null < similarity.mean() < 1.1 * null and similarity.max() < 1.5 * null
     match = matched(source, target)
     assert match.layers == [None] * 3 and match.units == [None] * 3 and not match.related
@@ -319,33 +367,29 @@ def test_strangers_are_at_the_null(units):
 
 @pytest.mark.parametrize("units", [(40, 40), (40, 70), (70, 40)])
 def test_the_null_is_that_of_shuffled_rows(units):
-    """Some large columns, as real models have them: strangers have these in common, the null not."""
+    """Some large columns, as real models have: strangers have these in common, the null not."""
     source, target = made(11, layers=4, units=units[0]), made(12, layers=3, units=units[1])
     for layer in (*source[1], *target[1]):
         for role in ("gate", "up"):
             layer[role][:, 7:19] += 2
         layer["down"][7:19] += 2
-    similarity, null = align.kinship(source[1], target[1], torch.arange(48))
+    similarity, null = align.kinship(source[1], target[1], EVERY)
     assert similarity.min() > 1.5 * null
+    fewer, more = sorted((target[1], source[1]), key=lambda layers: len(layers[0]["up"]))
     best = []
-    for seed in range(5):
-        for one in source[1]:
-            for other in target[1]:
-                if units[0] < units[1]:
-                    cosine = align.cosines(one, shuffled_rows(other, seed), torch.arange(48), "units").T
-                else:
-                    cosine = align.cosines(shuffled_rows(one, seed), other, torch.arange(48), "units")
-                best.append(cosine.amax(1).mean().item())
+    for seed, one, other in itertools.product(range(5), fewer, more):
+        cosine = cosines(other, shuffled_rows(one, seed), EVERY, "units")
+        best.append(cosine.amax(1).mean().item())
     assert null == pytest.approx(np.mean(best), rel=0.05)
 
 
 def test_kinship_is_the_mean_of_best_cosines():
     """Few units: the sample is all of them, some twice where they are fewer than the sample."""
     source, target = made(13, layers=2, units=align.SAMPLE), made(14, layers=3, units=align.SAMPLE)
-    similarity, _ = align.kinship(source[1], target[1], torch.arange(48))
+    similarity, _ = align.kinship(source[1], target[1], EVERY)
     for i, j in itertools.product(range(2), range(3)):
-        best = align.cosines(source[1][i], target[1][j], torch.arange(48), "units").amax(1).mean()
-        torch.testing.assert_close(similarity[i, j], best)
+        best = cosines(source[1][i], target[1][j], EVERY, "units").amax(1).mean()
+        torch.testing.assert_close(similarity[j, i], best)
 
 
 def test_matching_is_deterministic_and_reads_layers_by_number():
@@ -416,8 +460,7 @@ def test_each_role_is_indexed_by_its_axes():
     rows = match.units[1]
     expected = {"q": ("heads", "stream"), "k": ("groups", "stream"), "o": ("stream", "heads"),
                 "up": ("units", "stream"), "down": ("stream", "units"), "q.bias": ("heads",),
-                "v.bias": ("groups",), "o.bias": ("stream",), "up.bias": ("units",),
-                "norm": ("stream",), "norm.bias": ("stream",)}
+                "v.bias": ("groups",), "o.bias": ("stream",), "up.bias": ("units",)}
     known = rows | {"stream": match.stream_J}
     for role, axes in expected.items():
         shape = tuple(len(known[axis]) for axis in axes)
@@ -425,11 +468,12 @@ def test_each_role_is_indexed_by_its_axes():
         assert all(torch.equal(i, known[axis]) for i, axis in zip(index, axes, strict=True))
     words = match.index(None, "embed", (5, 48), (3, 48))
     assert words[0].tolist() == [2, -1, 0] and torch.equal(words[1], match.stream_J)
-    # positions beside words, and a norm inside a head: by number
+    # positions beside words: by number
     assert match.index(None, "embed", (2, 48), (4, 48))[0].tolist() == [0, 1, -1, -1]
-    assert match.index(1, "norm", (SIZE,), (SIZE,))[0].tolist() == list(range(SIZE))
-    for other in ("qkv", "gate.3", "router"):  # fused, an expert's, of no axis: the target's own
+    # fused, an expert's, of no axis, norms: the target's own
+    for other in ("qkv", "gate.3", "router", "norm", "norm.bias"):
         assert match.index(1, other, (9, 48), (9, 48)) is None
+    assert match.index(None, "norm", (48,), (48,)) is None
 
 
 # --- the committed models -------------------------------------------------------------------------
@@ -477,13 +521,16 @@ def test_pruned_is_matched_with_its_base():
 
 
 def test_only_relatives_are_related():
-    """Every pair of committed models: descendants of one base, and others from another start."""
-    family, strangers = ("base", "code", "grown", "pruned"), ("base-seed2", "large")
+    """All pairs of committed models: descendants of one base, and others from another start."""
+    family = "base", "code", "prose", "arithmetic", "grown", "pruned"
+    strangers = "base-seed2", "large"
     models = {name: opened(name) for name in (*family, *strangers)}
     for a, b in itertools.permutations(models, 2):
         match = matched(models[a], models[b], size=tiny_lm.HEAD_DIM)
         assert match.related == (a in family and b in family), (a, b)
         paired = [value for i, value in zip(match.layers, match.similarity) if i is not None]
+        fewer = min(len(models[a][1]), len(models[b][1]))  # of relatives: every layer that can
+        assert len(paired) == (fewer if match.related else 0), (a, b)
         assert min(paired, default=1.0) > 0.9, (a, b)
         assert paired or max(match.similarity) < 1.5 * match.null, (a, b)
 
@@ -515,7 +562,8 @@ def test_growing_keeps_the_function_and_adds_no_twins():
             module.eps *= 32 / 64
     torch.testing.assert_close(mixed(text), parent(text), rtol=1e-4, atol=1e-4)
     new = grown.model.layers[0].mlp.up_proj.weight
-    assert align.cosines({"up": new[:24]}, {"up": new[24:]}, torch.arange(64), "units").max() < 0.6
+    every = torch.arange(64), torch.arange(64)
+    assert cosines({"up": new[:24]}, {"up": new[24:]}, every, "units").max() < 0.6
     for layer in (1, 3):  # new ones write nothing, until they are trained
         assert not grown.model.layers[layer].self_attn.o_proj.weight.any()
         assert not grown.model.layers[layer].mlp.down_proj.weight.any()
