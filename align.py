@@ -15,9 +15,7 @@ Hidden units come before chunks: a chunk of a flattened matrix means nothing out
 order of hidden units. Once they are carried, shapes agree.
 Pure functions on any device, latents in float64. Not here: unbalanced transport.
 """
-import math
-import operator
-import re
+import math, operator, re
 from typing import NamedTuple
 
 import torch
@@ -84,13 +82,13 @@ def pair_places(target: dict, source: dict, by: str = "depth") -> dict:
 
 
 # --- Before chunks (ours): layers, heads and MLP units of two models, matched by their weights ----
-# Related models hold the same hidden units in some order. Axes of each role's rows and columns (of
-# a bias: the rows); a fork adds a line. "groups": keys and values, which heads may share. Norms
-# stay the target's: a grown model's gains differ by a factor, as its mean square has more numbers.
+# Related models hold the same hidden units in some order. Axes of each role's rows and columns; a
+# fork adds a line. "groups": keys and values, which heads may share. Norms stay the target's: a
+# grown model's gains differ by a factor, as its mean square has more numbers.
 AXES = {
     "q": ("heads", "stream"), "k": ("groups", "stream"), "v": ("groups", "stream"),
     "gate": ("units", "stream"), "up": ("units", "stream"), "down": ("stream", "units"),
-    "o": ("stream", "heads"), "embed": ("vocabulary", "stream"), "head": ("vocabulary", "stream")}
+    "o": ("stream", "heads")}
 NEEDED = "q", "k", "v", "o", "up", "down"  # fused matrices and experts show by what they lack
 SLACK = 0.3    # a cosine that is no evidence: units of strangers reach 0.33, of relatives pass 0.94
 SAMPLE = 32    # units per layer that tell which layer is which
@@ -103,31 +101,14 @@ class Match(NamedTuple):
     layers: list                # source layer of each target layer
     units: list                 # per target layer {"units", "heads", "groups": index of rows}
     stream_J: torch.Tensor      # one order for the whole model
-    vocabulary_J: torch.Tensor  # rows of the embedding
     similarity: list            # per target layer: cosine with its partner (if none: the best one)
     null: float                 # the cosine that strangers of these shapes have
     related: bool               # half of the layers that could have a partner have one
 
-    def index(self, layer, role: str, source_shape, target_shape):
-        """For `carry`: per axis of a target tensor the source's indices; None: it has no partner.
-        An axis of another length than its role's (positions beside words) keeps its order."""
-        axes = AXES.get(role.removesuffix(".bias"))
-        if axes is None or (layer is not None and self.layers[layer] is None):
-            return None
-        known = {"stream": self.stream_J, "vocabulary": self.vocabulary_J}
-        known |= {} if layer is None else self.units[layer]
-        return [known[axis] if len(known.get(axis, ())) == J
-                else torch.arange(J).masked_fill(torch.arange(J) >= I, -1)
-                for axis, I, J in zip(axes, source_shape, target_shape)]
-
-
-def carry(source, target, index):
-    """A vector or matrix of the source in the target's coordinates; one dtype, one device.
-    Equation:  W~[j, l] = W_source[row(j), column(l)]; where either is -1, W_target[j, l]
-    Example:   index [[1, -1], [0]]: source [[1], [2]], target [[7], [8]] -> [[2], [8]]"""
-    index = index if len(index) == 1 else (index[0][:, None], index[1])  # each row, each column
-    known = math.prod(i >= 0 for i in index) > 0
-    return torch.where(known, source[tuple(index)], target)  # at -1 the last is read, and not used
+    def index(self, layer: int, role: str) -> list:
+        """[row, column]: W~[j, l] = W_source[row[j], column[l]], where neither is -1."""
+        known = {"stream": self.stream_J} | self.units[layer]
+        return [known[axis] for axis in AXES[role]]
 
 
 def assign(cosine_JI, slack: float = SLACK):
@@ -223,21 +204,19 @@ def match_heads(source, target, places, size: int, slack: float = SLACK):
     return value.sum().item() / min(group.shape), *rows
 
 
-def match_units(source, target, places, size: int | None = None, slack: float = SLACK) -> dict:
-    """Units and heads of one pair of layers: {"units", "heads", "groups": index of rows}.
-    size: rows of a head; None: unknown, the largest that matches about as well as the best."""
+def match_units(source, target, places, slack: float = SLACK) -> dict:
+    """Units and heads of one pair of layers: {"units", "heads", "groups": index of rows}. How many
+    rows a head has no file says: the most that match about as well as the best."""
     units = assign(cosines(rows_of(source, "units"), rows_of(target, "units"), places), slack)[0]
     shared = math.gcd(*(len(layer[role]) for layer in (source, target) for role in "qk"))
-    if size and shared % size:
-        raise ValueError(f"heads of {size} rows do not divide projections of {shared} rows")
     sizes = [n for n in range(256, 7, -1) if shared % n == 0] or [shared]
-    found = [match_heads(source, target, places, n, slack) for n in ([size] if size else sizes)]
+    found = [match_heads(source, target, places, n, slack) for n in sizes]
     best = max(value for value, _, _ in found)
     _, heads, groups = next(of for of in found if of[0] >= 0.9 * best)
     return {"units": units, "heads": heads, "groups": groups}
 
 
-def match_models(source, target, embed_source_VI, embed_target_VJ, vocabulary_J, size=None, seed=0):
+def match_models(source, target, embed_source_VI, embed_target_VJ, seed=0) -> Match:
     """From weights alone: the stream, kinship, layers, and the units of each pair of layers.
     Args:      source, target: sequences of layers {role: matrix (out, in)}; one that reads when it
                is indexed keeps memory to a pair. Embeddings: the same tokens, row by row
@@ -252,10 +231,10 @@ def match_models(source, target, embed_source_VI, embed_target_VJ, vocabulary_J,
     slack = max(SLACK, 2 * null)
     layers, units, similarity = match_layers(similarity_JI, slack), [], []
     for j, i in enumerate(layers):
-        units.append(i if i is None else match_units(source[i], target[j], places, size, slack))
+        units.append(i if i is None else match_units(source[i], target[j], places, slack))
         similarity.append(similarity_JI[j, slice(None) if i is None else i].max().item())
     related = 2 * (len(layers) - layers.count(None)) >= min(similarity_JI.shape)
-    return Match(layers, units, stream_J, vocabulary_J, similarity, null, related)
+    return Match(layers, units, stream_J, similarity, null, related)
 
 
 # --- Line 3: proportional projection --------------------------------------------------------------

@@ -332,7 +332,7 @@ class StateDict(Checkpoint):
     """Tensors in memory, read as a checkpoint is."""
 
     def __init__(self, tensors, name="state dict"):
-        self.path, self.tensors = name, tensors
+        self.path, self.tensors, self.files = name, tensors, []
         self.entries = {key: Entry(key, tensors[key].dtype, tuple(tensors[key].shape), name)
                         for key in sorted(tensors, key=natural_key)}
 
@@ -373,7 +373,7 @@ class Matched:
             for role in here[j].keys() & there[i].keys() if i is not None else ():
                 entry, other = target.entries[here[j][role]], source.entries[there[i][role]]
                 self.entries[entry.name] = entry
-                self.parts[entry.name] = other, *match.index(j, role, other.shape, entry.shape)
+                self.parts[entry.name] = other, *match.index(j, role)
 
     def read(self, name, start=0, stop=None):
         """As Checkpoint.read, float32: W~[j, k] = W_source[row(j), column(k)], read row by row.

@@ -152,29 +152,20 @@ def measure_task(models, task):
 
 
 # --- Relatives (ours): sources in the order of the target's hidden units --------------------------
-def vocabulary(model):
-    """(Entry of the token embedding, {token: row} from tokenizer.json, or None)."""
-    found = [e for e in model.entries.values() if place(e.name) == (None, "embed")]
-    need(found, model.path, "holds no embedding: hidden units cannot be matched", OTHER)
-    embed, rows = max(found, key=lambda entry: entry.numel), None       # words, not positions
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        with open(os.path.join(model.folder, "tokenizer.json")) as stream:
-            rows = json.load(stream)["model"]["vocab"]
-    return embed, rows if isinstance(rows, dict) else None
-
-
 def match(target, source):
-    """align.Match of two models. Tokens are the same by name where both have a tokenizer.json, else
-    by row. Raises CheckpointError where a model shows no hidden units."""
-    embeds, rows = zip(*map(vocabulary, (source, target)))
-    if not all(rows):
-        rows = [{row: row for row in range(embed.shape[0])} for embed in embeds]
-    tokens, read = [token for token in rows[0] if token in rows[1]], []
-    for model, embed, row in zip((source, target), embeds, rows):
-        D, some = embed.shape[1], [row[t] for t in tokens[::max(1, len(tokens) // TOKENS)]]
-        read.append(torch.stack([model.read(embed.name, t * D, (t + 1) * D) for t in some]).float())
+    """align.Match of two models, whose first tokens are the same. Raises CheckpointError where one
+    shows no hidden units."""
+    models, embeds = (source, target), []
+    for model in models:
+        found = [e for e in model.entries.values() if place(e.name) == (None, "embed")]
+        need(found, model.path, "has no embedding: hidden units cannot be matched", OTHER)
+        embeds.append(max(found, key=lambda entry: entry.numel))        # words, not positions
+    rows = min(embed.shape[0] for embed in embeds)
+    spans_ = [spans(rows * embed.shape[1], embed.shape[1])[::-(-rows // TOKENS)] for embed in embeds]
+    read = [torch.stack([model.read(embed.name, *span) for span in part]).float()
+            for model, embed, part in zip(models, embeds, spans_)]
     try:
-        return ot.match_models(Layers(source, ot.AXES), Layers(target, ot.AXES), *read, None)
+        return ot.match_models(*(Layers(model, ot.AXES) for model in models), *read)
     except ValueError as error:
         raise CheckpointError(source.path, error, OTHER) from None
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import align
 import tiny_lm
-from chunking import place
+from chunking import Matched, StateDict, place
 
 MODELS = tiny_lm.MODELS
 SIZE = 8  # rows of a head in the models made here: small for testing
@@ -84,8 +84,7 @@ def cosines(source, target, places, axis, size=1):
 
 
 def matched(source, target, **more):
-    words = torch.arange(len(target[0]))
-    return align.match_models(source[1], target[1], source[0], target[0], words, **more)
+    return align.match_models(source[1], target[1], source[0], target[0], **more)
 
 
 # --- assignment -----------------------------------------------------------------------------------
@@ -210,27 +209,30 @@ def test_a_long_stream_is_compared_at_some_places(monkeypatch):
     assert (match.stream_J >= 0).all()  # and yet all of it is matched
 
 
+def carry(source, target, row, column):
+    """W~[j, l] = W_source[row(j), column(l)]; where either is -1, W_target[j, l]."""
+    known = (row >= 0)[:, None] & (column >= 0)
+    return torch.where(known, source[row][:, column], target)
+
+
 def carried(match, source, target):
     """Every matrix of the target with the source's numbers, as merge.py reads them."""
     layers = []
     for j, layer in enumerate(target[1]):
         new = {}
         for role, matrix in layer.items():
-            theirs = source[1][match.layers[j]][role]
-            index = match.index(j, role, theirs.shape, matrix.shape)
-            new[role] = align.carry(theirs, matrix, index)
+            new[role] = carry(source[1][match.layers[j]][role], matrix, *match.index(j, role))
         layers.append(new)
     return layers
 
 
 @pytest.mark.parametrize("groups, gate", [(6, True), (3, True), (1, True), (6, False)])
-@pytest.mark.parametrize("size", [SIZE, None])
-def test_a_permuted_copy_is_read_back_bit_for_bit(groups, gate, size):
+def test_a_permuted_copy_is_read_back_bit_for_bit(groups, gate):
     target = made(3, groups=groups, gate=gate)
     for seed in range(3):
         stream, places = orders(seed, groups=groups)
         source = taken(target, stream, places)
-        match = matched(source, target, size=size)
+        match = matched(source, target)
         assert match.layers == [0, 1, 2] and match.related
         assert torch.equal(match.stream_J, stream.argsort())
         for rows, (_, units, heads, group) in zip(match.units, places):
@@ -248,7 +250,7 @@ def test_a_grown_model_is_matched_by_construction_both_ways():
     small = taken(large, torch.arange(48), kept)
     stream, places = orders(5, layers=range(5), hidden=64, heads=8, groups=4, units=56)
     grown = noisy(taken(large, stream, places), 6, 1 / 3)
-    match, back = matched(grown, small, size=SIZE), matched(small, grown, size=SIZE)
+    match, back = matched(grown, small), matched(small, grown)
     assert match.layers == [0, 1, 3] and back.layers == [0, 1, None, 2, None]
     assert match.related and back.related and min(match.similarity) > 0.9
     assert torch.equal(match.stream_J, stream.argsort()[:48])
@@ -262,7 +264,7 @@ def test_a_grown_model_is_matched_by_construction_both_ways():
         assert torch.equal(back.units[i]["units"], units)
         heads = torch.where(blocks(heads) < 6 * SIZE, blocks(heads), -1)
         assert torch.equal(back.units[i]["heads"], heads)
-    assert back.units[2] is None and back.index(2, "q", (48, 48), (64, 64)) is None
+    assert back.units[2] is None
 
 
 def test_heads_of_a_group_may_be_fewer():
@@ -270,7 +272,7 @@ def test_heads_of_a_group_may_be_fewer():
     every = torch.arange(48), torch.arange(40)
     heads, groups = torch.tensor([4, 0, 3]), torch.tensor([2, 0, 1])  # one head of each is left
     source = taken(target, every[0], [(layer, every[1], heads, groups) for layer in range(3)])
-    for rows in matched(source, target, size=SIZE).units:
+    for rows in matched(source, target).units:
         assert rows["groups"][::SIZE].tolist() == [8, 16, 0]
         assert rows["heads"][::SIZE].tolist() == [8, -1, -1, 16, 0, -1]
 
@@ -293,9 +295,9 @@ def test_heads_stay_with_their_group():
     part = slice(2 * SIZE, 3 * SIZE)
     source[1][0]["q"][part] = stranger[1][0]["q"][part]
     source[1][0]["o"][:, part] = stranger[1][0]["o"][:, part]
-    rows = matched(source, target, size=SIZE).units[0]
-    assert rows["groups"][::SIZE].tolist() == [0, 8, 16]
-    assert rows["heads"][::SIZE].tolist() == [0, -1, -1, 24, 32, 40]
+    _, heads, groups = align.match_heads(source[1][0], target[1][0], EVERY, SIZE)
+    assert groups[::SIZE].tolist() == [0, 8, 16]
+    assert heads[::SIZE].tolist() == [0, -1, -1, 24, 32, 40]
 
 
 def test_of_sizes_that_match_the_largest_is_taken():
@@ -318,7 +320,7 @@ def test_groups_with_the_same_keys_and_values_are_told_apart_by_their_heads():
         target[1][0][role] = target[1][0][role][:SIZE].repeat(3, 1)
     stream, places = orders(22, layers=(0,))
     _, _, heads, groups = places[0]
-    rows = matched(taken(target, stream, places), target, size=SIZE).units[0]
+    rows = matched(taken(target, stream, places), target).units[0]
     assert torch.equal(rows["groups"], blocks(groups.argsort()))
     assert torch.equal(rows["heads"], blocks(heads.argsort()))
 
@@ -329,7 +331,7 @@ def test_what_two_relatives_grew_apart_has_no_partner():
     order, places = orders(25)
     embed, source = taken(target, order, places)
     embed[:, -10:] = other[0][:, -10:]
-    match = matched((embed, source), target, size=SIZE)
+    match = matched((embed, source), target)
     assert (match.stream_J[order[-10:]] == -1).all()
     assert torch.equal(match.stream_J[order[:-10]], torch.arange(38))
 
@@ -341,7 +343,7 @@ def test_a_unit_that_nobody_is_close_to_has_no_partner():
     for role in ("gate", "up"):
         target[1][1][role][:20] = new[role][:20]
     target[1][1]["down"][:, :20] = new["down"][:, :20]
-    rows = matched(source, target, size=SIZE).units[1]["units"]
+    rows = matched(source, target).units[1]["units"]
     assert (rows[:20] == -1).all() and (rows[20:] >= 0).all()
 
 
@@ -437,43 +439,32 @@ def test_fused_projections_are_refused(lacking):
         layer["fused"] = layer.pop(lacking)
     with pytest.raises(ValueError, match=f"a source layer has no matrix of its own for {lacking}"):
         matched(source, target)
-    with pytest.raises(ValueError, match="heads of 5 rows do not divide projections of 24 rows"):
-        matched(target, target, size=5)
 
 
 # --- reading a source in the target's coordinates -------------------------------------------------
 
-def test_carry_by_hand():
-    tensor = torch.tensor
-    index = [tensor([1, -1]), tensor([0])]
-    assert align.carry(tensor([[1], [2]]), tensor([[7], [8]]), index).tolist() == [[2], [8]]
-    assert align.carry(tensor([1, 2, 3]), tensor([7, 8]), [tensor([-1, 2])]).tolist() == [7, 3]
-    index = [tensor([0, -1]), tensor([-1, 2, 0])]
-    source, target = tensor([[1, 2, 3]]), tensor([[7, 8, 9], [4, 5, 6]])
-    assert align.carry(source, target, index).tolist() == [[7, 3, 1], [4, 5, 6]]
+def test_matched_reads_by_hand():
+    """The source's numbers where both axes have a partner, the target's own elsewhere."""
+    name, tensor = "layers.0.mlp.down_proj.weight", torch.tensor
+    match = align.Match([0], [{"units": tensor([-1, 2, 0])}], tensor([0, -1]), [1.0], 0.0, True)
+    source = StateDict({name: tensor([[1.0, 2, 3]])})
+    target = StateDict({name: tensor([[7.0, 8, 9], [4, 5, 6]])})
+    found = Matched(source, target, match, align.AXES)
+    assert found.read(name).tolist() == [7, 3, 1, 4, 5, 6]
+    for start, stop in itertools.combinations(range(8), 2):     # as any piece, and beyond the end
+        assert found.read(name, start, stop).tolist() == [7, 3, 1, 4, 5, 6][start:stop]
+    assert Matched(source, target, match._replace(layers=[None]), align.AXES).entries == {}
 
 
 def test_each_role_is_indexed_by_its_axes():
     target = made(19)
-    source = taken(target, *orders(20))
-    match = matched(source, target, size=SIZE)._replace(vocabulary_J=torch.tensor([2, -1, 0]))
-    rows = match.units[1]
+    match = matched(taken(target, *orders(20)), target)
     expected = {"q": ("heads", "stream"), "k": ("groups", "stream"), "o": ("stream", "heads"),
-                "up": ("units", "stream"), "down": ("stream", "units"), "q.bias": ("heads",),
-                "v.bias": ("groups",), "o.bias": ("stream",), "up.bias": ("units",)}
-    known = rows | {"stream": match.stream_J}
+                "up": ("units", "stream"), "down": ("stream", "units")}
+    known = match.units[1] | {"stream": match.stream_J}
     for role, axes in expected.items():
-        shape = tuple(len(known[axis]) for axis in axes)
-        index = match.index(1, role, shape, shape)
+        index = match.index(1, role)
         assert all(torch.equal(i, known[axis]) for i, axis in zip(index, axes, strict=True))
-    words = match.index(None, "embed", (5, 48), (3, 48))
-    assert words[0].tolist() == [2, -1, 0] and torch.equal(words[1], match.stream_J)
-    # positions beside words: by number
-    assert match.index(None, "embed", (2, 48), (4, 48))[0].tolist() == [0, 1, -1, -1]
-    # fused, an expert's, of no axis, norms: the target's own
-    for other in ("qkv", "gate.3", "router", "norm", "norm.bias"):
-        assert match.index(1, other, (9, 48), (9, 48)) is None
-    assert match.index(None, "norm", (48,), (48,)) is None
 
 
 # --- the committed models -------------------------------------------------------------------------
@@ -492,12 +483,11 @@ def rows(heads):
     return blocks(heads, tiny_lm.HEAD_DIM)
 
 
-@pytest.mark.parametrize("size", [tiny_lm.HEAD_DIM, None])
-def test_grown_is_matched_with_its_base(size):
+def test_grown_is_matched_with_its_base():
     spec = make_models.SPECS["grown"]
     grown = make_models.grow(tiny_lm.load(MODELS / "base.safetensors"), spec)
     _, (stream, order) = make_models.scramble(grown.state_dict(), spec.seed)
-    match = matched(opened("grown"), opened("base"), size=size)
+    match = matched(opened("grown"), opened("base"))
     assert match.layers == list(spec.places) and min(match.similarity) > 0.9 and match.related
     assert torch.equal(match.stream_J, stream.argsort()[:128])
     for found, i in zip(match.units, match.layers):
@@ -505,14 +495,14 @@ def test_grown_is_matched_with_its_base(size):
         assert (found["units"] == units.argsort()[:384]).float().mean() >= 0.99
         assert torch.equal(found["heads"], rows(heads.argsort()[:4]))
         assert torch.equal(found["groups"], rows(heads.argsort()[:4]))
-    back = matched(opened("base"), opened("grown"), size=size)
+    back = matched(opened("base"), opened("grown"))
     assert back.layers == [0, 1, None, 2, 3, None]
     assert torch.equal(back.stream_J, torch.where(stream < 128, stream, -1))
 
 
 def test_pruned_is_matched_with_its_base():
     base = tiny_lm.load(MODELS / "base.safetensors").state_dict()
-    match = matched(opened("base"), opened("pruned"), size=tiny_lm.HEAD_DIM)
+    match = matched(opened("base"), opened("pruned"))
     assert match.layers == [0, 1, 2] and min(match.similarity) > 0.9 and match.related
     for found, layer in zip(match.units, match.layers):
         heads, units = make_models.strongest(base, layer, 3, 288)
@@ -526,7 +516,7 @@ def test_only_relatives_are_related():
     strangers = "base-seed2", "large"
     models = {name: opened(name) for name in (*family, *strangers)}
     for a, b in itertools.permutations(models, 2):
-        match = matched(models[a], models[b], size=tiny_lm.HEAD_DIM)
+        match = matched(models[a], models[b])
         assert match.related == (a in family and b in family), (a, b)
         paired = [value for i, value in zip(match.layers, match.similarity) if i is not None]
         fewer = min(len(models[a][1]), len(models[b][1]))  # of relatives: every layer that can
