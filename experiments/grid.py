@@ -8,7 +8,9 @@ ours:  every cell is held against *zero* (shrinkage towards the mean latent), *n
        (no content of the source at all). Sinkhorn needs a fourth control, *carried*: Gaussian noise
        in the place of the source, sent through the same transport. The plan pairs each slot of the
        target with whatever resembles it, so that what comes out resembles the target, whatever went
-       in; the first three enter after the transport and miss that.
+       in; the first three enter after the transport and miss that. Where hidden units are matched
+       by weights, *carried* is noise in the source's place, and *neighbour* the same match with
+       every layer of the source one off.
 Left out on purpose: which cells are worth measuring. Previous: baselines.py.
 Next:  transfer_tables.py.
 """
@@ -21,16 +23,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from align import Moments, control_latents
-from chunking import Checkpoint
+from align import AXES, Moments, control_latents
+from chunking import Checkpoint, Layers, Matched
 from evaluate import DOMAINS
 from lsmerge import Alignment, Codec, Parent, bring, cast, combine, convex_weights
-from merge import measure_task, plan_merge, training_parents
+from merge import match, measure_task, plan_merge, training_parents
 from scores import find, judge, machine, pooled, score, stacked, summary
 from tiny_lm import TinyLM
 from train import Schedule, train_vae
 
-CONTROLS = ("zero", "noise", "shuffled", "carried")
+CONTROLS = ("zero", "noise", "shuffled", "carried", "neighbour")
 SPLITS = ("validation", "test")     # validation chooses, test reports; a control is never chosen
 
 
@@ -67,9 +69,21 @@ def noise_parent(parent, generator):
     return twin
 
 
+def matched(target, source, neighbour=False):
+    """A relative in the order of the target's hidden units; neighbour: every layer one off."""
+    found = match(target, source)
+    if neighbour:
+        last = len(Layers(source, AXES)) - 1
+        layers = [None if i is None else i + 1 if i < last else i - 1 for i in found.layers]
+        found = found._replace(layers=layers)
+    return Matched(source, target, found, AXES)
+
+
 def encoded_tasks(target, sources, by="depth"):
-    """Who meets whom among the encoded tensors, with statistics, of any shapes."""
-    _, tasks = plan_merge(target, sources, align="mean", by=by)
+    """Who meets whom among the encoded tensors, with statistics. by: how layers are paired, "depth"
+    or "index"; "weights": the sources are `matched`."""
+    align = "units" if by == "weights" else "mean"
+    _, tasks = plan_merge(target, sources, align=align, by=by)
     models = [target, *sources]
     return [measure_task(models, task) for task in tasks if task.action == "encoded"]
 
@@ -92,11 +106,13 @@ class Grid:
         self.tensors = {name: self.target.read_tensor(name) for name in self.target.entries}
         self.encoded, self.scores, self.seconds = {}, {}, {}
 
-    def pairs(self, source, pairing):
+    def pairs(self, source, pairing, neighbour=False):
         """[(number, target, source)] of the encoded tensors. Everything else stays the target's in
         every cell, equal shapes or not: what is compared are the latents alone, and a control must
         not receive the source's embeddings."""
         files, found = [self.target, Checkpoint(source)], []
+        if pairing == "weights":
+            files[1] = matched(*files, neighbour)
         for task in encoded_tasks(self.target, files[1:], pairing):
             mine, theirs = (Encoded(functools.partial(file.read, slot.name), slot, self.codec)
                             for file, slot in zip(files, task.slots))
@@ -142,9 +158,10 @@ class Grid:
     def measure_source(self, source, aligns, pairing, lambdas, name=None, control=None, seed=None):
         """All cells of one source and pairing. With `control` the file stands for a control of the
         source called `name`."""
-        pairs = self.pairs(source, pairing)
+        pairs = self.pairs(source, pairing, control == "neighbour")
         for align in aligns:
-            transported = self.transported(pairs, Alignment(align))
+            how = Alignment("none" if align == "units" else align)      # they are matched already
+            transported = self.transported(pairs, how)
             for lam in lambdas:
                 cell = Cell(name or source.stem, align, pairing, lam, control, seed)
                 self.score(cell, self.model(pairs, transported, lam), SPLITS[control is not None:])
@@ -166,7 +183,8 @@ class Grid:
             generator = torch.Generator().manual_seed(seed)
             noise = [(number, target, noise_parent(theirs, generator))
                      for number, target, theirs in pairs]
-            transported = self.transported(noise, Alignment(align))
+            how = Alignment("none" if align == "units" else align)
+            transported = self.transported(noise, how)
             for lam in lambdas:
                 cell = Cell(source.stem, align, pairing, lam, "carried", seed)
                 self.score(cell, self.model(pairs, transported, lam), ("test",))

@@ -37,6 +37,8 @@ def parse():
     parser.add_argument("--table", action="append", default=[], choices=("5", *MEASURE),
                         help="may be given again")
     parser.add_argument("--figure", action="append", default=[], choices=("4",))
+    parser.add_argument("--source", action="append", choices=transfer_tables.PAIRINGS,
+                        help="of Table 5 and Figure 4 (all)")
     parser.add_argument("--ablation", choices=("curriculum",),
                         help="which parts of the training earn their place")
     parser.add_argument("--models", type=Path, default=HERE / "models",
@@ -52,6 +54,7 @@ def parse():
     args = parser.parse_args()
     if not (args.table or args.figure or args.ablation):
         parser.error("nothing to do: give --table, --figure or --ablation")
+    args.source = args.source or [*transfer_tables.PAIRINGS]
     return args
 
 
@@ -76,7 +79,7 @@ def main():
 def transfer(args, how):
     """Table 5 and Figure 4: one grid of cells for both."""
     began = time.perf_counter()
-    rows, chosen = transfer_tables.measure_transfer(args.models, *how)
+    rows, chosen = transfer_tables.measure_transfer(args.models, *how, args.source)
     if "5" in args.table:
         transfer_tables.print_table5(rows, chosen)
         keep(args, "table5", transfer_tables.of_table5(rows, chosen))

@@ -28,8 +28,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import align
 import merge
-from chunking import Checkpoint, Layers, Matched
+from chunking import Checkpoint, Layers
 from evaluate import DOMAINS
+from grid import matched
 from make_models import Spec, scramble, train, training_text
 from scores import append, difference, machine, score
 from tiny_lm import TinyLM
@@ -91,11 +92,7 @@ def neighbour(lam):
     """The difference of the source's next layer (of the last one: the one before), matched as the
     right one is."""
     target, base, expert = map(checkpoint, ("pruned", "base", "code"))
-    found = merge.match(target, base)
-    last = len(Layers(base, align.AXES)) - 1
-    moved = [None if i is None else i + 1 if i < last else i - 1 for i in found.layers]
-    models = [Matched(model, target, found._replace(layers=moved), align.AXES)
-              for model in (base, expert)]
+    models = [matched(target, model, neighbour=True) for model in (base, expert)]
     return {name: lam * (models[1].read(name) - models[0].read(name)).view(entry.shape)
             for name, entry in models[0].entries.items()}
 

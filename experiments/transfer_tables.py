@@ -3,7 +3,8 @@
     python experiments/paper_tables.py --table 5 --figure 4 [--quick]
 
 In:    the models of make_models.py. Target: base. Sources: large (deeper and wider) and base-seed2
-       (equal shapes, another origin, so that nothing but the data is shared).
+       (equal shapes, another origin, so that nothing but the data is shared); and grown, a deeper
+       and wider relative, also with its hidden units matched by weights (ours: "units").
 Out:   printed tables, and a record per merged model, which paper_tables.py appends to results/.
 Paper: Sec. 4, Table 5 (LLaMA-3.2-1B -> Gemma-3-1B) and Fig. 4 (Gemma 4B -> 1B): lambda curves with
        and without transport. differs: bits per byte instead of benchmarks.
@@ -23,7 +24,8 @@ from vae import VAEConfig
 
 LAMBDAS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 ALIGNS = ("none", "mean", "gaussian", "sinkhorn")
-PAIRINGS = ("depth", "index")
+# Of models of equal depth both pairings are the same.
+PAIRINGS = {"large": ("depth", "index"), "base-seed2": ("depth",), "grown": ("depth", "weights")}
 REPORTED = {1.0: "only (lambda 1)", 0.1: "+ interpolation (0.1)"}       # the lambdas of Table 5
 # The paper's own figures, for orientation: WinoGrande / ARC-C / HellaSwag (%), higher is better.
 PAPER = {"base": "56.83 / 42.78 / 49.07", 1.0: "51.13 / 34.25 / 48.50",
@@ -43,24 +45,30 @@ def plain_average(grid, source, lambdas):
         grid.score(Cell(source.stem, "weights", "depth", lam), tensors)
 
 
-def transfer_grid(models, seeds, documents, quiet):
+def transfer_grid(models, seeds, documents, quiet, names):
     """(rows of Table 5 and Figure 4, the cell chosen for each source)."""
-    base = models / "base.safetensors"
-    large, seed2 = sources = [models / f"{name}.safetensors" for name in ("large", "base-seed2")]
+    base, sources = models / "base.safetensors", [models / f"{name}.safetensors" for name in names]
     codec, stages = trained_codec(base, sources, VAEConfig())
-    # Of models of equal depth both pairings are the same.
-    lines = [(large, pairing) for pairing in PAIRINGS] + [(seed2, PAIRINGS[0])]
-    cells = 2 + len(LAMBDAS) * (len(lines) * (len(ALIGNS) + seeds) + 1 + 2 * seeds + 1)
+    lines = [(source, pairing) for source in sources for pairing in PAIRINGS[source.stem]]
+    weights = sum(pairing == "weights" for _, pairing in lines)
+    cells = 2 + len(LAMBDAS) * ((len(lines) - weights) * (len(ALIGNS) + seeds)
+                                + weights * (2 + seeds) + 1 + 2 * seeds + ("base-seed2" in names))
     with tqdm(total=cells, desc="cells", disable=quiet) as bar:
         grid = Grid(base, codec, documents, bar)
-        grid.measure_base(large)
+        grid.measure_base(sources[0])
         for source, pairing in lines:
-            grid.measure_source(source, ALIGNS, pairing, LAMBDAS)
-            grid.measure_carried(source, "sinkhorn", pairing, LAMBDAS, seeds)
-        plain_average(grid, seed2, LAMBDAS)
-        grid.measure_controls(large, LAMBDAS, seeds)
+            aligns = ("units",) if pairing == "weights" else ALIGNS
+            grid.measure_source(source, aligns, pairing, LAMBDAS)
+            grid.measure_carried(source, aligns[-1], pairing, LAMBDAS, seeds)
+            if pairing == "weights":
+                grid.measure_source(source, aligns, pairing, LAMBDAS, control="neighbour")
+        if "base-seed2" in names:
+            plain_average(grid, models / "base-seed2.safetensors", LAMBDAS)
+        grid.measure_controls(sources[0], LAMBDAS, seeds)
     facts = facts_of(codec, stages, [base, *sources]) | {"few": None}
-    rows = records(grid, facts) + few_samples(base, large, seeds, documents)
+    rows = records(grid, facts)
+    if "large" in names:
+        rows += few_samples(base, models / "large.safetensors", seeds, documents)
     return rows, [grid.choose(source.stem) for source in sources]
 
 
@@ -78,9 +86,9 @@ def few_samples(base, source, seeds, documents, chunk=640, lambdas=(0.1, 1.0)):
     return [row for row in records(grid, facts) if row["row"] != "base"]
 
 
-def measure_transfer(models, seeds=5, documents=None, quick=False, quiet=False):
+def measure_transfer(models, seeds=5, documents=None, quick=False, quiet=False, names=PAIRINGS):
     """(rows, chosen cells) of one grid for both, the table and the figure."""
-    return transfer_grid(models, seeds, QUICK if quick else documents, quiet)
+    return transfer_grid(models, seeds, QUICK if quick else documents, quiet, names)
 
 
 def of_table5(rows, chosen):
@@ -110,8 +118,9 @@ def print_table5(rows, chosen):
     print(row_text("round trip of the codec alone", find(rows, row="round trip")[0]))
     for source in dict.fromkeys(row["source"] for row in find(rows, row="cell")):
         for lam in REPORTED:
-            for row in find(rows, row="cell", source=source, lam=lam, pairing="depth"):
-                print_cell5(row)
+            for row in find(rows, row="cell", source=source, lam=lam):
+                if row["pairing"] != "index":
+                    print_cell5(row)
     for lam in REPORTED:
         for control in CONTROLS[:3]:
             row = mean_control(find(rows, few=None), control, lam)
@@ -128,7 +137,7 @@ def print_cell5(row):
     align = "plain average" if row["align"] == "weights" else row["align"]
     few = f", c = {row['chunk']}" if row["few"] else ""
     beats = YES[row["beats_controls"]]
-    transported = row["align"] in ("gaussian", "sinkhorn")      # what the paper's figures are about
+    transported = row["align"] in ("gaussian", "sinkhorn")  # what the paper's figures are about
     print(row_text(f"{row['source']}: {align} {REPORTED[row['lam']]}{few}", row,
                    paper_note(row["lam"], beats) if transported else beats))
 
