@@ -27,7 +27,7 @@ STYLE = {"svg.hashsalt": "lsmerge", "svg.fonttype": "none", "font.size": 9, "tex
          "legend.frameon": False, "legend.labelcolor": GREY, "lines.linewidth": 1.5,
          "lines.markersize": 4, "figure.dpi": 72}
 FIGURE_4 = {"none": (BLUE, "o-"), "mean": (GREEN, "o--"), "gaussian": (PURPLE, "o-"),
-            "carried": (GREY, "x:"), "sinkhorn": (VERMILION, "o-")}
+            "carried": (GREY, "x:"), "sinkhorn": (VERMILION, "o-"), "units": (BLUE, "s-")}
 CODES = {"VAE": (BLUE, "o-"), "PCA": (VERMILION, "s--"), "PCA, c = 1024": (GREEN, "^:"),
          "noise": (PURPLE, "d-.")}
 
@@ -99,7 +99,7 @@ def grouped(rows, *keys):
 def figure4(figure, results):
     """paper: Fig. 4. Bits over lambda per alignment; the controls without content as a band."""
     axes = panels(figure, 2, height=3.1, sharey=True)
-    for panel, source in zip(axes, ("large", "base-seed2")):
+    for panel, source in zip(axes, ("large", "grown")):
         curves = [results.curve(control=control) for control in ("zero", "noise", "shuffled")]
         lambdas = [lam for lam, _, _ in curves[0]]
         low = [min(mean - se for _, mean, se in at) for at in zip(*curves)]
@@ -107,19 +107,23 @@ def figure4(figure, results):
         panel.fill_between(lambdas, low, high, color=GREY, alpha=0.35, linewidth=0,
                            label="zero, noise, shuffled")
         for align, (colour, style) in FIGURE_4.items():
-            found = results.curve(source=source, pairing="depth", **(
+            pairing = "weights" if align == "units" else "depth"
+            found = results.curve(source=source, pairing=pairing, **(
                 {"control": align} if align == "carried" else {"align": align}))
+            if not found:
+                continue
             lam, mean, se = zip(*found)
             panel.errorbar(lam, mean, 2 * np.array(se), fmt=style, color=colour,
                            markersize=7 if align == "carried" else 4,
-                           label={"carried": "noise through the same Sinkhorn"}.get(align, align))
+                           label={"carried": "noise through the same Sinkhorn",
+                                  "units": "units matched by weights"}.get(align, align))
         panel.axhline(0, color=GREY, linewidth=1)
         panel.set_xscale("log")
         panel.set_yscale("symlog", linthresh=0.01, linscale=0.7)
         panel.set_xticks(lambdas, [f"{value:g}" for value in lambdas])
         panel.minorticks_off()
         panel.set_yticks([-0.01, 0, 0.01, 0.1, 1, 10], ["-0.01", "0", "0.01", "0.1", "1", "10"])
-        panel.set(ylim=(-0.01, 30), title=f"{source} into base", xlabel="lambda (log)")
+        panel.set(ylim=(-0.02, 30), title=f"{source} into base", xlabel="lambda (log)")
     axes[0].set_ylabel("bits per byte minus the target's")
     legend(figure, axes, 3)
 

@@ -270,8 +270,9 @@ def cell_gain(row):
 
 
 def table5(results):
-    rows, lines = find(results.cells("table5"), pairing="depth", control=None, row="cell"), []
-    labels = ("base", "zero", "noise", "shuffled", "carried")
+    rows, lines = find(results.cells("table5"), control=None, row="cell"), []
+    rows = [row for row in rows if row["pairing"] != "index"]
+    labels = ("base", "zero", "noise", "shuffled", "carried", "neighbour")
     for lam, title in ((0.1, "transport and interpolation, lambda 0.1"),
                        (1.0, "transport only, lambda 1")):
         lines += table([title, *(f"minus {label}" for label in labels)], [
@@ -281,7 +282,9 @@ def table5(results):
             for row in find(rows, lam=lam)])
     words = [cell_gain(row) for row in rows if row["align"] != "weights"]
     return rows, [
-        "*carried*: Gaussian noise in the place of the source, sent through the same transport.",
+        "*carried*: Gaussian noise in the place of the source, sent through the same transport. "
+        "*units* (ours): layers and hidden units matched by their weights before; *neighbour*: "
+        "the same match, every layer of the source one off.",
         f"Of {len(words)} cells {words.count('holds')} beat the target and every control; "
         "the verdict per source is at Figure 4.",
         *(f"n < d: chunks of {c}, the paper's size, of which a tensor has fewer than they have "
@@ -293,11 +296,14 @@ def figure4(results):
     lines, sentences = [], [
         "Bits per byte minus the target's, over lambda; layers paired by depth; 0 means that the "
         "merge did no harm."]
-    for source in ("large", "base-seed2"):
+    for source in sources_of(results.cells()):
         curves = {align: results.curve(source=source, align=align, pairing="depth")
                   for align in ("none", "mean", "gaussian", "sinkhorn")}
         curves["noise by Sinkhorn"] = results.curve(source=source, pairing="depth",
                                                     control="carried")
+        if find(results.cells(), source=source, align="units"):
+            for name, control in (("units", None), ("neighbour", "neighbour")):
+                curves[name] = results.curve(source=source, align="units", control=control)
         lines += curve_table(f"`{source}`: lambda", curves)
         row = chosen(results, source)
         held = "; ".join(f"{label} {said_of(d)}" for label, d in row["difference"].items())
@@ -307,6 +313,10 @@ def figure4(results):
                 for control in ("zero", "noise", "shuffled")}
     lines += curve_table("controls: lambda", controls)
     return [row for row in results.cells() if row["lam"]], sentences, lines
+
+
+def sources_of(cells):
+    return dict.fromkeys(row["source"] for row in find(cells, row="cell"))
 
 
 def curve_table(name, curves):
@@ -639,7 +649,9 @@ def curves(results):
 
 
 def kin(row):
-    return statistics.mean(row["similarity"])
+    """The mean cosine of the layers that have a partner, of strangers that of all."""
+    matched = [value for value, i in zip(row["similarity"], row["layers"]) if i is not None]
+    return statistics.mean(matched or row["similarity"])
 
 
 def kinship(results):
@@ -701,20 +713,21 @@ def vae(results):
          f"{row['seconds']:.0f}"] for row in rows])
 
 
-def sibling_cells(results):
+def sibling_cells(results, name="sibling"):
     """[(row, lambda, {domain: (mean, standard error)})], seeds taken together."""
-    rows = results.rows("sibling", "row", "lam", "seed")
+    rows = results.rows(name, "row", "lam", "seed")
     return [(row, lam, {domain: over_seeds([one["domains"][domain] for one in group])
                         for domain in group[0]["domains"]})
             for (row, lam), group in figures.grouped(rows, "row", "lam").items()]
 
 
-def sibling(results):
-    cells = sibling_cells(results)
+def sibling(results, name="sibling", unit="Nats per token, a real model"):
+    cells = sibling_cells(results, name)
     words = [[said(*d) for d in found.values()] for _, _, found in cells]
     domains = list(cells[0][2])
-    return results.rows("sibling", "row", "lam", "seed"), [
-        "Real siblings of different shape: nats per token, minus the target's.",
+    return results.rows(name, "row", "lam", "seed"), [
+        f"{unit}, minus the target's: a pruned and healed model + lambda (an expert of its bigger "
+        "sibling - that sibling), hidden units matched; controls of the same size at lambda 0.5.",
         f"Of {len(cells)} rows {sum('beats' in row for row in words)} beat the target in some "
         f"domain, {sum('beats' in row and 'loses' not in row for row in words)} of them without "
         "a loss in another."
@@ -841,9 +854,19 @@ def of_kinship(results):
 
 
 def of_vae(results):
-    unseen = [row["nmse"] for row in results.rows("vae", "vae", "model", "dtype")
-              if not row["seen"] and row["vae"] == "reference"]
-    return f"NMSE at most {max(unseen, default=math.nan):.1e}", "ours"
+    """Every VAE trained from its random start, on every model that it never saw, float32."""
+    unseen = [row for row in results.rows("vae", "vae", "model", "dtype")
+              if not row["seen"] and row["dtype"] == "float32"]
+    nmse = max(row["nmse"] for row in unseen)
+    change = max(abs(lost(row)) for row in unseen if lost(row) is not None)
+    return f"NMSE at most {nmse:.1e}, loss {change:+.2%}", lossless(change)
+
+
+def of_units(results):
+    """A relative of another shape, its hidden units matched by weights."""
+    row, = find(results.cells(), row="cell", source="grown", align="units", lam=0.5)
+    return f"{pm_of(row['difference']['base'])} to base", {
+        "holds": "ours, holds"}.get(cell_gain(row), "ours")
 
 
 def of_sibling(results):
@@ -903,6 +926,8 @@ SECTIONS = (
     Section("The reference VAE", "", ("vae",), vae),
     Section("Kinship", "", ("kinship",), kinship, "kinship"),
     Section("Drift", "", ("drift",), drift, "drift"),
+    Section("A pruned model and its sibling's expert", "", ("pruned",),
+            partial(sibling, name="pruned", unit="Bits per byte")),
     Section("Real siblings", "", ("sibling",), sibling),
     Section("Speed: beside mergekit", f"{BENCH} --peer --peer-python peer/bin/python --record",
             ("bench-peer",), bench_peer, "bench"),
@@ -932,6 +957,7 @@ CLAIMS = (
     Claim("it keeps a model at r = 2", "MMLU 41.4 → 39.8", "table7",
           partial(of_codec, "8", "code", 2.0)),
     Claim("a real model survives r > 1", "up to r = 4", "real", of_real),
+    Claim("a VAE serves unseen models at r = 1", "", "vae", of_vae),
     Claim("weights fill few dimensions: NMSE of PCA, r = 2", "Fig. 2", "table7", of_structure),
     Claim("one stage collapses: minus two, beta 1", "abstract", "ablation",
           partial(of_part, "r = 1, random start, beta 1", "one stage")),
@@ -940,8 +966,8 @@ CLAIMS = (
     Claim("stage 2 distils: without minus with", "abstract", "ablation", of_distillation),
     Claim("exact codec: latent merge minus plain average", "", "table3", of_exact),
     Claim("what a curved codec adds, over the experts' distance", "", "codec-search", of_search),
-    Claim("reference VAE on models that it never saw", "", "vae", of_vae),
-    Claim("kinship tells relatives from others", "", "kinship", of_kinship),
+    Claim("kinship tells relatives from strangers", "", "kinship", of_kinship),
+    Claim("a relative of another shape, units matched, lambda 0.5", "", "figure4", of_units),
     Claim("real siblings: the surest gain", "", "sibling", of_sibling),
     Claim("time of a latent merge over mergekit's", "", "bench-peer", partial(of_peer, "ratios")),
     Claim("its memory over mergekit's", "", "bench-peer", partial(of_peer, "memory_ratios")),

@@ -1,9 +1,9 @@
 """What does a trained VAE lose of models that it has never seen? One record per model.
 
-    python experiments/round_trips.py VAE MODEL [MODEL ...] [--seen NAME ...] \\
+    python experiments/round_trips.py VAE MODEL [MODEL ...] \\
         [--record experiments/results/vae.jsonl]
 
-In:    a VAE file of train.py; checkpoints. --seen names those that it was trained on.
+In:    a VAE file of train.py, whose header names what it was trained on; checkpoints.
 Out:   per model: NMSE over its encoded weights and of the worst tensor, and the loss before and
        after: bits per byte of the experiments' own models, nats per token of a language model in a
        folder (needs transformers; prose and code of evaluate.py), nothing of other files.
@@ -21,6 +21,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from codec_tables import Model, ThroughCodec
 from lsmerge import Codec
+from merge import REFERENCE
 from real_model import RealModel
 from scores import append, machine, score, summary
 
@@ -42,15 +43,17 @@ def lost_by(path, way):
     return model, nmse, errors, before, after
 
 
-def measure_model(path, vae, seen, dtype):
+def measure_model(path, vae, dtype):
     codec, began = Codec.load(vae, dtype=getattr(torch, dtype)), time.perf_counter()
     model, nmse, errors, before, after = lost_by(path, ThroughCodec(codec))
-    worst = max(errors, key=errors.get)
-    return {"vae": Path(vae).stem, "model": model.name, "seen": model.name in seen,
+    worst, seen = max(errors, key=errors.get), [Path(n).stem for n in codec.record["trained_on"]]
+    ours = Path(vae).resolve() == Path(REFERENCE).resolve()
+    return {"vae": "reference" if ours else f"trained on {' and '.join(seen)}",
+            "model": model.name, "seen": model.name in seen,
             "weights": model.weights, "nmse": nmse,
             "worst": {"name": worst, "nmse": errors[worst]}, "dtype": dtype,
             "loss_before": before, "loss": after, "seconds": time.perf_counter() - began,
-            **machine()}
+            "command": "python experiments/round_trips.py VAE MODEL ...", **machine()}
 
 
 def show(row):
@@ -66,13 +69,12 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("vae", help="a file of train.py")
     parser.add_argument("models", nargs="+")
-    parser.add_argument("--seen", nargs="*", default=[], help="names of models it was trained on")
     parser.add_argument("--dtype", nargs="+", default=["float32"])
     parser.add_argument("--record", type=Path, help="append to this file")
     args = parser.parse_args()
     for path in args.models:
         for dtype in args.dtype:
-            row = measure_model(path, args.vae, args.seen, dtype)
+            row = measure_model(path, args.vae, dtype)
             show(row)
             if args.record:
                 append(args.record, [row])
