@@ -52,7 +52,7 @@ class Codec:
         self.vae, self.record, self.files = vae, record or {}, files        # as it was loaded
         self.device, self.dtype = device, dtype
         self.C, self.T, self.Z = vae.config.chunk, vae.config.tokens, vae.config.latent
-        self.linear = Folded.fits(vae)      # then two products, of any number of chunks at once
+        self.linear = Folded.possible(vae)      # then two products, of any number of chunks at once
         net = Folded(vae) if self.linear else copy.deepcopy(vae)
         self.net = net.to(device, dtype).eval().requires_grad_(False)
 
