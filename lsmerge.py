@@ -48,8 +48,8 @@ class Codec:
 
     def __init__(self, vae, device="cpu", dtype=torch.float32, record=None, files=()):
         if not vae.ready:
-            raise ValueError("the VAE's neck was never set: train it first (train.train_vae)")
-        self.vae, self.record, self.files = vae, record or {}, files        # as it was loaded
+            raise ValueError("the VAE was never trained: do that first (train.train_vae)")
+        self.vae, self.record, self.files = vae, record or {}, [*files]    # vae: for train.py
         self.device, self.dtype = device, dtype
         self.C, self.T, self.Z = vae.config.chunk, vae.config.tokens, vae.config.latent
         self.linear = Folded.possible(vae)      # then two products, of any number of chunks at once
@@ -106,7 +106,7 @@ class Codec:
         return unscale(unchunk(from_windows(torch.cat(parts), len(z_NZ)), L), slot)
 
 
-def generator(*key):
+def generator_for(*key):
     """Noise by a key of whole numbers, mixed (torch looks at the low 32 bits of a seed only): the
     same place in the same run draws the same noise, whoever asks, in whatever order."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
@@ -133,7 +133,7 @@ class Parent(NamedTuple):
         C, T = self.codec.C, self.codec.T
         begin = first // T * T
         flat_L = self.read(begin * C, -(-last // T) * T * C)
-        noise = generator(*self.seed, begin) if self.samples else None
+        noise = generator_for(*self.seed, begin) if self.samples else None
         z_NZ = self.codec.encode(flat_L, self.slot, self.samples, noise, self.prior)
         return z_NZ[first - begin:last - begin]
 
@@ -223,7 +223,7 @@ class Transport:
     and of the source's projected ones, over the WHOLE tensor (n chunks of d = Z numbers)."""
 
     def __init__(self, target, source, how, seed=(0,)):
-        self.target, self.source, self.how, self.noise = target, source, how, generator(*seed)
+        self.target, self.source, self.how, self.noise = target, source, how, generator_for(*seed)
         self.found, self.goal, self.aligned = ot.Moments(), ot.Moments(), ot.Moments()
         self.iterations, self.error = 0, 0.0
         for j0, j1 in spans(target.N, self.step):

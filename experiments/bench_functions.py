@@ -358,7 +358,7 @@ def release_loss(vae, x_BTC, real_BTC, generator):
 
 def train_release(parents, seed, budget, log):
     """The release's recipe: one stage. Ends at REACH or after `budget` steps."""
-    schedule, noise = train.Schedule(seed=seed), lsmerge.generator(seed)
+    schedule, noise = train.Schedule(seed=seed), lsmerge.generator_for(seed)
     vae, picks = VAE(VAEConfig(init="random"), noise), np.random.default_rng(seed)
     windows = train.Windows(parents, vae.config, schedule)
     optimiser = torch.optim.AdamW(vae.parameters(), lr=1e-4, weight_decay=1e-5)

@@ -293,7 +293,7 @@ def test_draws_from_the_posterior_and_from_the_prior():
 def test_a_codec_whose_neck_was_never_set_refuses_to_work(options):
     net = v.VAE(config(**options), generator())
     assert not net.ready
-    with pytest.raises(ValueError, match="neck was never set"):
+    with pytest.raises(ValueError, match="never trained"):
         Codec(net)
     net.set_neck(torch.zeros(16), torch.eye(16, dtype=torch.float64))
     assert Codec(net).Z == net.config.latent
