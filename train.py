@@ -34,9 +34,9 @@ from tqdm import tqdm
 
 from align import Moments
 from chunking import (Checkpoint, Parser, check_output, chunk, command, is_selected, measure, need,
-                      scale, to_windows, write_tensors)
-from lsmerge import Codec, generator_for
-from vae import VAE, Loss, VAEConfig, masked_mse, sample, vae_loss
+                      standardise, to_windows, write_tensors)
+from lsmerge import Codec
+from vae import VAE, Loss, VAEConfig, generator_for, masked_mse, sample, vae_loss
 
 
 def rank_and_size(): return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -103,7 +103,7 @@ class Windows:
             tensor = bisect.bisect(self.starts, number) - 1         # whose window it is
             (checkpoint, slot), w = self.tensors[tensor], int(number) - self.starts[tensor]
             flat_L = checkpoint.read(slot.name, w * self.T * self.C, (w + 1) * self.T * self.C)
-            pairs.append(to_windows(*chunk(scale(flat_L, slot), self.C), self.T))
+            pairs.append(to_windows(*chunk(standardise(flat_L, slot), self.C), self.T))
         return [torch.cat(part).to(self.device) for part in zip(*pairs)]
 
 

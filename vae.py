@@ -23,6 +23,7 @@ import functools, json, math
 from collections import namedtuple
 from dataclasses import asdict, dataclass, fields
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -30,8 +31,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class VAEConfig:
-    chunk: int = 64         # C. paper: 640. ours: small, so that a tensor of 16,384 weights gives
-    #                         n = 256 >= 4 d samples for the statistics of Sec. 3.3
+    chunk: int = 64         # C. paper: 640. ours: 16,384 weights then give n = 256 >= 4 d samples
     tokens: int = 16        # T: attention sees T C = 1,024 weights of one tensor
     ratio: float = 1.0      # r = C / Z. paper: 1.6, 2, 4; its release: 1.0
     width: int = 128        # D. paper's release: 768
@@ -58,8 +58,7 @@ class VAEConfig:
         return self.chunk / self.latent
 
 
-# q(z | w) = N(mu, exp(logvar)), diagonal.
-Posterior = namedtuple("Posterior", "mu_BTZ logvar_BTZ")
+Posterior = namedtuple("Posterior", "mu_BTZ logvar_BTZ")    # q(z | w) = N(mu, exp(logvar) I)
 
 
 class Block(nn.Module):
@@ -79,9 +78,9 @@ class Block(nn.Module):
         qkv = self.qkv(self.norm_attention(h_BTD)).view(B, T, 3 * self.heads, D // self.heads)
         qk = rotate(qkv[:, :, :2 * self.heads], cos_T1P, sin_T1P)
         q, k = qk.transpose(1, 2).chunk(2, dim=1)                   # each (B, heads, T, K)
-        v = qkv[:, :, 2 * self.heads:].transpose(1, 2)
+        v = qkv[:, :, 2 * self.heads:].transpose(1, 2)              # (B, heads, T, K)
         mixed = F.scaled_dot_product_attention(q, k, v, mask_B11T)  # softmax(q k^T / sqrt K) v
-        h_BTD = h_BTD + self.out(mixed.transpose(1, 2).reshape(B, T, D))
+        h_BTD = h_BTD + self.out(mixed.transpose(1, 2).reshape(B, T, D))    # heads side by side
         gate, up = self.gate_up(self.norm_mlp(h_BTD)).chunk(2, dim=-1)
         return h_BTD + self.down(F.silu(gate) * up)                 # SwiGLU
 
@@ -131,7 +130,7 @@ class VAE(nn.Module):
         for matrix in [last for block in blocks for last in (block.out, block.down)]:
             matrix.weight.mul_(0 if exact else (2 * len(blocks)) ** -0.5)
         isometry_DC = torch.linalg.qr(self.embed.weight.double()).Q.float()
-        if exact:
+        if exact:           # exact, as V E = 1
             self.embed.weight.copy_(isometry_DC)
             self.unembed.weight.copy_(isometry_DC.T)
         if self.config.true_ratio <= 1:
@@ -139,7 +138,7 @@ class VAE(nn.Module):
             self.ready = exact
 
     def _run(self, blocks, h_BTD, real_BT):
-        T, K = h_BTD.shape[1], self.config.width // self.config.heads
+        T, K = h_BTD.shape[1], self.config.width // self.config.heads       # K numbers per head
         cos_T1P, sin_T1P = rotation(T, K, h_BTD.device, h_BTD.dtype)
         mask_B11T = None if real_BT is None else real_BT[:, None, None]     # 1: attended to
         for block in blocks:
@@ -165,31 +164,28 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def set_neck(self, mean_D, cov_DD):
-        """Start stage 2 with the Z leading principal directions U of stage 1's latents, the best
-        linear code of Z numbers for this encoder (Eckart-Young):
-
-            mu = U^T (h - mean),   h^ = U mu + mean        (mean: the bias of `widen`, for both)"""
+        """Start stage 2, at r > 1, with the Z leading principal directions U of stage 1's latents:
+        mu = U^T (h - mean),  h^ = U mu + mean  is the best linear code of Z numbers (Eckart-Young);
+        mean: the bias of `widen`, for both."""
         embed_DC, D = self.embed.weight.double().cpu(), self.config.width
         # A little white noise, as seen through the embedding, ranks the directions that these data
         # leave empty (few or constant chunks): those that a chunk can reach come first.
         noise_DD = (1e-9 * cov_DD.diagonal().sum() + 1e-12) / D * embed_DC @ embed_DC.T
         directions_DD = torch.linalg.eigh(cov_DD.double() + noise_DD).eigenvectors.flip(1)
-        self._fill_neck(mean_D, directions_DD[:, :self.config.latent])
+        self._fill_neck(mean_D, directions_DD[:, :self.config.latent])      # the largest first
         self.ready = True
 
     @torch.no_grad()
     def _fill_neck(self, mean_D, directions_DZ):
         """U, and the posterior variance s = sigma^2 that minimises Eq. 1 for a linear decoder: per
-        latent number (U is orthonormal, so s in the code adds a squared error of s to the chunk):
-
+        latent number (U is orthonormal, so s in the code adds a squared error of s to the chunk)
             d/ds [s / 2 + beta (s - 1 - log s) / 2] = 0    =>    s = beta / (1 + beta)
-
         Example:  beta 1e-4 -> sigma 0.01; for a latent number of variance 1 the KL is then
                   (1 + 1e-4 - 1 - log 1e-4) / 2 = 4.605 nats, which is -log sigma."""
-        unused = self.config.latent - directions_DZ.shape[1]
-        directions_DZ = F.pad(directions_DZ, (0, max(0, unused)))   # at r < 1 some stay at 0
-        self.neck_mu.weight.copy_(directions_DZ.T)
-        self.widen.weight.copy_(directions_DZ)
+        unused = self.config.latent - directions_DZ.shape[1]        # at r < 1: they stay at 0
+        directions_DZ = F.pad(directions_DZ, (0, unused))
+        self.neck_mu.weight.copy_(directions_DZ.T)      # mu = U^T (h - mean)
+        self.widen.weight.copy_(directions_DZ)          # h^ = U mu + mean
         self.widen.bias.copy_(mean_D)
         self.neck_logvar.weight.zero_()
         self.neck_logvar.bias.fill_(math.log(max(self.config.beta, 1e-12) / (1 + self.config.beta)))
@@ -201,8 +197,7 @@ class VAE(nn.Module):
 
     @classmethod
     def from_file(cls, tensors, metadata):
-        """The inverse: (vae, record). Raises ValueError, TypeError or RuntimeError (torch's own)
-        where the file does not fit itself."""
+        """The inverse: (vae, record); ValueError, TypeError or RuntimeError if it does not fit."""
         config = json.loads(metadata.get("lsmerge.vae", "{}"))
         if set(config) != {field.name for field in fields(VAEConfig)}:
             raise ValueError("no VAE, or one of an earlier version: train one with train.py")
@@ -245,6 +240,12 @@ def sample(posterior, generator):
     return posterior.mu_BTZ + (0.5 * posterior.logvar_BTZ).exp() * eps.to(posterior.mu_BTZ)
 
 
+def generator_for(*key):
+    """A source of noise for a key (seed, tensor, parent, first chunk): equal keys draw equal noise,
+    in whatever order they are asked. Hashed, as torch uses only the low 32 bits of a seed."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
 def masked_mse(decoded_BTC, x_BTC, real_BTC):
     """Mean squared error over real weights: padding is in neither the sum nor the count."""
     return (decoded_BTC[real_BTC] - x_BTC[real_BTC]).square().mean()
@@ -262,7 +263,6 @@ Loss = namedtuple("Loss", "total mse kl")
 
 def vae_loss(decoded_BTC, posterior, x_BTC, real_BTC, beta, ratio):
     """paper: Eq. 1,  -E_q[log p(w | z)] + beta KL(q(z | w) || N(0, I)).
-
     ours: p(w | z) is a Gaussian of unit variance on standardised weights. Per weight, and up to a
     constant, Eq. 1 is then  mse / 2 + (beta / r) kl, with 1 / r latent numbers per weight."""
     mse = masked_mse(decoded_BTC, x_BTC, real_BTC)
