@@ -3,8 +3,9 @@
     checkpoint -> chunks -> latents -> projected, transported -> merged latents -> chunks -> weights
         W           X         z               z~                     z_lambda         X^        W^
 
-`ls_merge`, at the end of this file, is the method for one tensor: encode, align, merge, decode.
-Which tensors meet is decided in merge.py; the arrows are made in chunking.py, vae.py and align.py.
+`ls_merge` is the method for one tensor: encode, align, merge, decode; `tour` (python lsmerge.py)
+shows it in numbers. Which tensors meet is decided in merge.py; the arrows are made in chunking.py,
+vae.py and align.py.
 
 Dimension key (a suffix names a tensor's axes):
     L  weights of a tensor          C  weights per chunk        N  chunks of a tensor
@@ -26,14 +27,16 @@ Paper                           here                                    where
 Example: a q_proj of 128 x 128 has L = 16,384 weights, N = 256 chunks of C = 64, B = 16 windows of
 T = 16, and Z = 64 at r = 1. For bounded memory a tensor is merged in pieces of 2^18 weights.
 """
-import copy, math
+import copy, math, os, sys
+from functools import partial
 from typing import Callable, NamedTuple
 
 import torch
 
 import align as ot
-from chunking import (PIECE, Checkpoint, CheckpointError, TensorSlot, cast, chunk, from_windows, need,
-                      place, spans, standardise, to_windows, unchunk, unstandardise)
+from chunking import (PIECE, Checkpoint, CheckpointError, Parser, TensorSlot, cast, chunk, command,
+                      from_windows, is_selected, measure, need, place, spans, standardise,
+                      to_windows, unchunk, unstandardise)
 from vae import VAE, Folded, Posterior, VAEConfig, generator_for, sample
 
 
@@ -57,10 +60,10 @@ class Codec:
             return cls(VAE(VAEConfig(), torch.Generator().manual_seed(0)), device, dtype)
         file = Checkpoint(path)
         try:
-            vae, facts = VAE.from_file({n: file.read_tensor(n) for n in file.entries}, file.metadata)
+            vae, info = VAE.from_file({n: file.read_tensor(n) for n in file.entries}, file.metadata)
         except (ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(path, " ".join(str(error).split()), "pass a VAE file") from None
-        return cls(vae, device, dtype, facts, file.files)
+        return cls(vae, device, dtype, info, file.files)
 
     def _batches(self, rows, real_N1):
         """Batches of windows, (B, T, C or Z), and their mask (B, T): None if there is no padding"""
@@ -270,3 +273,48 @@ def weight_merge(readers, coefficients, entry):
             yield start, cast(combine(raw, coefficients), entry)
         else:
             yield start, readers[0](start, stop)
+
+
+# --- The tour: python lsmerge.py [TARGET SOURCE]; step through it with python -m pdb --------------
+def tour(argv=None):
+    """Algorithm 1 on one tensor of each of two models, in one piece: the calls of `ls_merge`."""
+    folder, parser = os.path.dirname(__file__) + "/experiments/models/", Parser(prog="lsmerge.py")
+    for model, default in (("TARGET", "base"), ("SOURCE", "large")):
+        parser.add_argument(model, nargs="?", default=f"{folder}{default}.safetensors")
+    models = [Checkpoint(path) for path in vars(parser.parse_args(argv)).values()]
+    codec, rows = Codec.load(folder + "vae.safetensors"), []
+    pairs = ot.pair_places(*({entry.name: place(entry.name) for entry in model.entries.values()
+                              if is_selected(entry)} for model in models))
+    need(pairs, models[1].path, "no tensor pairs with one of the target", "see chunking.ROLES")
+    pair = min(pairs.items(), key=lambda names: place(names[0]).role != "q")    # a q_proj, if any
+    target, source = (Parent(partial(model.read, name), measure(model, name), codec)
+                      for model, name in zip(models, pair))
+    for k, parent in zip("ts", (target, source)):
+        w_L, slot, N = parent.read().float(), parent.slot, parent.N
+        print(f"line 1  l_{k} {os.path.basename(slot.file)} {slot.name} {list(slot.shape)}  "
+              "align.pair_places")
+        x_BTC, _ = to_windows(*chunk(standardise(w_L, slot), codec.C), codec.T)
+        z_NZ, nmse = parent.latents(0, N), (parent.codec_error(0, N) / slot.scale).square().mean()
+        padding = x_BTC.numel() - len(w_L)      # in the last chunk, and in the last window
+        rows += [("line 2", f"w_{k}", "L", w_L, "", "chunking.measure"),
+                 ("", f"X_{k}", "BTC", x_BTC, f"N = {N}, padding {padding}", "chunking.to_windows"),
+                 ("", f"z_{k}", "NZ", z_NZ, f"D(z_{k}): NMSE {nmse:.1e}", "lsmerge.Codec.encode")]
+    transport, J = as_source(target, source, Alignment("gaussian")), target.N
+    z_target_JZ, z_projected_JZ = target.latents(0, J), transport.overlapping(0, J)[1]      # line 3
+    z_aligned_JZ = transport.align(z_target_JZ, 0, J)                                       # line 4
+    z_merged_JZ = combine([z_target_JZ, z_aligned_JZ], convex_coefficients([0.1]))          # line 5
+    merged_L = cast(codec.decode(z_merged_JZ, target.slot, target.slot.numel), target.slot).float()
+    cost = "W2^2 {cost_before:.3f} to {cost_after:.3f}".format(**transport.report())
+    far = (merged_L - target.read().float()).norm() / target.read().float().norm()
+    rows += [("line 3", "z_s", "JZ", z_projected_JZ, f"from I = {source.N}", "align.project_rows"),
+             ("line 4", "z~", "JZ", z_aligned_JZ, cost, "align.gaussian_map"),
+             ("line 5", "z_lambda", "JZ", z_merged_JZ, "0.9 z_t + 0.1 z~", "lsmerge.combine"),
+             ("line 6", "W^", "L", merged_L, f"|W^-W_t|/|W_t| {far:.4f}", "lsmerge.Codec.decode")]
+    print("paper   symbol    axes: shape             mean       std" + " " * 24 + "function")
+    for line, symbol, axes, x, note, where in rows:
+        shape = f"{axes}: {' x '.join(map(str, x.shape))}"
+        print(f"{line:8}{symbol:10}{shape:18}{x.mean():10.2e}{x.std():10.2e}  {note:22}{where}")
+
+
+if __name__ == "__main__":
+    sys.exit(command(tour))
