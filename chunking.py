@@ -1,7 +1,7 @@
 """chunking.py: a tensor <-> standardised chunks, and the files around them.      (read second)
 
-    file --read--> flat_L --scale----> flat_L --chunk----> chunks_NC --to_windows----> x_BTC
-    file <--put--- flat_L <--unscale-- flat_L <--unchunk-- chunks_NC <--from_windows-- x_BTC
+    file --read--> flat_L --standardise----> x_L --chunk----> chunks_NC --to_windows----> x_BTC
+    file <--put--- flat_L <--unstandardise-- x_L <--unchunk-- chunks_NC <--from_windows-- x_BTC
 
 Every arrow has its inverse beside it. Paper: Sec. 3.2, "layer-aware chunking".
 
@@ -11,8 +11,8 @@ number, and `real` marks what is a weight (1) and what is padding (0):
     flat_L [a b c d e f g]  ->  chunks_NC [[a b c d] [e f g 0]],  real_NC [[1 1 1 1] [1 1 1 0]]
 
 The first half of this file is that picture. The second half is files, read and written in pieces:
-memory depends neither on the model nor on its largest tensor. Not here: pickles (they run code),
-memory maps (a file that shrinks under one kills the process), a table of architectures.
+memory depends neither on the model nor on its largest tensor. Not here: pickles (they run code) and
+memory maps (a file that shrinks under one kills the process).
 """
 import argparse, contextlib, json, math, os, re, secrets, shutil, signal, sys, threading
 from collections import namedtuple
@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 PIECE = 1 << 18     # weights at a time: 1 MB in float32, so that a piece fits into a core's cache
 
 
-# --- Names. Architecture knowledge is this table; a fork adds a line, not a branch. ---------------
+# --- Names. All that is known of architectures is this table: a fork adds a line, not a branch. ---
 # (role, pattern); the pattern is searched in the dotted name behind the layer's number (outside the
 # layers: in the whole name), the first match wins. Llama, BERT, GPT-2, GPT-NeoX, ViT, torch.nn.
 ROLES = [
@@ -43,14 +43,12 @@ ROLES = [
     ("head",    r"lm_head|(^|\.)score$|classifier|embed_out"),
 ]
 
-
 # Where a tensor sits: its layer (None outside the numbered ones), and its role (q, k, v, o, ...).
 Place = namedtuple("Place", "layer role")
 
 
 def place(name):
     """Layer and role of a tensor, read from its name.
-
     Example:  'model.layers.3.self_attn.q_proj.weight' -> Place(3, 'q')
     ours:     the layer is the first number that is a whole dotted part. Later numbers (experts of
               a mixture) and `bias` stay in the role, so that they only pair with their like. An
@@ -75,13 +73,13 @@ def natural_key(name):
 def is_selected(entry, pattern=None):
     """Whether a tensor is encoded.
     ours:  floats of two or more dimensions inside numbered layers: attention and MLP (paper: Table
-           6); with a pattern, all floats of two or more dimensions whose name it finds. Norms and
-           biases never are (paper: Sec. 3.2)."""
+           6). Norms and biases are out (paper: Sec. 3.2) because they are vectors; a bias of two
+           dimensions (fused experts) is in. With a pattern: all such floats whose name it finds."""
     named = place(entry.name).layer is not None if not pattern else re.search(pattern, entry.name)
     return bool(named) and entry.is_float and len(entry.shape) >= 2 and entry.numel > 0
 
 
-# --- Statistics: the record that makes chunks invertible ------------------------------------------
+# --- Tensors and their statistics: the record that makes chunks invertible ------------------------
 @dataclass(frozen=True)
 class Entry:
     """One tensor of a file: `start` counts bytes from the beginning of the file."""
@@ -104,9 +102,6 @@ class TensorSlot(Entry):
     mean: float = 0.0       # of the raw weights
     scale: float = 1.0      # their standard deviation (1/n); 1 where that is 0
 
-    @property
-    def place(self): return place(self.name)
-
     def n_chunks(self, C): return -(-self.numel // C)       # N = ceil(L / C)
 
 
@@ -117,7 +112,6 @@ def spans(numel, step=PIECE):
 
 def measure(checkpoint, name):
     """TensorSlot of a tensor: mean and standard deviation in float64; refuses NaN and Inf.
-
     Equation:  M2 += M2_piece + (mean_piece - mean)^2 n n_piece / (n + n_piece)   (Chan et al. 1979)
                where M2 is the sum of squares about the mean. E[w^2] - E[w]^2 would cancel for a
                small spread around a large mean.
@@ -129,34 +123,42 @@ def measure(checkpoint, name):
         need(math.isfinite(total), entry.file, f"NaN or Inf in elements {start} to {stop}",
              "repair or re-export the checkpoint", name)      # one sum shows every NaN and Inf
         if n:
-            piece, delta = piece.sub_(total / n), total / n - mean
+            piece, delta = piece.sub_(total / n), total / n - mean      # piece: centred
             m2 += piece.dot(piece).item() + delta * delta * count * n / (count + n)
             mean, count = mean + delta * n / (count + n), count + n
     std = math.sqrt(m2 / count) if count else 0.0
+    # float32 ends at 3e38, and squares and sums must fit as well.
     need(std + abs(mean) < 1e30, entry.file, "too large for float32 arithmetic", "rescale it", name)
-    # A spread of 1e-12 of the mean is the rounding of a constant tensor.
-    scale = std if std > 1e-12 * abs(mean) else 1.0
+    scale = std if std > 1e-12 * abs(mean) else 1.0     # else: the rounding of a constant tensor
     return TensorSlot(**vars(entry), mean=mean, scale=scale)
 
 
-def scale(flat_L, slot):
-    """(w - mean) / scale, float32: mean 0 and variance 1 under the slot's statistics."""
+def standardise(flat_L, slot):
+    """x = (w - mean) / scale, float32: mean 0 and variance 1 under the slot's statistics."""
     return flat_L.to(torch.float32, copy=True).sub_(slot.mean).div_(slot.scale)
 
 
-def unscale(flat_L, slot):
+def unstandardise(flat_L, slot):
     """The inverse, float32 again; the result is rounded once more, to the stored dtype."""
     return flat_L.float().mul(slot.scale).add_(slot.mean)
+
+
+def cast(flat_L, slot):
+    """The one rounding to the stored dtype; a value that does not fit is an error, never an Inf."""
+    result = flat_L.to(slot.dtype)
+    # One sum shows every NaN and Inf, ten times faster than a look at each weight.
+    fits = result.float().sum().isfinite() or result.float().isfinite().all()
+    need(fits, "result", f"does not fit {slot.dtype}", "lower --lam, or store it wider", slot.name)
+    return result
 
 
 # --- Chunks and windows (paper: Sec. 3.2) ---------------------------------------------------------
 def chunk(flat_L, C):
     """paper: w in R^L, padded with zeros to L_p = ceil(L/c) c, cut into n = L_p / c chunks.
-
     Returns:  chunks_NC, and real_NC bool (1 = weight, 0 = padding). N = 0 for an empty tensor.
     """
     L, = flat_L.shape
-    N = -(-L // C)
+    N = -(-L // C)      # ceil(L / C)
     if L == N * C:      # nothing to pad, nothing to copy
         return flat_L.reshape(N, C), flat_L.new_ones((), dtype=torch.bool).expand(N, C)
     chunks_NC = torch.cat([flat_L, flat_L.new_zeros(N * C - L)]).reshape(N, C)
@@ -207,7 +209,7 @@ DTYPES = {"U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "F32": 
           "U32": torch.uint32, "I32": torch.int32, "BF16": torch.bfloat16, "F16": torch.float16,
           "U16": torch.uint16, "I16": torch.int16, "F8_E4M3": torch.float8_e4m3fn,
           "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: code for code, dtype in DTYPES.items()}
 # What people pass by mistake, told by its first bytes.
 MAGIC = [(b"PK\x03\x04", "a zip archive (a torch .bin/.pt or an .npz)", CONVERT),
          (b"\x80", "a pickle (an old torch .bin/.pt)", CONVERT),
@@ -220,7 +222,6 @@ QUANTISED = re.compile(r"\.(qweight|SCB|weight_scale(_inv)?|weight_packed)$|quan
 
 def read_header(path):
     """([Entry, ...], metadata) of one safetensors file.
-
     The library opens it first: that is the audited check of lengths, offsets, overlaps and shapes.
     What it accepts is sound, and the header is then plain JSON behind eight bytes of its length.
     """
@@ -231,7 +232,7 @@ def read_header(path):
             with safe_open(path, framework="pt"):       # reads the header, not the weights
                 pass
         except SafetensorError as error:
-            for magic, what, fix in MAGIC if head[8:9] != b"{" else ():     # else it was one
+            for magic, what, fix in MAGIC if head[8:9] != b"{" else ():     # it is one, damaged
                 need(not head.startswith(magic), path, f"not a safetensors file but {what}", fix)
             raise CheckpointError(path, f"not a safetensors file: {error}", AGAIN) from None
         base = 8 + int.from_bytes(head[:8], "little")
@@ -284,7 +285,7 @@ def locate(path):
     raise CheckpointError(path, what, "pass one of them or an index; pickles must be converted")
 
 
-STOP = threading.Event()    # set where a run is given up: the threads that read notice it
+STOP = threading.Event()    # merge.py sets it to give a run up: `read` then raises in its threads
 
 
 class Checkpoint:
@@ -298,22 +299,22 @@ class Checkpoint:
         self.path, found = os.fspath(path), locate(os.fspath(path))
         self.folder = self.path if os.path.isdir(self.path) else None
         shards = read_index(found) if found.endswith(".json") else {}
-        weights = sorted(set(shards.values()), key=natural_key) or [found]
-        headers = [read_header(file) for file in weights]
+        shard_files = sorted(set(shards.values()), key=natural_key) or [found]
+        headers = [read_header(file) for file in shard_files]
         entries = [entry for part, _ in headers for entry in part]
         differ = {(e.name, e.file) for e in entries} ^ set(shards.items()) if shards else ()
-        for name, file in sorted(differ):       # index and shards must say the same, both ways
+        for name, file in sorted(differ):       # the first: both must say the same, both ways
             raise CheckpointError(found, f"index and {os.path.basename(file)} differ", AGAIN, name)
         self.entries = {e.name: e for e in sorted(entries, key=lambda e: natural_key(e.name))}
-        self.metadata, self.files = headers[0][1], sorted({found, *weights})    # with the index
-        self._open = {file: open(file, "rb") for file in weights}
+        self.metadata, self.files = headers[0][1], sorted({found, *shard_files})    # and the index
+        self._open = {file: open(file, "rb") for file in shard_files}       # closed with the object
 
     def read(self, name, start=0, stop=None):
         """Elements [start, stop) of the flattened tensor, in the stored dtype: (stop - start,)."""
         entry = self.entries[name]
         stop = entry.numel if stop is None else min(stop, entry.numel)
         if STOP.is_set():
-            raise InterruptedError
+            raise InterruptedError      # the run was given up
         if stop <= start:       # beyond the end, or an empty tensor
             return torch.empty(0, dtype=entry.dtype)
         width = entry.dtype.itemsize
@@ -394,16 +395,16 @@ class Matched:
 # --- Writing. The library's save_file wants all tensors in memory at once. ------------------------
 class Output:
     """A safetensors file of known layout, open for writing: pieces come in any order, from any
-    thread or process, each element exactly once. `create` makes it, checks it and shows it."""
+    thread or process, each element exactly once. Use `create`, which checks and renames it too."""
 
     def __init__(self, path, entries, metadata=None, new=False):
         """entries: names, dtypes, shapes. new: make the file; else another process has made it."""
         # By dtype, then by name, as the library orders them: equal inputs give equal bytes.
-        ordered = sorted(entries, key=lambda e: ([*DTYPES].index(CODES[e.dtype]), e.name))
-        header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0     # as torch's are
+        ordered = sorted(entries, key=lambda e: ([*DTYPES].index(DTYPE_NAMES[e.dtype]), e.name))
+        header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0  # as from torch
         for entry in ordered:
             start, end = end, end + entry.numel * entry.dtype.itemsize
-            header[entry.name] = {"dtype": CODES[entry.dtype], "shape": list(entry.shape),
+            header[entry.name] = {"dtype": DTYPE_NAMES[entry.dtype], "shape": list(entry.shape),
                                   "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)             # aligned, as the format asks for
@@ -485,17 +486,16 @@ def check_output(path, inputs, force, folder=None):
     real, fix = os.path.realpath(path), "choose another -o"
     for file in inputs:     # where it lies, and where it is said to lie (a cache may be all links)
         said = os.path.join(os.path.realpath(os.path.dirname(file)), os.path.basename(file))
-        for place_ in (os.path.realpath(file), said):
-            need(not (place_ + os.sep).startswith(real + os.sep), path, f"is the input {file}", fix)
+        for where in (os.path.realpath(file), said):
+            need(not (where + os.sep).startswith(real + os.sep), path, f"is the input {file}", fix)
     need(not os.path.exists(real) or os.path.isdir(real) == (folder is not None), path,
          "a file does not replace a folder, nor a folder a file", fix)
     held = os.listdir(real) if os.path.isdir(real) else [""] * os.path.exists(real)     # "": a file
     need(force or not held, path, "the output exists", fix + ", or pass --force")
     others = sorted({*held} - {*(folder or [""])})
     need(not others, path, f"the folder also holds {', '.join(others[:5])}", "move that away")
-    parent = os.path.dirname(real)
-    writable = os.path.isdir(parent) and os.access(parent, os.W_OK)
-    need(writable, path, "its folder is missing or not writable", fix)
+    folder_of = os.path.join(os.path.dirname(real), "")         # with a slash at its end: no file
+    need(os.access(folder_of, os.W_OK), path, "its folder is missing or not writable", fix)
 
 
 # --- What all commands share: how they fail -------------------------------------------------------
@@ -511,7 +511,7 @@ def command(run):
     """Run a command's main. What a file, a disk or the data can cause is one line on stderr and
     exit code 1; 130 interrupted, 143 terminated. Signals unwind, so that `create` cleans up."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))     # SystemExit
     sys.stdout.reconfigure(errors="backslashreplace")       # a path may hold bytes that are no text
     try:
         return run() or 0

@@ -234,10 +234,10 @@ class Run:
         """The parents' c_i; a source without a partner leaves its share to the target. pairs: an
         iterator over the two vectors' pieces, read only by slerp."""
         if self.a.operator == "task-arithmetic" and task.parents[1:]:
-            return ls.task_weights(self.lam)
+            return ls.task_coefficients(self.lam)
         if pairs and self.a.operator == "slerp" and task.action == "encoded":
-            return ls.slerp_weights(self.lam[0], *ls.inner(pairs))
-        return ls.convex_weights([self.lam[k - 1] for k, _ in task.parents[1:]])
+            return ls.slerp_coefficients(self.lam[0], *ls.inner(pairs))
+        return ls.convex_coefficients([self.lam[k - 1] for k, _ in task.parents[1:]])
 
     def in_weights(self, task):
         """Whether the weights themselves are combined (or copied): nothing to encode, no codec
@@ -362,16 +362,16 @@ def merge_tensor(run, codecs, output, task):
         pieces = ls.weight_merge([parent.read for parent in parents], plain, target.slot)
     else:
         codes = ([parent.latents(*step) for parent in parents]
-                 for step in spans(target.N, target.step))
+                 for step in spans(target.N, target.per_piece))
         weights = run.weights(task, codes)
-        aligned = [ls.bring(target, source, run.how, (*source.seed, 1)) for source in sources]
+        aligned = [ls.as_source(target, source, run.how, (*source.seed, 1)) for source in sources]
         transports = [source for source in aligned if isinstance(source, ls.Transport)]
         pieces = ls.ls_merge(target, aligned, weights, run.a.residual)
     for start, piece in pieces:
         output.put(task.name, start, piece.cpu())
         if task.action == "encoded":
             squares.update(distances(run, parents, plain, start, piece))
-    return squares, [{"source": t.source.seed[-1], **t.record()} for t in transports]
+    return squares, [{"source": t.source.seed[-1], **t.report()} for t in transports]
 
 
 def distances(run, parents, plain, start, piece):
@@ -528,7 +528,7 @@ def check_usage(a, parser):
     try:
         a.lam = [float(value) for value in lam.split(",")] if lam is not None else []
         a.lam = a.lam * n if len(a.lam) == 1 else a.lam         # one for all
-        (ls.task_weights if a.base else ls.convex_weights)(a.lam)       # in range?
+        (ls.task_coefficients if a.base else ls.convex_coefficients)(a.lam)       # in range?
     except ValueError as error:
         parser.error(f"--lam: {error}")
     numbers = a.epsilon, a.max_nmse, None if a.samples is None else a.samples + 1, a.seed + 1

@@ -29,7 +29,7 @@ import math
 
 import torch
 
-from lsmerge import combine, convex_weights
+from lsmerge import combine, convex_coefficients
 
 PARALLEL = 1e-6     # sine of an angle so small that slerp and lerp agree to 1e-12 (at 0: 0 / 0)
 
@@ -108,7 +108,7 @@ def slerp(a, b, t):
              has digits for far less.
     Raises ValueError if t is outside [0, 1], else as float_names.
     """
-    line, merged = convex_weights([t]), {}
+    line, merged = convex_coefficients([t]), {}
     for name in float_names([a, b]):
         v_a, v_b = a[name].double(), b[name].double()
         u_a, u_b = v_a / v_a.norm(), v_b / v_b.norm()

@@ -45,7 +45,7 @@ import lsmerge
 import merge
 import train
 from bench_models import full_network
-from vae import VAE, VAEConfig, kl_divergence, sample
+from vae import VAE, VAEConfig, generator_for, kl_divergence, sample
 
 
 def machine():
@@ -287,7 +287,7 @@ def codec_cell(dtype, width, device, rounds):
     for kind, vae in (("full", full_network(VAEConfig(width=width))),
                       ("exact", VAE(VAEConfig(width=width)))):
         codec = lsmerge.Codec(vae, device, square.dtype)
-        x_BTC = chunking.scale(weights_L, slot).reshape(-1, codec.T, codec.C)
+        x_BTC = chunking.standardise(weights_L, slot).reshape(-1, codec.T, codec.C)
         operations[kind] = len(x_BTC) * sum(window_operations(codec))
         runs[kind, "network"] = partial(network_alone, codec, x_BTC.to(device, square.dtype))
         runs[kind, "whole"] = partial(whole_codec, codec, weights_L, slot)
@@ -358,7 +358,7 @@ def release_loss(vae, x_BTC, real_BTC, generator):
 
 def train_release(parents, seed, budget, log):
     """The release's recipe: one stage. Ends at REACH or after `budget` steps."""
-    schedule, noise = train.Schedule(seed=seed), lsmerge.generator(seed)
+    schedule, noise = train.Schedule(seed=seed), generator_for(seed)
     vae, picks = VAE(VAEConfig(init="random"), noise), np.random.default_rng(seed)
     windows = train.Windows(parents, vae.config, schedule)
     optimiser = torch.optim.AdamW(vae.parameters(), lr=1e-4, weight_decay=1e-5)

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from chunking import Checkpoint, chunk, is_selected, measure, scale, unscale
+from chunking import Checkpoint, chunk, is_selected, measure, standardise, unstandardise
 from evaluate import DOMAINS
 from lsmerge import Codec
 from scores import QUICK, difference, machine, pooled, score, stacked, summary
@@ -74,7 +74,7 @@ class Model:
     def chunks(self, C):
         """All chunks of all encoded tensors, standardised, (N, C) float64; padding as zeros, as the
         codec sees it."""
-        parts = [scale(self.file.read(slot.name), slot) for slot in self.slots]
+        parts = [standardise(self.file.read(slot.name), slot) for slot in self.slots]
         return torch.cat([chunk(part, C)[0] for part in parts]).double()
 
     def rebuilt(self, way):
@@ -104,10 +104,10 @@ class ThroughPCA:
     directions_CZ: torch.Tensor
 
     def __call__(self, weights_L, slot):
-        chunks_NC, _ = chunk(scale(weights_L, slot), len(self.mean_C))
+        chunks_NC, _ = chunk(standardise(weights_L, slot), len(self.mean_C))
         z_NZ = (chunks_NC.double() - self.mean_C) @ self.directions_CZ
         decoded_NC = self.mean_C + z_NZ @ self.directions_CZ.T
-        return unscale(decoded_NC.reshape(-1)[:slot.numel], slot)
+        return unstandardise(decoded_NC.reshape(-1)[:slot.numel], slot)
 
 
 @dataclass

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import lsmerge
 import train
-from chunking import scale, unscale
+from chunking import standardise, unstandardise
 from codec_tables import FAMILY, Model, ThroughCodec
 from evaluate import DOMAINS
 from lsmerge import Codec
@@ -114,14 +114,14 @@ class Distillation:
 
 def companded(flat_L, slot):
     """scale, then sign(x) log(1 + |x|), of standard deviation 1 again."""
-    x = scale(flat_L, slot)
+    x = standardise(flat_L, slot)
     return x.sign() * x.abs().log1p() / SPREAD
 
 
 def expanded(flat_L, slot):
     """Inverse of companded."""
     y = flat_L * SPREAD
-    return unscale(y.sign() * y.abs().clamp(max=20).expm1(), slot)
+    return unstandardise(y.sign() * y.abs().clamp(max=20).expm1(), slot)
 
 
 def replacements(change):
@@ -133,8 +133,8 @@ def replacements(change):
     if change == "pooled":
         return [(train, "VAE", PooledVAE)]
     if change == "companding":
-        return [(train, "scale", companded), (lsmerge, "scale", companded),
-                (lsmerge, "unscale", expanded)]
+        return [(train, "standardise", companded), (lsmerge, "standardise", companded),
+                (lsmerge, "unstandardise", expanded)]
     return []
 
 

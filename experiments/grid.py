@@ -26,7 +26,7 @@ import torch
 from align import AXES, Moments, control_latents
 from chunking import Checkpoint, Layers, Matched
 from evaluate import DOMAINS
-from lsmerge import Alignment, Codec, Parent, bring, cast, combine, convex_weights
+from lsmerge import Alignment, Codec, Parent, as_source, cast, combine, convex_coefficients
 from merge import match, measure_task, plan_merge, training_parents
 from scores import find, judge, machine, pooled, score, stacked, summary
 from tiny_lm import TinyLM
@@ -123,8 +123,8 @@ class Grid:
         """[z~ of each pair]: Algorithm 1, lines 3 and 4, or a control; seeds as in merge.py."""
         found = []
         for number, target, source in pairs:
-            way = bring(target, source, how, (seed, number, 1, 1))
-            found.append(way.codes(target.latents(0, target.N), 0, target.N))
+            way = as_source(target, source, how, (seed, number, 1, 1))
+            found.append(way.align(target.latents(0, target.N), 0, target.N))
         return found
 
     def model(self, pairs, transported, lam):
@@ -133,7 +133,7 @@ class Grid:
         for (_, target, _), z_aligned_JZ in zip(pairs, transported):
             slot = target.slot
             z_parents = [target.latents(0, target.N), z_aligned_JZ]
-            z_merged_JZ = combine(z_parents, convex_weights([lam]))
+            z_merged_JZ = combine(z_parents, convex_coefficients([lam]))
             merged_L = cast(target.codec.decode(z_merged_JZ, slot, slot.numel), slot)
             tensors[slot.name] = merged_L.reshape(slot.shape)
         return TinyLM.from_state_dict(tensors)

@@ -22,7 +22,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from chunking import chunk, scale
+from chunking import chunk, standardise
 from codec_tables import Model, ThroughCodec, ThroughNoise, ThroughPCA, effective, pca
 from evaluate import held_out
 from lsmerge import Codec
@@ -37,7 +37,7 @@ PCA_CHUNKS = 500_000    # at most, evenly spread over each tensor: in float64 a 
 def some_chunks(model, C):
     step, parts = max(1, -(-model.weights // C // PCA_CHUNKS)), []
     for slot in model.slots:
-        chunks_NC, _ = chunk(scale(model.file.read(slot.name), slot), C)
+        chunks_NC, _ = chunk(standardise(model.file.read(slot.name), slot), C)
         parts.append(chunks_NC[::step].double())
     return torch.cat(parts)
 

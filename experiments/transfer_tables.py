@@ -17,7 +17,7 @@ from tqdm import tqdm
 from chunking import Checkpoint
 from grid import (CONTROLS, HEAD, YES, Cell, Grid, facts_of, mean_control, records, row_text,
                   trained_codec)
-from lsmerge import combine, convex_weights
+from lsmerge import combine, convex_coefficients
 from scores import QUICK, find
 from train import Schedule
 from vae import VAEConfig
@@ -38,7 +38,7 @@ def plain_average(grid, source, lambdas):
     shapes. A baseline: it mixes more than the latent cells do."""
     other = Checkpoint(source)
     for lam in lambdas:
-        weights, tensors = convex_weights([lam]), {}
+        weights, tensors = convex_coefficients([lam]), {}
         for name, mine in grid.tensors.items():
             pair = [mine.double(), other.read_tensor(name).double()]
             tensors[name] = combine(pair, weights).to(mine.dtype)

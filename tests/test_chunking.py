@@ -67,9 +67,9 @@ def test_unscale_inverts_scale():
     flat_L = noise(1000) * 3e-3 + 0.5
     wide = flat_L.double().numpy()
     slot = ck.TensorSlot("w", torch.float32, (1000,), mean=wide.mean(), scale=wide.std())
-    x_L = ck.scale(flat_L, slot)
+    x_L = ck.standardise(flat_L, slot)
     assert abs(x_L.mean()) < 1e-4 and abs(x_L.square().mean() - 1) < 1e-4
-    back_L = ck.unscale(x_L, slot)
+    back_L = ck.unstandardise(x_L, slot)
     assert x_L.dtype == back_L.dtype == torch.float32
     # Roundings: of the difference, twice of |x| < 8, of the product, of the sum: 0.6 at most here.
     torch.testing.assert_close(back_L, flat_L, rtol=0, atol=2 * 2 ** -24 + 4 * 8 * 3e-3 * 2 ** -24)
@@ -97,7 +97,7 @@ def test_measure_equals_numpy_however_the_tensor_is_cut(tmp_path, monkeypatch, c
 
 
 def test_measure_equals_numpy_for_every_float_dtype(tmp_path):
-    dtypes = [d for d in ck.CODES if d.is_floating_point]
+    dtypes = [d for d in ck.DTYPE_NAMES if d.is_floating_point]
     assert len(dtypes) == 6
     save_file({str(d): (noise(40, 50) * 0.05).to(d) for d in dtypes}, tmp_path / "x.safetensors")
     for name, tensor in load_file(tmp_path / "x.safetensors").items():
@@ -165,7 +165,7 @@ def test_selection(models):
 ODD = {"scalar": torch.tensor(1.5), "empty": torch.zeros(0, 4), "bytes": torch.arange(5).byte(),
        "mask": torch.tensor([True, False]), "ids": torch.arange(3), "half": noise(3, 3).half(),
        "brain": noise(4).bfloat16(), "double": noise(2).double(), "layer 10/é": torch.ones(2),
-       **{str(d): torch.arange(3).to(d) for d in ck.CODES}}
+       **{str(d): torch.arange(3).to(d) for d in ck.DTYPE_NAMES}}
 
 
 def test_reading_agrees_with_the_library(tmp_path):

@@ -235,7 +235,7 @@ def library(data):
 
 
 def ours(checkpoint):
-    return {name: (ck.CODES[entry.dtype], entry.shape,
+    return {name: (ck.DTYPE_NAMES[entry.dtype], entry.shape,
                    checkpoint.read(name).view(torch.uint8).numpy().tobytes())
             for name, entry in checkpoint.entries.items()}
 

@@ -24,7 +24,7 @@ import lsmerge
 import merge
 import train
 from conftest import ROOT, llama_tensors
-from lsmerge import Alignment, Codec, Parent, ls_merge
+from lsmerge import Alignment, Codec, Parent, as_source, ls_merge
 
 INDEX = "model.safetensors.index.json"
 NAME = "model.layers.1.mlp.up_proj.weight"          # the last layer of the target ...
@@ -672,9 +672,11 @@ def test_an_aligner_of_a_fork_works_from_the_command_line(models, tmp_path, monk
 
 
 def test_unknown_aligners_and_controls_are_refused():
+    zeros, slot = torch.zeros(2048), ck.TensorSlot("w", torch.float32, (2048,))
+    parent = Parent(lambda start, stop: zeros[start:stop], slot, Codec.load("exact"))
     for wrong in (dict(method="ot"), dict(control="nothing")):
-        with pytest.raises(ValueError, match="ot|nothing"):
-            Alignment(**wrong)
+        with pytest.raises((ValueError, KeyError), match="ot|nothing"):
+            list(ls_merge(parent, [as_source(parent, parent, Alignment(**wrong))], [0.5, 0.5]))
     assert Alignment("sinkhorn", "zero").epsilon == align.EPSILON
 
 

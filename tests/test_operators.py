@@ -10,10 +10,12 @@ from scipy.spatial import geometric_slerp
 import chunking as ck
 import lsmerge
 import merge
+import train
 from conftest import llama_tensors
 from lsmerge import Codec, Parent
 from test_merge import (NAME, assert_equal, assert_models_close, combination, is_encoded, merged,
                         run, save)
+from vae import VAE, VAEConfig
 
 
 # --- Coefficients ---------------------------------------------------------------------------------
@@ -24,13 +26,13 @@ def test_slerp_in_the_plane(degrees, lam):
     angle = math.radians(degrees)
     a, b = np.array([1.0, 0.0]), np.array([math.cos(angle), math.sin(angle)])
     for long_a, long_b in ((1, 1), (3, 0.5)):
-        c = lsmerge.slerp_weights(lam, long_a * long_b * (a @ b), long_a, long_b)
+        c = lsmerge.slerp_coefficients(lam, long_a * long_b * (a @ b), long_a, long_b)
         np.testing.assert_allclose(c[0] * a + c[1] * b, geometric_slerp(a, b, lam), atol=1e-9)
 
 
 @pytest.mark.parametrize("dot, norm", [(1.0, 1.0), (-1.0, 1.0), (0.0, 0.0)])
 def test_slerp_is_lerp_where_the_angle_says_nothing(dot, norm):
-    assert lsmerge.slerp_weights(0.3, dot, norm, norm) == [0.7, 0.3]
+    assert lsmerge.slerp_coefficients(0.3, dot, norm, norm) == [0.7, 0.3]
 
 
 def test_inner_products_of_pieces():
@@ -42,16 +44,17 @@ def test_inner_products_of_pieces():
 
 
 def test_coefficients_of_convex_and_task_operators():
-    assert lsmerge.convex_weights([0.2, 0.5]) == pytest.approx([0.3, 0.2, 0.5])
-    assert lsmerge.convex_weights([0.1] * 10)[0] == pytest.approx(0, abs=1e-12)    # sums round
-    assert lsmerge.convex_weights([0.1] * 10)[0] >= 0 and lsmerge.convex_weights([]) == [1.0]
-    assert lsmerge.task_weights([0.6, -3]) == pytest.approx([1, 0.6, -3, 2.4])
+    assert lsmerge.convex_coefficients([0.2, 0.5]) == pytest.approx([0.3, 0.2, 0.5])
+    assert lsmerge.convex_coefficients([0.1] * 10)[0] == pytest.approx(0, abs=1e-12)    # sums round
+    assert lsmerge.convex_coefficients([0.1] * 10)[0] >= 0
+    assert lsmerge.convex_coefficients([]) == [1.0]
+    assert lsmerge.task_coefficients([0.6, -3]) == pytest.approx([1, 0.6, -3, 2.4])
     for wrong in ([-0.1], [math.nan], [1.5], [0.6, 0.6], [math.inf]):
         with pytest.raises(ValueError, match="lambda"):
-            lsmerge.convex_weights(wrong)
+            lsmerge.convex_coefficients(wrong)
     for wrong in ([-10.1], [math.nan], [0.5, 11]):
         with pytest.raises(ValueError, match="lambda"):
-            lsmerge.task_weights(wrong)
+            lsmerge.task_coefficients(wrong)
 
 
 def test_combine_leaves_its_arguments_alone():
@@ -214,6 +217,49 @@ def test_residual_keeps_the_draws_and_loses_the_codecs_error(models, tmp_path):
     w = load_file(models["a"])[NAME]
     got, _ = merged(models, tmp_path, models["a"], "--samples", 4, "--residual")
     assert ((got[NAME] - w).std() / w.std()).item() == pytest.approx(0.005, rel=0.05)
+
+
+# --- Sources that need a Transport ----------------------------------------------------------------
+def noise_parent(L, codec, seed):
+    flat_L = torch.randn(L, generator=torch.Generator().manual_seed(seed))
+    slot = ck.measure(ck.StateDict({"layers.0.q_proj": flat_L}), "layers.0.q_proj")
+    return Parent(lambda start, stop: flat_L[start:stop], slot, codec)
+
+
+def test_a_source_of_another_codec_never_enters_as_it_is():
+    """Equal shapes and two VAEs of equal Z: the latents of other chunks were once mixed in, without
+    a word; by hand, the source's 64 chunks of 32 are averaged in pairs."""
+    finer = Codec(VAE(VAEConfig(chunk=32, ratio=0.5), torch.Generator().manual_seed(1)))
+    target, source = noise_parent(2048, Codec.load("exact"), 0), noise_parent(2048, finer, 1)
+    found = torch.cat([w for _, w in lsmerge.ls_merge(
+        target, [lsmerge.as_source(target, source)], [0.9, 0.1])])
+    z = source.latents(0, 64).reshape(32, 2, 64).mean(1)
+    expected = target.codec.decode(0.9 * target.latents(0, 32) + 0.1 * z, target.slot, 2048)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    twin = target._replace(seed=(1,))
+    assert lsmerge.as_source(target, twin) is twin          # the same codec, and nothing asked for
+
+
+def test_two_vaes_on_models_of_other_depth(models, tmp_path):
+    """The command: the tensors have equal shapes, the run is cross-shape, and Z differs."""
+    deep = save(tmp_path / "deep.safetensors", llama_tensors(5, layers=3))
+    vae = tmp_path / "v.safetensors"
+    assert train.main([str(deep), "-o", str(vae), "--chunk", "32", "--steps2", "0", "--quiet"]) == 0
+    flags = ["--align", "none", "--vae", "exact", "--source-vae", vae]
+    _, report = merged(models, tmp_path, models["a"], deep, *flags, vae=False)
+    assert report["kind"] == "cross-shape" and len(report["alignment"]) == 14
+
+
+@pytest.mark.parametrize("mine, theirs", [(4096, 1024), (1024, 4096)])
+def test_n_over_d_is_that_of_the_smaller_cloud(mine, theirs):
+    """It counted the target's chunks only, and called a source of 16 chunks in 64 dimensions
+    plenty: repeated by the projection, they still span 15."""
+    codec = Codec.load("exact")
+    target, source = noise_parent(mine, codec, 0), noise_parent(theirs, codec, 1)
+    way = lsmerge.as_source(target, source, lsmerge.Alignment("gaussian"))
+    way.align(target.latents(0, target.N), 0, target.N)
+    report = way.report()
+    assert report["n_over_d"] == 16 / 64 and (report["cost_after"] > 0.01) == (theirs < mine)
 
 
 # --- What cannot be asked for ---------------------------------------------------------------------

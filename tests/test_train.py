@@ -351,3 +351,58 @@ def test_usage_errors(models, tmp_path, flags, capsys):
         run(models["a"], "-o", tmp_path / "v.safetensors", *flags)
     assert caught.value.code == 2 and capsys.readouterr().err.startswith("error: ")
     assert not list(tmp_path.iterdir())
+
+
+def test_going_on_from_a_file_neither_starts_blank_nor_takes_a_tenth(models):
+    """It once went on at the rate of a random start, far too high for a VAE that has learnt."""
+    vae, _ = fit(models["a"], RANDOM, steps1=2, steps2=2)
+    for given, rate in ((0.0, 1e-4), (3e-4, 3e-4)):
+        _, stages = fit(models["a"], start=vae, lr=given, steps2=1)
+        assert [stage["lr"] for stage in stages] == pytest.approx([rate])
+
+
+def test_it_goes_on_from_the_exact_codec_too(models, tmp_path):
+    """--init exact once ended in a traceback: a codec of no file has an empty tuple of files."""
+    assert run(models["a"], "-o", tmp_path / "v", "--init", "exact", "--steps2", 1) == 0
+    assert load(tmp_path / "v")[0].config == VAEConfig()
+
+
+def test_the_log_is_not_the_output(models, tmp_path, capsys):
+    """The log was written, and then replaced by the VAE."""
+    flags = [models["a"], "-o", tmp_path / "v", "--log", tmp_path / "v", "--steps2", 0]
+    assert run(*flags) == 1 and not list(tmp_path.iterdir())
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [
+    ["--width", 32], ["--chunk", 256], ["--init", "random", "--width", 100, "--heads", 8]])
+def test_a_width_that_cannot_be_is_refused_not_changed(models, tmp_path, flags, capsys):
+    """--width 32 once trained a network of width 64, without a word."""
+    with pytest.raises(SystemExit) as caught:
+        run(models["a"], "-o", tmp_path / "v", *flags)
+    assert caught.value.code == 2 and "width" in capsys.readouterr().err
+
+
+def test_a_width_below_the_chunk_is_kept_for_a_random_start():
+    config = train.parse(["x", "--init", "random", "--width", "32"])[1]
+    assert (config.width, config.chunk) == (32, 64)
+
+
+def test_a_batch_has_a_window_for_each_process(models, tmp_path, monkeypatch, capsys):
+    """Under torchrun a process without a window ended in a traceback."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert train.parse(["x", "--batch", "3"])[2].batch == 3
+    with pytest.raises(SystemExit) as caught:
+        train.parse(["x", "--batch", "2"])
+    assert caught.value.code == 2 and "process" in capsys.readouterr().err
+
+
+def test_it_says_when_no_merge_will_take_the_codec(models, tmp_path, capsys):
+    import merge
+    assert train.MAX_NMSE == merge.MAX_NMSE
+    for ratio, refused in ((1, False), (4, True)):
+        path = tmp_path / f"v{ratio}"
+        assert run(models["a"], "-o", path, "--ratio", ratio, "--steps1", 0, "--steps2", 0) == 0
+        assert ("no merge will take it" in capsys.readouterr().out) == refused
+        flags = [models["a"], models["b"], "-o", tmp_path / f"m{ratio}", "--vae", path, "--quiet"]
+        assert ck.command(lambda: merge.main([*map(str, flags)])) == refused

@@ -206,7 +206,7 @@ def test_folded_equals_the_full_network(ratio):
     x, real = windows(B=40)
     net = warm(ratio, x + 3, real)
     folded, z = v.Folded(net), net.encode(x)
-    assert v.Folded.fits(net)
+    assert v.Folded.possible(net)
     found = [*folded.encode(x), folded.decode(z.mu_BTZ)]
     for mine, theirs in zip(found, [*z, net.decode(z.mu_BTZ)]):
         assert mine.shape == theirs.shape
@@ -217,9 +217,9 @@ def test_folded_equals_the_full_network(ratio):
                                   "neck_logvar"])
 def test_what_is_not_linear_is_not_folded(part):
     net = v.VAE(config(), generator())
-    assert v.Folded.fits(net) and Codec(net).linear
+    assert v.Folded.possible(net) and isinstance(Codec(net).net, v.Folded)
     torch.nn.init.constant_(net.get_submodule(part).weight[-1:, -1:], 1e-3)
-    assert not v.Folded.fits(net) and not Codec(net).linear
+    assert not v.Folded.possible(net) and isinstance(Codec(net).net, v.VAE)
 
 
 # --- The codec ------------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ def slot_of(flat_L):
 
 def whole_net(net):
     """A codec that goes through all blocks, whether they speak or not."""
-    with mock.patch.object(v.Folded, "fits", lambda _: False):
+    with mock.patch.object(v.Folded, "possible", lambda _: False):
         return Codec(net)
 
 
@@ -293,7 +293,7 @@ def test_draws_from_the_posterior_and_from_the_prior():
 def test_a_codec_whose_neck_was_never_set_refuses_to_work(options):
     net = v.VAE(config(**options), generator())
     assert not net.ready
-    with pytest.raises(ValueError, match="neck was never set"):
+    with pytest.raises(ValueError, match="never trained"):
         Codec(net)
     net.set_neck(torch.zeros(16), torch.eye(16, dtype=torch.float64))
     assert Codec(net).Z == net.config.latent
