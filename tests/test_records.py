@@ -85,9 +85,9 @@ def test_spectra_of_planted_chunks(tmp_path):
     noise: its own line."""
     g = torch.Generator().manual_seed(0)
     planted = torch.randn(512, 3, generator=g) @ torch.randn(3, 64, generator=g)
-    save_file({"layers.0.mlp.up_proj.weight": planted, "layers.1.mlp.up_proj.weight": planted.clone(),
-               "layers.0.self_attn.q_proj.weight": torch.randn(4096, 64, generator=g)},
-              tmp_path / "x.safetensors")
+    tensors = {f"layers.{i}.mlp.up_proj.weight": planted.clone() for i in range(2)}
+    tensors["layers.0.self_attn.q_proj.weight"] = torch.randn(4096, 64, generator=g)
+    save_file(tensors, tmp_path / "x.safetensors")
     rows = pictures.measure_spectra("x", Model.open(tmp_path / "x.safetensors"))
     assert [(row["model"], row["role"]) for row in rows] == [("x", "q"), ("x", "up")]
     noise, low = (np.array(row["cumulative"]) for row in rows)
