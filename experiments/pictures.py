@@ -27,7 +27,7 @@ sys.path.insert(0, str(HERE.parent))
 from align import ALIGNERS, pair_places
 from chunking import ROLES, spans
 from codec_tables import Model, pca
-from lsmerge import Alignment, Codec, Parent, Transport
+from lsmerge import Alignment, Codec, Parent, Transport, generator
 from scores import append, machine
 from weight_statistics import spectrum
 
@@ -56,8 +56,10 @@ def brought(target, source, method):
 
 
 def cloud(z_NZ, mean_Z, axes_Z2):
-    """At most POINTS of the latents, evenly spaced in their order, as [[x, y], ...]."""
-    shown = torch.linspace(0, len(z_NZ) - 1, min(len(z_NZ), POINTS)).long()
+    """At most POINTS of the latents as [[x, y], ...], in a random order, the same for all clouds of
+    this length. (A row of the target's matrix is two chunks: of an ordered list, a picture that
+    takes every second point would show one half of each row.)"""
+    shown = torch.randperm(len(z_NZ), generator=generator(0))[:POINTS]
     flat_N2 = (z_NZ[shown].double() - mean_Z) @ axes_Z2
     return [[round(x, 3), round(y, 3)] for x, y in flat_N2.tolist()]
 

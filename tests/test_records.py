@@ -73,10 +73,18 @@ def test_alignments_do_to_the_cloud_what_they_say(pair, clouds):
     np.testing.assert_allclose(source["sinkhorn"].mean(0), stays, atol=1e-3)
 
 
-def test_large_clouds_are_thinned_from_end_to_end():
-    z = torch.arange(1000.0)[:, None] * torch.ones(1, 2)
-    shown = pictures.cloud(z, torch.zeros(2), torch.eye(2).double())
-    assert len(shown) == 300 and shown[0] == [0, 0] and shown[-1] == [999, 999]
+@pytest.mark.parametrize("count", [256, 1000])
+def test_clouds_are_thinned_and_mixed(count):
+    """At most 300 points, none twice. Every second of them is of all sorts, up to chance: as many
+    of odd as of even places, and of both halves."""
+    z = torch.arange(float(count))[:, None] * torch.ones(1, 2)
+    shown = np.array(pictures.cloud(z, torch.zeros(2), torch.eye(2).double()))[:, 0]
+    assert len(shown) == len({*shown}) == min(count, 300)
+    for part in (shown, shown[::2]):
+        for split in (part % 2, part >= count / 2):
+            assert split.mean() == pytest.approx(0.5, abs=0.15)
+    again = pictures.cloud(z + 1, torch.zeros(2), torch.eye(2).double())
+    np.testing.assert_array_equal(np.array(again)[:, 0], shown + 1)     # the same places
 
 
 # --- Spectra --------------------------------------------------------------------------------------
