@@ -1,0 +1,132 @@
+"""Two pictures as records: clouds of latents under alignment, spectra of weights.
+
+    python experiments/pictures.py [--also NAME FILE] [--record experiments/results]
+
+In:    models base and large, the VAE of models/; with --also any other checkpoint, by a name.
+Out:   clouds.jsonl, a record per alignment: the latents of one tensor of base (the target) and
+       those of its partner in large (the source, in the target's slots), at most 300 each, in the
+       two leading principal components of the target's. "none" is what line 3 projects.
+       spectra.jsonl, a record per model and role: the variance of its standardised chunks that the
+       first 1, 2, ..., C principal directions explain, beside as many chunks of white noise.
+Paper: Sec. 3.3 (transport); Fig. 2 (spectra of whole matrices, see weight_statistics.py).
+ours:  the pictures of clouds; spectra of chunks, which are what the VAE sees: at ratio r the best
+       linear codec keeps the first C / r directions.
+Previous: learning_curves.py. Next: bench.py.
+"""
+import argparse
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from align import ALIGNERS, pair_places
+from chunking import ROLES, spans
+from codec_tables import Model, pca
+from lsmerge import Alignment, Codec, Parent, Transport, generator
+from scores import append, machine
+from weight_statistics import spectrum
+
+CHUNK = 64
+POINTS = 300            # of a cloud, at most
+COMMAND = "python experiments/pictures.py --also NAME FILE --record experiments/results"
+
+
+# --- Clouds ---------------------------------------------------------------------------------------
+def pair(target, source, codec, role="q"):
+    """Two Parents: the target's first tensor of this role, and the source's partner by depth."""
+    places = [{slot.name: slot.place for slot in model.slots} for model in (target, source)]
+    first = next(name for name, where in places[0].items() if where.role == role)
+    names = first, pair_places(*places)[first]
+    slots = [next(slot for slot in model.slots if slot.name == name)
+             for model, name in zip((target, source), names)]
+    return [Parent(partial(model.file.read, slot.name), slot, codec)
+            for model, slot in zip((target, source), slots)]
+
+
+def brought(target, source, method):
+    """The source's latents in the target's slots, (J, Z)."""
+    transport = Transport(target, source, Alignment(method))
+    return torch.cat([transport.codes(target.latents(*piece), *piece)
+                      for piece in spans(target.N, transport.step)])
+
+
+def cloud(z_NZ, mean_Z, axes_Z2):
+    """At most POINTS of the latents as [[x, y], ...], in a random order, the same for all clouds of
+    this length. (A row of the target's matrix is two chunks: of an ordered list, a picture that
+    takes every second point would show one half of each row.)"""
+    shown = torch.randperm(len(z_NZ), generator=generator(0))[:POINTS]
+    flat_N2 = (z_NZ[shown].double() - mean_Z) @ axes_Z2
+    return [[round(x, 3), round(y, 3)] for x, y in flat_N2.tolist()]
+
+
+def measure_clouds(target, source):
+    z_target_JZ = target.latents(0, target.N).double()
+    mean_Z, ascending_Z2 = pca(z_target_JZ, 2)
+    axes = mean_Z, ascending_Z2.flip(1)         # the larger component first
+    return [{"align": method, "source": cloud(brought(target, source, method), *axes),
+             "target": cloud(z_target_JZ, *axes), **machine(), "command": COMMAND}
+            for method in ALIGNERS]
+
+
+# --- Spectra --------------------------------------------------------------------------------------
+def cumulative(chunks_NC):
+    """The share of the variance in the first 1, 2, ..., C principal directions."""
+    C = chunks_NC.shape[1]
+    return [round(share, 5) for share in spectrum(chunks_NC, np.arange(1, C + 1) / C)]
+
+
+def reading_order(role):
+    """Attention before the MLP, as in the table of names; a role that is not in it last."""
+    return [*(known for known, _ in ROLES), role].index(role)
+
+
+def measure_spectra(name, model):
+    rows = []
+    for role in sorted({slot.place.role for slot in model.slots}, key=reading_order):
+        part = replace(model, slots=[slot for slot in model.slots if slot.place.role == role])
+        chunks_NC = part.chunks(CHUNK).numpy()
+        white_NC = np.random.default_rng(0).standard_normal(chunks_NC.shape)
+        rows.append({"model": name, "role": role, "cumulative": cumulative(chunks_NC),
+                     "white": cumulative(white_NC), **machine(), "command": COMMAND})
+    return rows
+
+
+# --- The command ----------------------------------------------------------------------------------
+def show(clouds, spectra):
+    print("clouds: variance of the two components\n" + f"{'':<10}{'source':>20}{'target':>20}")
+    for row in clouds:
+        sides = [np.var(row[side], axis=0) for side in ("source", "target")]
+        print(f"{row['align']:<10}" + "".join(f"{x:>12.3f}{y:>8.3f}" for x, y in sides))
+    print("spectra: share of the variance in the leading quarter (white noise)")
+    for row in spectra:
+        quarter = CHUNK // 4 - 1
+        print(f"{row['model']:<20} {row['role']:<10}{row['cumulative'][quarter]:.3f} "
+              f"({row['white'][quarter]:.3f})")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--also", nargs=2, action="append", default=[], metavar=("NAME", "FILE"),
+                        help="the spectra of this checkpoint as well")
+    parser.add_argument("--record", type=Path, help="append to the files in this folder")
+    args = parser.parse_args()
+    base, large = (Model.open(HERE / "models" / f"{name}.safetensors")
+                   for name in ("base", "large"))
+    codec = Codec.load(HERE / "models" / "vae.safetensors")
+    clouds, spectra = measure_clouds(*pair(base, large, codec)), measure_spectra("base", base)
+    for name, path in args.also:
+        spectra += measure_spectra(name, Model.open(path))
+    show(clouds, spectra)
+    if args.record:
+        append(args.record / "clouds.jsonl", clouds)
+        append(args.record / "spectra.jsonl", spectra)
+
+
+if __name__ == "__main__":
+    main()
