@@ -441,6 +441,10 @@ def print_report(report, run, codecs):
         f"{value:.4f} to {name}" for name, value in shown if value is not None))
     if run.kind == "self" and run.samples:
         print(f"self-merging: the mean of {run.samples} draws from the posterior moved it so far")
+    for source, kin in zip(run.sources, run.kinship or () if run.align == "units" else ()):
+        found = [cosine for cosine, i in zip(kin["similarity"], kin["layers"]) if i is not None]
+        print(f"matched: {len(found)} of {len(kin['layers'])} layers with {base_name(source.path)}, "
+              f"cosine {min(found, default=0):.3f} and more (strangers {kin['null']:.2f})")
     if report["alignment"]:
         spreads = sorted(record["std_ratio"] for record in report["alignment"])
         print(f"aligned: {len(spreads)} tensors, which keep {spreads[0]:.2f} to {spreads[-1]:.2f} "

@@ -282,11 +282,14 @@ def parse(argv):
     add("checkpoints", nargs="+")
     add("-o", "--output", default="vae.safetensors")
     add("--init", default="pca")
-    for name in "chunk tokens width blocks heads ratio beta steps1 steps2 lr batch holdout".split():
+    add("--width", type=int)
+    for name in "chunk tokens blocks heads ratio beta steps1 steps2 lr batch holdout".split():
         default = getattr(VAEConfig, name, None) or getattr(Schedule, name)
         add(f"--{name}", type=type(default), default=default)
     a = parser.parse_intermixed_args(argv)
-    given = dict(vars(a), device=pick_device(a.device))
+    given, pairs = dict(vars(a), device=pick_device(a.device)), 2 * max(1, a.heads)
+    if a.width is None:         # room for a chunk, in pairs for each head's rotation
+        given["width"] = -(-max(VAEConfig.width, a.chunk) // pairs) * pairs
     if a.init not in ("pca", "random"):
         given["init"] = VAEConfig.init
         if any(given[field.name] != field.default for field in fields(VAEConfig)):

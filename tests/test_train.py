@@ -375,12 +375,17 @@ def test_the_log_is_not_the_output(models, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--width", 32], ["--chunk", 256], ["--init", "random", "--width", 100, "--heads", 8]])
+    ["--width", 32], ["--chunk", 256, "--width", 128], ["--init", "random", "--width", 100, "--heads", 8]])
 def test_a_width_that_cannot_be_is_refused_not_changed(models, tmp_path, flags, capsys):
     """--width 32 once trained a network of width 64, without a word."""
     with pytest.raises(SystemExit) as caught:
         run(models["a"], "-o", tmp_path / "v", *flags)
     assert caught.value.code == 2 and "width" in capsys.readouterr().err
+
+
+def test_a_width_that_is_not_given_has_room_for_a_chunk():
+    assert train.parse(["x", "--chunk", "250", "--heads", "4"])[1].width == 256
+    assert train.parse(["x"])[1] == VAEConfig()
 
 
 def test_a_width_below_the_chunk_is_kept_for_a_random_start():
