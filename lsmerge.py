@@ -166,7 +166,7 @@ def slerp_coefficients(lam, dot, norm_a, norm_b):
 
 def inner(pairs):
     """(<a, b>, |a|, |b|) of two long vectors that arrive in pieces, in float64."""
-    rows = (torch.stack([a.reshape(-1), b.reshape(-1)]).double() for a, b in pairs)
+    rows = (torch.stack([part.reshape(-1).double() for part in pair]) for pair in pairs)
     (aa, ab), (_, bb) = sum(rows_2L @ rows_2L.T for rows_2L in rows).tolist()
     return ab, math.sqrt(aa), math.sqrt(bb)
 

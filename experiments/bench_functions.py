@@ -45,7 +45,7 @@ import lsmerge
 import merge
 import train
 from bench_models import full_network
-from vae import VAE, VAEConfig, generator_for, kl_divergence, sample
+from vae import VAE, Folded, VAEConfig, generator_for, kl_divergence, sample
 
 
 def machine():
@@ -230,7 +230,7 @@ def half_operations(config, blocks, *others):
 def window_operations(codec):
     """(to encode, to decode) one window; the exact codec is one matrix each way."""
     vae, c = codec.vae, codec.vae.config
-    if codec.linear:
+    if isinstance(codec.net, Folded):
         return (2 * c.tokens * c.chunk * c.latent,) * 2
     return (half_operations(c, vae.encoder, vae.embed, vae.neck_mu, vae.neck_logvar),
             half_operations(c, vae.decoder, vae.widen, vae.unembed))

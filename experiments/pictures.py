@@ -25,10 +25,11 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from align import ALIGNERS, pair_places
-from chunking import ROLES, spans
+from chunking import ROLES, place, spans
 from codec_tables import Model, pca
-from lsmerge import Alignment, Codec, Parent, Transport, generator
+from lsmerge import Alignment, Codec, Parent, Transport
 from scores import append, machine
+from vae import generator_for
 from weight_statistics import spectrum
 
 CHUNK = 64
@@ -39,7 +40,7 @@ COMMAND = "python experiments/pictures.py --also NAME FILE --record experiments/
 # --- Clouds ---------------------------------------------------------------------------------------
 def pair(target, source, codec, role="q"):
     """Two Parents: the target's first tensor of this role, and the source's partner by depth."""
-    places = [{slot.name: slot.place for slot in model.slots} for model in (target, source)]
+    places = [{slot.name: place(slot.name) for slot in model.slots} for model in (target, source)]
     first = next(name for name, where in places[0].items() if where.role == role)
     names = first, pair_places(*places)[first]
     slots = [next(slot for slot in model.slots if slot.name == name)
@@ -59,7 +60,7 @@ def cloud(z_NZ, mean_Z, axes_Z2):
     """At most POINTS of the latents as [[x, y], ...], in a random order, the same for all clouds of
     this length. (A row of the target's matrix is two chunks: of an ordered list, a picture that
     takes every second point would show one half of each row.)"""
-    shown = torch.randperm(len(z_NZ), generator=generator(0))[:POINTS]
+    shown = torch.randperm(len(z_NZ), generator=generator_for(0))[:POINTS]
     flat_N2 = (z_NZ[shown].double() - mean_Z) @ axes_Z2
     return [[round(x, 3), round(y, 3)] for x, y in flat_N2.tolist()]
 
@@ -87,8 +88,8 @@ def reading_order(role):
 
 def measure_spectra(name, model):
     rows = []
-    for role in sorted({slot.place.role for slot in model.slots}, key=reading_order):
-        part = replace(model, slots=[slot for slot in model.slots if slot.place.role == role])
+    for role in sorted({place(slot.name).role for slot in model.slots}, key=reading_order):
+        part = replace(model, slots=[slot for slot in model.slots if place(slot.name).role == role])
         chunks_NC = part.chunks(CHUNK).numpy()
         white_NC = np.random.default_rng(0).standard_normal(chunks_NC.shape)
         rows.append({"model": name, "role": role, "cumulative": cumulative(chunks_NC),

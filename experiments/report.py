@@ -833,20 +833,6 @@ def of_search(results):
     return f"at most {max(row['to_average'] for row in rows):.1%} of it", "ours"
 
 
-def of_peer(key, results):
-    return span(results.rows("bench-peer")[-1][key]["exact"]), "ours"
-
-
-def of_align(results):
-    return span_of([max(row["ratios"].values()) for row in align_rows(results)
-                    if row["what"] == "sinkhorn"]), "ours"
-
-
-def of_training(results):
-    found = {recipe: values for recipe, values, _, _ in training_rows(results)}
-    return f"{span(found['curriculum'], '.0f')} s, release > {found['release'][0]:.0f} s", "ours"
-
-
 def of_kinship(results):
     sides = {name: [kin(row) for row in results.rows("kinship", "source", "target")
                     if row["related"] == side] for name, side in (("kin", True), ("not", False))}
@@ -968,11 +954,7 @@ CLAIMS = (
     Claim("what a curved codec adds, over the experts' distance", "", "codec-search", of_search),
     Claim("kinship tells relatives from strangers", "", "kinship", of_kinship),
     Claim("a relative of another shape, units matched, lambda 0.5", "", "figure4", of_units),
-    Claim("real siblings: the surest gain", "", "sibling", of_sibling),
-    Claim("time of a latent merge over mergekit's", "", "bench-peer", partial(of_peer, "ratios")),
-    Claim("its memory over mergekit's", "", "bench-peer", partial(of_peer, "memory_ratios")),
-    Claim("Sinkhorn's time over POT's fastest", "", "bench-align", of_align),
-    Claim("time to NMSE 1e-2, random start", "", "bench-training", of_training))
+    Claim("real siblings: the surest gain", "", "sibling", of_sibling))
 INTRO = f"""# Results
 
 Built by `python experiments/report.py` from `experiments/results/*.jsonl`; not to be edited.
@@ -1045,7 +1027,12 @@ def readme_bench(results):
                  [*peer_rows(peer), *lines])[:-1]
 
 
-BLOCKS = {"verdicts": verdicts, "merge": readme_merge, "bench": readme_bench}
+def readme_main(results):
+    """What the main command printed."""
+    return [f"    {line}" for line in results.rows("main")[-1]["text"].splitlines()]
+
+
+BLOCKS = {"main": readme_main, "verdicts": verdicts, "merge": readme_merge, "bench": readme_bench}
 
 
 def fill(text, results):

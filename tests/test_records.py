@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 import learning_curves as lc
 import pictures
 import train
+from chunking import place
 from codec_tables import Model
 from conftest import ROOT
 from lsmerge import Codec
@@ -39,9 +40,9 @@ def test_the_pair_is_the_first_query_and_its_partner(pair):
 def test_partners_are_found_by_depth(models):
     """Two layers against three: the last meets the last."""
     small, big = Model.open(models["a"]), Model.open(models["big"])
-    last = replace(small, slots=[s for s in small.slots if s.place.layer == 1] + small.slots)
+    last = replace(small, slots=[s for s in small.slots if place(s.name).layer == 1] + small.slots)
     found = pictures.pair(last, big, Codec.load(models["vae"]))
-    assert [parent.slot.place.layer for parent in found] == [1, 2]
+    assert [place(parent.slot.name).layer for parent in found] == [1, 2]
 
 
 def test_axes_are_the_targets_two_leading_components(pair, clouds):
@@ -175,13 +176,14 @@ def test_the_recipes_differ_in_what_their_names_say(small):
     assert set(lengths.values()) == {800}
     assert peaks["one stage, beta 1"] == pytest.approx(peaks["two stages"])
     assert peaks["the release's recipe"] == 1e-4
-    assert [recipe.config.beta for recipe in lc.RECIPES.values()] == [1e-4, 1, 1, 1e-4]
+    assert [recipe.config.beta for recipe in lc.RECIPES.values()] == [
+        1e-4, 1, 1, 0.1, 0.1, 1e-4]
 
 
 def test_the_papers_configuration_has_one_seed():
-    names = [(name, seed) for name, _, seed in lc.trainings(2, True)]
-    assert names[:8] == [(name, seed) for seed in (0, 1) for name in lc.RECIPES]
-    assert names[8:] == [("the paper's configuration", 0)]
-    assert lc.trainings(0, False) == []
+    names = [(name, seed) for name, _, seed in lc.trainings(2, True, lc.RECIPES)]
+    assert names[:12] == [(name, seed) for seed in (0, 1) for name in lc.RECIPES]
+    assert names[12:] == [("the paper's configuration", 0)]
+    assert lc.trainings(0, False, lc.RECIPES) == []
     config = lc.PAPER["the paper's configuration"].config
     assert (config.chunk, config.width, config.blocks, config.heads) == (640, 768, 4, 4)
