@@ -52,8 +52,8 @@ def pair(target, source, codec, role="q"):
 def brought(target, source, method):
     """The source's latents in the target's slots, (J, Z)."""
     transport = Transport(target, source, Alignment(method))
-    return torch.cat([transport.codes(target.latents(*piece), *piece)
-                      for piece in spans(target.N, transport.step)])
+    return torch.cat([transport.align(target.latents(*piece), *piece)
+                      for piece in spans(target.N, transport.per_piece)])
 
 
 def cloud(z_NZ, mean_Z, axes_Z2):
