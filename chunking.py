@@ -345,11 +345,11 @@ class Layers:
     """A model layer by layer: {role: matrix} of the known roles, read when it is asked for."""
 
     def __init__(self, model, roles):
-        self.model, named = model, {}
+        self.model, named = model, {}           # named: {layer: {role: name}}
         for entry in model.entries.values():
             layer, role = place(entry.name)
             if layer is not None and role in roles and len(entry.shape) == 2 and entry.is_float:
-                first = named.setdefault(layer, {}).setdefault(role, entry.name)
+                first = named.setdefault(layer, {}).setdefault(role, entry.name)    # its only one?
                 need(first == entry.name, model.path, f"layer {layer} has two of role {role}",
                      "hidden units cannot be matched: give another --align", entry.name)
         self.names = [named[layer] for layer in sorted(named)]
@@ -369,7 +369,7 @@ class Matched:
     def __init__(self, source, target, match, roles):
         self.source, self.target, self.path, self.files = source, target, source.path, source.files
         here, there = Layers(target, roles).names, Layers(source, roles).names
-        self.entries, self.parts = {}, {}
+        self.entries, self.parts = {}, {}       # parts: name -> the source's entry, row, column
         for j, i in enumerate(match.layers):
             for role in here[j].keys() & there[i].keys() if i is not None else ():
                 entry, other = target.entries[here[j][role]], source.entries[there[i][role]]
@@ -382,8 +382,8 @@ class Matched:
         other, row_J, column_K = self.parts[name]
         K, width, numel = len(column_K), other.shape[1], self.entries[name].numel
         start, stop = min(start, numel), min(numel if stop is None else stop, numel)
-        j0, j1 = start // K, -(-stop // K)
-        merged_JK = self.target.read(name, j0 * K, j1 * K).float().view(-1, K)
+        j0, j1 = start // K, -(-stop // K)      # the rows of this piece
+        merged_JK = self.target.read(name, j0 * K, j1 * K).float().view(-1, K)  # at first its own
         j_R, k_S = (row_J[j0:j1] >= 0).nonzero()[:, 0], (column_K >= 0).nonzero()[:, 0]
         rows = [self.source.read(other.name, i * width, (i + 1) * width)
                 for i in row_J[j0 + j_R].tolist()]

@@ -119,7 +119,7 @@ def plan_merge(target, sources, pattern=None, align="none", by="depth", control=
         need(found, source.path, "no tensor pairs with one of the target by layer and role",
              "names are unknown or ambiguous: see chunking.ROLES, or narrow --select")
     average = kind == "same-shape" and align == "none" and not control and pattern is None
-    tasks, models = [], [target, *sources]
+    tasks, models = [], [target, *sources]      # a parent's number is its index in models
     for number, (name, entry) in enumerate(target.entries.items()):
         parents = [(0, name), *((k, p[name]) for k, p in enumerate(pairs, 1) if p.get(name))]
         alike = len(parents) == len(models) and all(
@@ -144,7 +144,7 @@ def measure_task(models, task):
     slots = []
     for k, name in task.parents:
         slot = models[k].entries[name]
-        slot = measure(models[k], name) if slot.is_float else slot
+        slot = measure(models[k], name) if slot.is_float else slot      # whole numbers are copied
         if slots and slot.shape == slots[0].shape:
             slot = replace(slot, mean=slots[0].mean, scale=slots[0].scale)
         slots.append(slot)
@@ -160,10 +160,11 @@ def match(target, source):
         found = [e for e in model.entries.values() if place(e.name) == (None, "embed")]
         need(found, model.path, "has no embedding: hidden units cannot be matched", OTHER)
         embeds.append(max(found, key=lambda entry: entry.numel))        # words, not positions
-    rows = min(embed.shape[0] for embed in embeds)
-    spans_ = [spans(rows * embed.shape[1], embed.shape[1])[::-(-rows // TOKENS)] for embed in embeds]
-    read = [torch.stack([model.read(embed.name, *span) for span in part]).float()
-            for model, embed, part in zip(models, embeds, spans_)]
+    rows = min(embed.shape[0] for embed in embeds)      # one of them may have been extended
+    read, some = [], slice(None, None, -(-rows // TOKENS))
+    for model, embed in zip(models, embeds):
+        rows_of = spans(rows * embed.shape[1], embed.shape[1])[some]
+        read.append(torch.stack([model.read(embed.name, *row) for row in rows_of]).float())
     try:
         return ot.match_models(*(Layers(model, ot.AXES) for model in models), *read)
     except ValueError as error:
@@ -173,7 +174,7 @@ def match(target, source):
 def alike(one, other):
     """Mean cosine of the tensors that two models share by name and shape, as their units stand:
     0 for strangers, and for relatives whose units were permuted."""
-    found = []
+    found = []                  # a piece of each tensor tells as much as all of it
     for entry in filter(is_selected, one.entries.values()):
         if getattr(other.entries.get(entry.name), "shape", None) == entry.shape:
             dot, a, b = ls.inner([[model.read(entry.name, 0, PIECE) for model in (one, other)]])
@@ -197,14 +198,14 @@ def relate(a, target, sources, kind):
             raise
         print(f"note: {error}")
         return sources, "gaussian", None
-    found = found * len(sources) if a.base else found
+    found = found * len(sources) if a.base else found       # one for each source
     for source, m in zip(sources, found):
         if not m.related:
             print(f"note: {source.path} is no relative of the target (its units match with cosine "
                   f"{max(m.similarity):.2f}, strangers with {m.null:.2f}): expect nothing of it")
     related, units = all(m.related for m in found), "units"
     need(related or not a.base, target.path, "is no relative of --base", "drop --base")
-    if related or a.align == "units":
+    if related or a.align == "units":       # asked for, even strangers are matched
         sources = [Matched(source, target, m, ot.AXES) for source, m in zip(sources, found)]
     else:
         units = "gaussian"
@@ -296,6 +297,7 @@ def load_codecs(a):
 def train_codec(a, run):
     """With --init random: the paper's VAE, trained on the encoded tensors of all inputs."""
     schedule = Schedule(seed=a.seed, device=pick_device(a.device), dtype=a.dtype, quiet=a.quiet)
+    # Of matched sources what they bring to the target's units is what will be encoded.
     parents = training_parents(run.models, run.tasks)
     vae, stages = train_vae(parents, VAEConfig(init="random"), schedule)
     print(*map(describe_stage, stages), sep="\n")
@@ -341,7 +343,7 @@ def check_codec(run, codecs, bound):
             if k not in worst or not nmse <= worst[k][0]:           # a NaN is the worst
                 worst[k] = nmse, name
     names = ["target", *(f"source {i + 1}" for i in range(len(run.lam))), "base"]
-    aligned = run.how.control or run.how.method != "none" or (run.align, run.kind) == ("none", CROSS)
+    aligned = run.how != ls.Alignment() or (run.align, run.kind) == ("none", CROSS)
     free = run.a.residual and (not aligned or not any(run.lam))
     for k in sorted(count)[run.a.residual:] if not free else ():
         nmse, name = sums[k] / count[k], f"round trip of {names[k]}"
@@ -395,7 +397,7 @@ def make_report(run, codecs, gates, trip, results, clock):
     null where undefined. No paths: they mean nothing elsewhere."""
     squares, a, count = Counter(), run.a, Counter(task.action for task in run.tasks)
     for part, _ in results:
-        squares.update(part)
+        squares.update(part)        # adds up
     norm, undefined = squares.pop("norm", 0), run.kind == CROSS and run.align != "units"
     far = {key: math.sqrt(value / norm) for key, value in squares.items() if norm}
     average = 0.0 if a.space == "weight" else far.get("average")        # itself
@@ -411,9 +413,10 @@ def make_report(run, codecs, gates, trip, results, clock):
         "roundtrip": trip, "distance": {
             "to_target": far.get(0), "to_average": average if run.kind == "same-shape" else None,
             "to_source": [None if undefined else far.get(i + 1) for i in range(len(run.lam))]},
-        "alignment": [record for _, records in results for record in records], "kinship": run.kinship,
-        "gates": gates, "seconds": {stage: round(stop - start, 3) for stage, start, stop in zip(
-            ("read and check", "codec", "merge and write"), clock, clock[1:])}}
+        "alignment": [record for _, records in results for record in records],
+        "kinship": run.kinship, "gates": gates, "seconds": {
+            stage: round(stop - start, 3) for stage, start, stop in zip(
+                ("read and check", "codec", "merge and write"), clock, clock[1:])}}
 
 
 def print_report(report, run, codecs):
@@ -423,7 +426,7 @@ def print_report(report, run, codecs):
         f", control {run.how.control}" if run.how.control else "", lam=lam, **report))
     print("tensors: {encoded} encoded + {averaged} averaged + {copied} copied = {total}; encoded: "
           "{weights_encoded:,} of {weights_total:,} weights".format(**report["tensors"]))
-    copied = [task for task in run.tasks if task.action == "copied"]
+    copied = [task for task in run.tasks if task.action == "copied"]        # and why
     for why, number in Counter(task.why for task in copied).items():
         first = next(task.name for task in copied if task.why == why)
         print(f"  copied, {why}: {number}, the first is {first}")
@@ -443,7 +446,7 @@ def print_report(report, run, codecs):
         print(f"self-merging: the mean of {run.samples} draws from the posterior moved it so far")
     for source, kin in zip(run.sources, run.kinship or () if run.align == "units" else ()):
         found = [cosine for cosine, i in zip(kin["similarity"], kin["layers"]) if i is not None]
-        print(f"matched: {len(found)} of {len(kin['layers'])} layers with {base_name(source.path)}, "
+        print(f"{base_name(source.path)}: {len(found)} of {len(kin['layers'])} layers matched, "
               f"cosine {min(found, default=0):.3f} and more (strangers {kin['null']:.2f})")
     if report["alignment"]:
         spreads = sorted(record["std_ratio"] for record in report["alignment"])
@@ -569,7 +572,7 @@ def open_run(a, codecs):
     outputs = [path for path in (a.output, a.save_vae, a.report) if path and not a.dry_run]
     for i, path in enumerate(outputs):          # none is an input, and none lies in another
         check_output(path, inputs + outputs[:i], a.force, inside if path == a.output else None)
-    kind = plan_merge(target, sources, a.select)[0]
+    kind = plan_merge(target, sources, a.select)[0]         # as they are
     need(kind != CROSS or a.space == "latent" and a.operator != "slerp", target.path, "its encoded "
          "tensors and a source's differ in shape or name", "drop --space weight, slerp: they need "
          "equal ones")
@@ -581,7 +584,7 @@ def open_run(a, codecs):
         need(alike(source, sources[-1]) >= STRANGERS, source.path, f"is no relative of {a.base}: "
              "their difference is no skill", "give the base of this expert")
     sources, align, kinship = relate(a, target, sources, kind)
-    tasks = plan_merge(target, sources, a.select, align, control=a.control)[1]
+    tasks = plan_merge(target, sources, a.select, align, control=a.control)[1]  # as they enter
     n = len(a.models) - 1
     share = 0.1 / n if kind == CROSS and a.operator != "soup" else 1 / (n + 1)
     samples = a.samples if a.samples is not None else 0 if n or a.roundtrip else SAMPLES

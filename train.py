@@ -10,16 +10,15 @@ output         -o, --output PATH, --log FILE (a JSON line per validation), --for
 machine        --device auto|cpu|cuda, --dtype float32|bfloat16 (of the products), --seed, --quiet
 
 Paper: abstract, Sec. 3.2. Stage 1 trains a deterministic, high-capacity autoencoder (KL off); stage
-2 turns the KL on, for the compact code. Why two: weights have heavy tails and a small variance; a
-VAE trained with the KL from scratch collapses before it has learnt anything.
+2 turns the KL on, for the compact code. Why two (paper): with the KL from scratch a VAE collapses
+before it has learnt anything. Here one stage ends worse, but collapses only if Eq. 1 asks for it.
 
     stage 1   mse / 2                      latent = the neck's mean; at r > 1 the stream, D numbers
     stage 2   mse / 2 + (beta / r) kl      latent = one sample from q(z | w), Z = C / r numbers
-ours, measured: at r <= 1 the neck has room for a chunk, so both stages go through it (a cut by PCA
-between them cost a factor 10 to 30 in NMSE); stage 2 refines, at a tenth of the rate. At r > 1 PCA
-must cut, and stage 2 learns anew. beta is fixed, and no stage ends for want of progress: with such
-patience stage 2 ended while it was recovering. differs: no distillation (measured, it lost).
-Enters: windows of standardised weights. Leaves: a VAE file. Ctrl-C keeps the best state so far.
+ours: at r <= 1 the neck has room for a chunk, so both stages go through it, and stage 2 refines, at
+a tenth of the rate (a cut by PCA between them cost a factor 10 to 30 in NMSE); at r > 1 PCA cuts,
+and stage 2 learns anew. No stage ends for want of progress: it recovers late. Leaves: a VAE file.
+differs: no distillation (measured, it lost). Ctrl-C keeps the best state so far.
 """
 if __name__ == "__main__":      # Ctrl-C during the imports: end without a traceback
     import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -222,8 +221,8 @@ def save_vae(path, vae, stages, **facts):
 
 
 def describe_stage(record):
-    keys = "nmse", "kl", "sigma", "active", "steps", "best_step", "seconds"     # one line
-    parts = ", ".join(f"{key} {record[key]:.4g}" for key in keys if key in record)
+    parts = ", ".join(f"{key} {record[key]:.4g}" for key in (
+        "nmse", "kl", "sigma", "active", "steps", "best_step", "seconds") if key in record)
     return f"stage {record['stage']}: held-out {parts}; ended: {record['ended']}"
 
 
@@ -231,13 +230,12 @@ def describe_stage(record):
 def gather(value):
     """[value of process 0, of process 1, ...], in every process of a torchrun; alone, [value]."""
     values = [value] * rank_and_size()[1]       # to be filled in
-    if len(values) == 1:
-        return values
-    if not distributed.is_initialized():        # a day: for whoever has the largest tensor
+    if len(values) > 1 and not distributed.is_initialized():    # a day: one has the largest tensor
         distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
         atexit.register(distributed.destroy_process_group)      # else an exit may abort
     try:
-        distributed.all_gather_object(values, value)
+        if len(values) > 1:
+            distributed.all_gather_object(values, value)
         return values
     except RuntimeError:        # another process has gone, and has said why
         raise SystemExit(1) from None
@@ -282,14 +280,14 @@ def parse(argv):
     add("checkpoints", nargs="+")
     add("-o", "--output", default="vae.safetensors")
     add("--init", default="pca")
-    add("--width", type=int)
+    add("--width", type=int, default=argparse.SUPPRESS)     # as large as --chunk needs
     for name in "chunk tokens blocks heads ratio beta steps1 steps2 lr batch holdout".split():
         default = getattr(VAEConfig, name, None) or getattr(Schedule, name)
         add(f"--{name}", type=type(default), default=default)
     a = parser.parse_intermixed_args(argv)
-    given, pairs = dict(vars(a), device=pick_device(a.device)), 2 * max(1, a.heads)
-    if a.width is None:         # room for a chunk, in pairs for each head's rotation
-        given["width"] = -(-max(VAEConfig.width, a.chunk) // pairs) * pairs
+    pairs = 2 * max(1, a.heads)         # for each head's rotation
+    roomy = -(-max(VAEConfig.width, a.chunk) // pairs) * pairs      # room for a chunk
+    given = {"width": roomy, **vars(a), "device": pick_device(a.device)}
     if a.init not in ("pca", "random"):
         given["init"] = VAEConfig.init
         if any(given[field.name] != field.default for field in fields(VAEConfig)):
