@@ -969,8 +969,6 @@ CLAIMS = (
     Claim("weights fill few dimensions: NMSE of PCA, r = 2", "Fig. 2", "table7", of_structure),
     Claim("one stage collapses, two do not: NMSE of one, of two", "abstract", "curves",
           of_collapse),
-    Claim("one stage minus two, default beta", "abstract", "ablation",
-          partial(of_part, "r = 1, random start", "one stage")),
     Claim("stage 2 distils: without minus with", "abstract", "ablation", of_distillation),
     Claim("exact codec: latent merge minus plain average", "", "table3", of_exact),
     Claim("what a curved codec adds, over the experts' distance", "", "codec-search", of_search),
