@@ -229,8 +229,10 @@ def curves(figure, results):
         panel.plot(seconds, nmse, linewidth=1.2, label=row["name"], **style)
         if second is not None:
             panel.plot(seconds[second], nmse[second], "o", color=style["color"])
-    for panel, model in zip(axes, models):
-        panel.set(title=model, xlabel="seconds", yscale="log")
+    longest = max(shifted(row["points"])[0][-1] for row in rows if "paper" not in row["name"])
+    for panel, model in zip(axes, models):      # the paper's configuration runs out of the picture
+        panel.set(title=f"one VAE of {model}", xlabel="seconds", yscale="log",
+                  xlim=(0, 1.02 * longest))
     axes[0].set_ylabel("NMSE, held-out windows")
     legend(figure, axes, 3)
 
@@ -335,8 +337,9 @@ def spectra(figure, results):
             colour = COLOURS[models.index(row["model"]) % 4]
             for key, style, label in (("cumulative", "-", row["model"]),
                                       ("white", ":", f"{row['model']}: white noise")):
-                x = np.linspace(0, 100, len(row[key]))
-                panel.plot(x, 100 * np.array(row[key]), style, color=colour, label=label)
+                y = 100 * np.array([0, *row[key]])      # of no component, one, two, ...
+                x = np.linspace(0, 100, len(y))
+                panel.plot(x, y, style, color=colour, label=label)
         panel.set(title=role, ylim=(0, 103), xlim=(0, 100))
         panel.tick_params(labelbottom=True)
     figure.supxlabel("leading components, % of all", fontsize=9)

@@ -8,7 +8,7 @@ Out:   per model: NMSE over its encoded weights and of the worst tensor, and the
        after: bits per byte of the experiments' own models, nats per token of a language model in a
        folder (needs transformers; prose and code of evaluate.py), nothing of other files.
 Paper: Table 7, "a VAE of one model on another": the claim that the encoder generalises.
-Previous: real_model.py. Next: bench.py.
+Previous: real_model.py. Next: learning_curves.py.
 """
 import argparse
 import sys

@@ -177,12 +177,16 @@ def test_cells_across_shapes_from_the_raw_lines(results):
         key = (r["source"], r["align"], r["pairing"], r["lam"], r["control"], r["seed"])
         cells[key] = r["difference"]["base"]
     table = [row for row in rows_of(report.figure4(results)[2]) if row[0] == "0.1"]
-    assert len(table) == 3
+    assert len(table) == 5
     for row, keys in zip(table, ([("large", "none", "depth", None), ("large", "mean", "depth", None),
                                   ("large", "gaussian", "depth", None),
                                   ("large", "sinkhorn", "depth", None),
                                   ("large", "sinkhorn", "depth", "carried")],
                                  [("base-seed2", "none", "depth", None)],
+                                 [("grown", "none", "depth", None)],
+                                 [("grown", "units", "weights", None),
+                                  ("grown", "units", "weights", "carried"),
+                                  ("grown", "units", "weights", "neighbour")],
                                  [("", "", "", "zero"), ("", "", "", "noise")])):
         for cell, (source, align, pairing, control) in zip(row[1:], keys):
             group = [d for key, d in cells.items() if key[:5] == (source, align, pairing, 0.1,
@@ -247,8 +251,8 @@ CURVES = [{"name": name, "model": "m", "seed": 0, "points": [
     for name in ("two stages, r = 1", "one stage, beta 1")]
 CLOUDS = [{"align": align, "source": [[0, 0], [1, 2]], "target": [[3, 1], [2, 2]]}
           for align in ("none", "gaussian")]
-SPECTRA = [{"model": "m", "role": role, "cumulative": [0, 0.5, 0.8, 0.9, 1.0],
-            "white": [0, 0.3, 0.7, 0.8, 1.0]} for role in ("q_proj", "up_proj")]
+SPECTRA = [{"model": "m", "role": role, "cumulative": [0.5, 0.8, 0.9, 1.0],
+            "white": [0.3, 0.7, 0.8, 1.0]} for role in ("q_proj", "up_proj")]
 TOUR = [{"text": "one\n  two\n"}]
 
 
@@ -283,11 +287,11 @@ def test_kinship_and_drift(added):
 def test_the_reference_vae(added):
     assert rows_of(report.vae(added)[2]) == [
         ["reference", "`m`, float32", "yes", "2 M", "1.0e-04", "layers.0.mlp.up_proj", "1.0e-03",
-         "", "12"],
+         ""],
         ["reference", "`m`, bfloat16", "no", "2 M", "3.0e-05", "layers.0.mlp.up_proj", "1.0e-03",
-         "+0.50%", "12"],
+         "+0.50%"],
         ["reference", "`m`, float32", "no", "2 M", "2.0e-05", "layers.0.mlp.up_proj", "1.0e-03",
-         "+0.10%", "12"]]
+         "+0.10%"]]
     # of the unseen one in float32
     assert report.of_vae(added) == ("NMSE at most 2.0e-05, loss +0.10%", "holds")
 
