@@ -967,7 +967,7 @@ CLAIMS = (
     Claim("a real model survives r > 1", "up to r = 4", "real", of_real),
     Claim("a VAE serves unseen models at r = 1", "", "vae", of_vae),
     Claim("weights fill few dimensions: NMSE of PCA, r = 2", "Fig. 2", "table7", of_structure),
-    Claim("one stage collapses, two do not (NMSE)", "abstract", "curves",
+    Claim("only one stage collapses (NMSE)", "abstract", "curves",
           of_collapse),
     Claim("stage 2 distils: without minus with", "abstract", "ablation", of_distillation),
     Claim("exact codec: latent merge minus plain average", "", "table3", of_exact),
