@@ -711,7 +711,7 @@ def vae(results):
     ], table(["VAE", "model", "seen", "weights", "NMSE", "worst tensor", "its NMSE", "loss"], [
         [row["vae"], f"`{row['model']}`, {row['dtype']}", "yes" if row["seen"] else "no",
          f"{row['weights'] / 1e6:.3g} M", f"{row['nmse']:.1e}",
-         row["worst"]["name"].removeprefix("model.").removesuffix(".weight"),
+         re.sub(r"^(model|encoder)\.|\.weight$", "", row["worst"]["name"]),
          f"{row['worst']['nmse']:.1e}", "" if lost(row) is None else f"{lost(row):+.2%}"]
         for row in rows])
 
