@@ -708,9 +708,9 @@ def vae(results):
         *([f"Worst NMSE of the reference VAE on an unseen model: "
            f"{max(row['nmse'] for row in unseen):.1e}."] if unseen else []),
         *([f"Largest change of a loss: {max(changes):.1e} of it."] if changes else [])
-    ], table(["VAE", "model", "seen", "weights", "NMSE", "worst tensor", "its NMSE", "loss"], [
+    ], table(["VAE", "model", "seen", "NMSE", "worst tensor", "its NMSE", "loss"], [
         [row["vae"], f"`{row['model']}`, {row['dtype']}", "yes" if row["seen"] else "no",
-         f"{row['weights'] / 1e6:.3g} M", f"{row['nmse']:.1e}",
+         f"{row['nmse']:.1e}",
          re.sub(r"^(model|encoder)\.|\.weight$", "", row["worst"]["name"]),
          f"{row['worst']['nmse']:.1e}", "" if lost(row) is None else f"{lost(row):+.2%}"]
         for row in rows])

@@ -48,7 +48,7 @@ def measure_model(path, vae, dtype):
     model, nmse, errors, before, after = lost_by(path, ThroughCodec(codec))
     worst, seen = max(errors, key=errors.get), [Path(n).stem for n in codec.record["trained_on"]]
     ours = Path(vae).resolve() == Path(REFERENCE).resolve()
-    return {"vae": "reference" if ours else f"trained on {' and '.join(seen)}",
+    return {"vae": "reference" if ours else f"of {' and '.join(seen)}",
             "model": model.name, "seen": model.name in seen,
             "weights": model.weights, "nmse": nmse,
             "worst": {"name": worst, "nmse": errors[worst]}, "dtype": dtype,

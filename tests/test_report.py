@@ -286,11 +286,11 @@ def test_kinship_and_drift(added):
 
 def test_the_reference_vae(added):
     assert rows_of(report.vae(added)[2]) == [
-        ["reference", "`m`, float32", "yes", "2 M", "1.0e-04", "layers.0.mlp.up_proj", "1.0e-03",
+        ["reference", "`m`, float32", "yes", "1.0e-04", "layers.0.mlp.up_proj", "1.0e-03",
          ""],
-        ["reference", "`m`, bfloat16", "no", "2 M", "3.0e-05", "layers.0.mlp.up_proj", "1.0e-03",
+        ["reference", "`m`, bfloat16", "no", "3.0e-05", "layers.0.mlp.up_proj", "1.0e-03",
          "+0.50%"],
-        ["reference", "`m`, float32", "no", "2 M", "2.0e-05", "layers.0.mlp.up_proj", "1.0e-03",
+        ["reference", "`m`, float32", "no", "2.0e-05", "layers.0.mlp.up_proj", "1.0e-03",
          "+0.10%"]]
     # of the unseen one in float32
     assert report.of_vae(added) == ("NMSE at most 2.0e-05, loss +0.10%", "holds")
