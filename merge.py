@@ -1,12 +1,12 @@
-"""merge.py: the command.                                                             (read last)
+"""merge.py: merge checkpoints in latent space.                                       (read last)
 
-    python merge.py TARGET [SOURCE ...] [options]
+    python merge.py TARGET [SOURCE ...] [options]     python merge.py a.safetensors b.safetensors
 
 TARGET gives names, shapes, dtypes and companions of the result; alone, it is merged with itself. A
 model is a .safetensors file, a Hugging Face folder or an index of shards. In brackets: defaults.
 
-what     --lam L[,L...]    weight of each source (also --lambda), the rest is the target's; 0: round
-                           trip (1/(N+1) for each of N; across shapes 0.1 in all; paper: 0.05-0.2)
+what     --lam L[,L...]    (--lambda) weight of each source, the rest is the target's (1/(N+1) each
+                           of N; across shapes 0.1 in all, paper: 0.05 to 0.2); 0: its round trip
          --operator NAME   lerp, slerp, soup (uniform), task-arithmetic: z_target + sum of lambda
                            (z_i - z_base), lambda in [-10, 10], as --lam=-0.5,2 (lerp)
          --base MODEL      the sources' ancestor, for task-arithmetic
@@ -564,6 +564,8 @@ def open_run(a, codecs):
     without reading weights is refused here."""
     target, *sources = [Checkpoint(path) for path in [*a.models, *filter(None, [a.base])]]
     folder = target.folder if not (a.output or "").endswith(".safetensors") else None
+    need(folder or not (a.output or "").endswith(os.sep), a.output, "is a folder's name, and "
+         f"{target.path} is a file", "give -o the name of a file")
     a.output = a.output or ("merged" if folder else "merged.safetensors")
     copies = companions(folder) if folder else None
     inside = {"model.safetensors", "README.md", *map(base_name, copies)} if folder else None

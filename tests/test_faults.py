@@ -576,6 +576,11 @@ def test_a_wrong_vae_is_noticed_before_weights_are_read(box, capsys):
     check_fault(box, capsys, [target, box.b], [target, "NaN"], main=train.main)
 
 
+def test_a_file_does_not_give_a_folder(box, capsys):
+    check_fault(box, capsys, [box.a, box.b, "-o", f"{box.out.parent / 'folder'}/"],
+                ["folder", "is a file"])
+
+
 def replaced(path):
     os.replace(shutil.copyfile(path.with_name("a.safetensors"), f"{path}.new"), path)
 
