@@ -398,7 +398,7 @@ def make_report(run, codecs, gates, trip, results, clock):
     squares, a, count = Counter(), run.a, Counter(task.action for task in run.tasks)
     for part, _ in results:
         squares.update(part)        # adds up
-    norm, undefined = squares.pop("norm", 0), run.kind == CROSS and run.align != "units"
+    norm, undefined = squares.pop("norm", 0), run.kind == CROSS and run.align != "units"    # shapes
     far = {key: math.sqrt(value / norm) for key, value in squares.items() if norm}
     average = 0.0 if a.space == "weight" else far.get("average")        # itself
     return {
@@ -518,7 +518,7 @@ def parse(argv):
 
 def check_usage(a, parser):
     """What the command line alone decides; makes `lam` a number for each source."""
-    n, lam = len(a.models) - 1, a.lam
+    n, lam = len(a.models) - 1, a.lam       # n sources, the base not among them
     given = {"--" + key.replace("_", "-"): value for key, value in vars(a).items()
              if value not in (None, False, parser.get_default(key), "auto", "none")}
     holds = {"without SOURCE": not n, "with --roundtrip": a.roundtrip, "with --init": a.init,
@@ -567,7 +567,7 @@ def open_run(a, codecs):
     need(folder or not (a.output or "").endswith(os.sep), a.output, "is a folder's name, and "
          f"{target.path} is a file", "give -o the name of a file")
     a.output = a.output or ("merged" if folder else "merged.safetensors")
-    copies = companions(folder) if folder else None
+    copies = companions(folder) if folder else None     # None: the result is a file
     inside = {"model.safetensors", "README.md", *map(base_name, copies)} if folder else None
     inputs = [file for model in (target, *sources) for file in model.files] + (copies or [])
     inputs += [file for codec in codecs for file in codec.files]        # a VAE is an input, too
@@ -614,7 +614,7 @@ def open_output(run, copies, gates):
 
 
 def main(argv=None):
-    a, clock = parse(argv), [time.perf_counter()]
+    a, clock = parse(argv), [time.perf_counter()]       # clock: when each part of the run ended
     codecs = load_codecs(a)
     run, copies = open_run(a, codecs)
     for left in glob.glob(os.path.join(glob.escape(os.path.dirname(a.output)), ".lsmerge-*")):
@@ -624,13 +624,13 @@ def main(argv=None):
     run = replace(run, tasks=spread(partial(measure_task, run.models), run, "read"))
     clock.append(time.perf_counter())
     codecs = train_codec(a, run) if a.init else codecs
-    gates, trip = check_codec(run, codecs, a.max_nmse or MAX_NMSE)
+    gates, trip = check_codec(run, codecs, a.max_nmse or MAX_NMSE)     # refuses here or never
     clock.append(time.perf_counter())
     with open_output(run, copies, gates) as output:         # appears whole, or not at all
         results = spread(partial(merge_tensor, run, codecs, output), run, "merge")
         output.written = [n for part in gather(output.written) for n in part]
     clock.append(time.perf_counter())
-    report = make_report(run, codecs, gates, trip, results, clock)
+    report = make_report(run, codecs, gates, trip, results, clock)      # for --report, and to print
     print_report(report, run, codecs)
     if a.report and rank_and_size()[0] == 0:
         with appear(a.report) as partial_path, open(partial_path, "w") as stream:

@@ -12,7 +12,6 @@ machine        --device auto|cpu|cuda, --dtype float32|bfloat16 (of the products
 Paper: abstract, Sec. 3.2. Stage 1 trains a deterministic, high-capacity autoencoder (KL off); stage
 2 turns the KL on, for the compact code. Why two (paper): with the KL from scratch a VAE collapses
 before it has learnt anything. Here one stage ends worse, but collapses only if Eq. 1 asks for it.
-
     stage 1   mse / 2                      latent = the neck's mean; at r > 1 the stream, D numbers
     stage 2   mse / 2 + (beta / r) kl      latent = one sample from q(z | w), Z = C / r numbers
 ours: at r <= 1 the neck has room for a chunk, so both stages go through it, and stage 2 refines, at
@@ -210,7 +209,7 @@ def train_vae(parents, config, schedule=Schedule(), log=lambda record: None, sta
             peak *= STAGE2_RATE                         # nothing was cut off: to refine
     if start or stages[0]["ended"] != "interrupted":
         stages.append(run_stage(vae, windows, schedule, 2, schedule.steps2, peak, log))
-    vae.ready = True
+    vae.ready = True                # its codes mean something now
     return vae.eval(), stages       # at its best
 
 
