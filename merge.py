@@ -183,35 +183,35 @@ def alike(one, other):
 
 
 def relate(a, target, sources, kind):
-    """Match hidden units, where they are to be matched. Returns (sources as they enter, the method
-    of alignment, the kinship of each source or None)."""
-    if a.align not in ("auto", "units") or kind == "self" or a.align == "auto" and kind != CROSS:
-        for source in sources if kind == "same-shape" and a.align == "auto" else ():
+    """Match hidden units, where shapes differ or it is asked for. Returns (sources as they enter,
+    the method of alignment, the kinship of each source or None)."""
+    if kind == "self" or kind == "same-shape" and a.align != "units":
+        for source in sources if a.align == "auto" else ():
             if alike(target, source) < STRANGERS:
                 print(f"note: {source.path} and the target are strangers as their hidden units "
                       "stand (cosine 0): --align units looks for another order")
         return sources, "none" if a.align == "auto" else a.align, None
+    chunks = "gaussian" if a.align == "auto" else a.align       # what is left if nothing matches
     try:        # with a base one match, of target and base, serves all its experts
         found = [match(target, source) for source in (sources[-1:] if a.base else sources)]
     except CheckpointError as error:
         if a.align == "units" or a.base:
             raise
         print(f"note: {error}")
-        return sources, "gaussian", None
+        return sources, chunks, None
     found = found * len(sources) if a.base else found       # one for each source
     for source, m in zip(sources, found):
         if not m.related:
             print(f"note: {source.path} is no relative of the target (its units match with cosine "
                   f"{max(m.similarity):.2f}, strangers with {m.null:.2f}): expect nothing of it")
-    related, units = all(m.related for m in found), "units"
+    related = all(m.related for m in found)
     need(related or not a.base, target.path, "is no relative of --base", "drop --base")
-    if related or a.align == "units":       # asked for, even strangers are matched
-        sources = [Matched(source, target, m, ot.AXES) for source, m in zip(sources, found)]
-    else:
-        units = "gaussian"
     kinship = [{key: getattr(m, key) for key in ("related", "layers", "similarity", "null")}
                for m in found]
-    return sources, units, kinship
+    if a.align == "units" or a.align == "auto" and related:     # asked for, even strangers match
+        sources = [Matched(source, target, m, ot.AXES) for source, m in zip(sources, found)]
+        return sources, "units", kinship
+    return sources, chunks, kinship
 
 
 # --- The run: what the command line and the files have decided ------------------------------------
@@ -580,6 +580,8 @@ def open_run(a, codecs):
          "equal ones")
     need(kind == CROSS or not a.source_vae, a.source_vae, "equal shapes share one VAE",
          "drop --source-vae")
+    need(kind != CROSS or not a.base or a.align in ("auto", "units"), "--base", "across shapes a "
+         "difference needs matched hidden units", "--align units")
     for source in sources[:-1] if a.base and kind == CROSS else ():
         need(selected(source, a.select) == selected(sources[-1], a.select), source.path,
              f"differs in shape or name from its base {a.base}", "give the base of this expert")

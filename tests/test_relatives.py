@@ -141,6 +141,14 @@ def test_strangers_go_by_chunks_with_a_warning(tmp_path, capsys):
     assert max(kin["similarity"]) < 1.5 * kin["null"]
 
 
+def test_kinship_is_reported_across_shapes_whatever_the_alignment(tmp_path):
+    for align in ("gaussian", "none"):
+        _, report = merged(tmp_path, model("base"), model("grown"), "--align", align)
+        assert report["align"] == align and report["kinship"][0]["related"]
+        assert report["kinship"][0]["layers"] == [0, 1, 3, 4]
+    assert merged(tmp_path, model("base"), model("code"))[1]["kinship"] is None
+
+
 def test_of_several_sources_the_stranger_is_named(tmp_path, capsys):
     assert run(model("base"), model("grown"), model("large"), "--dry-run") == 0
     note, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
@@ -184,6 +192,7 @@ def renamed(name, old, new):
 @pytest.mark.parametrize("flags, said", [
     (["grown", "base", "--base", "large"], ["base", "differs in shape", "large"]),
     (["pruned", "code", "--base", "base-seed2"], ["code", "no relative", "base-seed2"]),
+    (["pruned", "code", "--base", "base", "--align=gaussian"], ["--base", "--align units"]),
     (["pruned", "base-seed2", "--base", "base-seed2"], ["pruned", "no relative"]),
     (["base", "no-embedding"], ["no-embedding", "embedding", "--align"]),
     (["base", "fused"], ["fused", "no matrix of its own for", "--align"])], ids=" ".join)
