@@ -1,5 +1,5 @@
-"""experiments/report.py and figures.py. Oracles: the committed page, verdicts and cells by hand,
-the means and errors of raw records, WCAG's contrast, an XML parser."""
+"""experiments/sections.py, report.py and figures.py. Oracles: the committed page, verdicts and cells
+by hand, the means and errors of raw records, WCAG's contrast, an XML parser."""
 import json
 import math
 import re
@@ -11,6 +11,7 @@ import pytest
 
 import figures
 import report
+import sections
 from conftest import ROOT
 
 HERE = ROOT / "experiments"
@@ -19,7 +20,7 @@ REQUIREMENTS = (HERE / "requirements.txt").read_text()
 
 @pytest.fixture(scope="module")
 def results():
-    return report.Results(HERE / "results")
+    return sections.Results(HERE / "results")
 
 
 @pytest.fixture
@@ -86,29 +87,29 @@ def test_links_lead_to_headings_and_lines_are_short(results):
     ([(-9e-5, 1e-9), (-0.3, 0.1)], "not reproduced"),   # less than rounding can do
 ])
 def test_a_claimed_gain(differences, word):
-    assert report.gain(differences) == word
+    assert sections.gain(differences) == word
 
 
 def test_nearly_lossless_and_parts_of_the_curriculum(tmp_path):
-    assert [report.lossless(change) for change in (0.0, 0.01, -0.01, 0.0101, -0.45)] == [
+    assert [sections.lossless(change) for change in (0.0, 0.01, -0.01, 0.0101, -0.45)] == [
         *["holds"] * 3, *["not reproduced"] * 2]
     group = "r = 1, random start"
     for name, mean, word in (("costs", 0.3, "holds"), ("nothing", 0.1, "ties"),
                              ("helps", -0.3, "not reproduced"), ("distillation", -0.3, "holds")):
         write(tmp_path, "ablation", {"group": group, "variant": name,
                                      "difference": {"mean": mean, "se": 0.1}})
-        assert report.part_worth(report.Results(tmp_path), group, name)[1] == word, name
+        assert sections.part_worth(sections.Results(tmp_path), group, name)[1] == word, name
 
 
 def test_every_recorded_verdict_is_the_computed_one(results):
     found = [d for table in "2346" for row in results.rows(f"table{table}", "row")
              for d in row["difference"].values()]
     assert len(found) > 100
-    assert all(d["verdict"] == report.said(d["mean"], d["se"]) for d in found)
+    assert all(d["verdict"] == sections.said(d["mean"], d["se"]) for d in found)
     cells = [row for row in results.cells() if row["verdict"]]
     words = {"transfers": "holds"}
     assert len(cells) > 50 and all(
-        report.cell_gain(row) in (words.get(row["verdict"], row["verdict"]), "ties")
+        sections.cell_gain(row) in (words.get(row["verdict"], row["verdict"]), "ties")
         for row in cells)
 
 
@@ -118,36 +119,36 @@ def test_every_recorded_verdict_is_the_computed_one(results):
     (5.867, 1.361, "+5.9 ± 1.4"), (-0.0018, 0.0008, "-0.0018 ± 0.0008"),
     (-1e-8, 8e-9, "0.0000 ± 0.0000"), (123.4, 17.0, "+123 ± 17"), (0.5, 0.0, "+0.5000 ± 0.0000")])
 def test_an_error_has_two_digits(mean, se, text):
-    assert report.pm(mean, se) == text
+    assert sections.pm(mean, se) == text
 
 
 def test_seeds_are_taken_together():
-    mean, se = report.over_seeds([{"mean": 1.0, "se_text": 0.3}, {"mean": 3.0, "se_text": 0.5}])
+    mean, se = sections.over_seeds([{"mean": 1.0, "se_text": 0.3}, {"mean": 3.0, "se_text": 0.5}])
     assert mean == 2 and se == pytest.approx(math.sqrt(0.4 ** 2 + 1.0))  # var 2 of 2 seeds
-    assert report.over_seeds([{"mean": 1.0, "se": 0.3}]) == (1.0, pytest.approx(0.3))
+    assert sections.over_seeds([{"mean": 1.0, "se": 0.3}]) == (1.0, pytest.approx(0.3))
 
 
 def test_facts_of_records():
     rows = [{"python": "3.11", "threads": 1, "load": 0.5, "seed": 0},
             {"python": "3.11", "threads": 2, "load": 1.0, "seed": 1},
             {"python": "3.11", "threads": 2, "load": 1.5, "seed": 1, "per_seed": [1, 2, 3]}]
-    assert report.facts(rows) == "3 rows; Python 3.11; threads 1 and 2; load 0.5 to 1.5; seeds 3"
+    assert sections.facts(rows) == "3 rows; Python 3.11; threads 1 and 2; load 0.5 to 1.5; seeds 3"
 
 
 # --- Records --------------------------------------------------------------------------------------
 def test_the_last_record_of_a_key_counts(tmp_path):
     write(tmp_path, "x", {"row": "a", "v": 1}, {"row": "b", "v": 2}, {"row": "a", "v": 3})
-    results = report.Results(tmp_path)
+    results = sections.Results(tmp_path)
     assert [row["v"] for row in results.rows("x", "row")] == [3, 2]
     assert len(results.rows("x")) == 3 and results.rows("absent", "row") == []
 
 
 def test_a_changed_record_changes_page_and_verdict(results, folder):
-    row = report.Results(folder).row("3", "soup, latents [r 1]")
+    row = sections.Results(folder).row("3", "soup, latents [r 1]")
     for d in row["difference"].values():
         d.update(mean=-0.5, se=0.1)
     write(folder, "table3", row)
-    changed = report.page(report.Results(folder))
+    changed = report.page(sections.Results(folder))
     name = "a soup of LoRA experts gains in latents"
     before, after = (re.search(rf"\| {name} .*", text)[0]
                      for text in (report.page(results), changed))
@@ -156,16 +157,16 @@ def test_a_changed_record_changes_page_and_verdict(results, folder):
     assert "| soup, latents [r 1] | 1.704 |  | -0.50 ± 0.10 beats |" in changed
 
 
-@pytest.mark.parametrize("section", report.SECTIONS, ids=lambda section: section.title)
+@pytest.mark.parametrize("section", sections.SECTIONS, ids=lambda section: section.title)
 def test_a_section_without_its_records_is_left_out(section, folder):
     for name in section.needs:
         (folder / f"{name}.jsonl").unlink(missing_ok=True)
-    text = report.page(report.Results(folder))
+    text = report.page(sections.Results(folder))
     assert f"## {section.title}" not in text and f"][{section.needs[0]}]" not in text
 
 
 def test_a_folder_without_records_gives_a_page_without_sections(tmp_path):
-    assert "\n## " not in report.page(report.Results(tmp_path))
+    assert "\n## " not in report.page(sections.Results(tmp_path))
 
 
 # --- Cells by hand --------------------------------------------------------------------------------
@@ -176,7 +177,7 @@ def test_cells_across_shapes_from_the_raw_lines(results):
         r = json.loads(line)
         key = (r["source"], r["align"], r["pairing"], r["lam"], r["control"], r["seed"])
         cells[key] = r["difference"]["base"]
-    table = [row for row in rows_of(report.figure4(results)[2]) if row[0] == "0.1"]
+    table = [row for row in rows_of(sections.figure4(results)[2]) if row[0] == "0.1"]
     assert len(table) == 5
     for row, keys in zip(table, ([("large", "none", "depth", None), ("large", "mean", "depth", None),
                                   ("large", "gaussian", "depth", None),
@@ -204,7 +205,7 @@ def test_the_codecs_cells_from_the_raw_lines(results):
     for line in (HERE / "results" / "table7.jsonl").read_text().splitlines():
         r = json.loads(line)
         last[r["checkpoint"], f"{r['ratio']:.4g}", r["method"]] = r
-    lines = report.codec(results)[2]
+    lines = sections.codec(results)[2]
     start = lines.index("Table 7, `base-seed2`, unseen:")
     row = next(row for row in rows_of(lines[start:]) if row[0] == "1.6")
     vae, pca, noise = (last["base-seed2", "1.6", method] for method in ("VAE", "PCA", "noise"))
@@ -217,12 +218,12 @@ def test_the_codecs_cells_from_the_raw_lines(results):
 def test_speed_from_the_raw_lines(results):
     peer = json.loads((HERE / "results" / "bench-peer.jsonl").read_text().splitlines()[-1])
     middle, low, high = peer["ratios"]["exact"]
-    assert next(report.peer_rows(peer)) == [
+    assert next(sections.peer_rows(peer)) == [
         "latent merge, exact codec: time", f"{peer['seconds']['exact'][0]:.1f} s",
         f"{peer['seconds']['mergekit'][0]:.1f} s", f"{middle:.2f} [{low:.2f}, {high:.2f}]"]
     seconds = [row["seconds"] for row in results.rows("bench-training")
                if row.get("recipe") == "curriculum"]
-    cell = dict(row[:2] for row in rows_of(report.bench_training(results)[2]))["curriculum"]
+    cell = dict(row[:2] for row in rows_of(sections.bench_training(results)[2]))["curriculum"]
     assert cell == (f"{statistics.median(seconds):.1f} "
                     f"[{min(seconds):.1f}, {max(seconds):.1f}]")
 
@@ -264,28 +265,28 @@ def added(folder):
                        ("tour", TOUR)):
         (folder / f"{name}.jsonl").unlink(missing_ok=True)
         write(folder, name, *rows)
-    return report.Results(folder)
+    return sections.Results(folder)
 
 
 def test_siblings_seeds_together(added):
     # mean -0.11; the two seeds' variance is 2e-4, over 2 seeds 1e-4; with 0.01^2: sqrt(2e-4)
-    assert rows_of(report.sibling(added)[2]) == [
+    assert rows_of(sections.sibling(added)[2]) == [
         ["units", "0.5", "-0.110 ± 0.014 beats", "+0.500 ± 0.010 loses"]]
     assert report.of_sibling(added) == ("prose, units 0.5: -0.110 ± 0.014 nats", "ours")
 
 
 def test_kinship_and_drift(added):
-    assert rows_of(report.kinship(added)[2]) == [
+    assert rows_of(sections.kinship(added)[2]) == [
         ["`a`", "`b`", "yes", "0.900", "0.080", "0 -"],
         ["`c`", "`b`", "no", "0.100", "0.080", "1 0"]]
-    assert "0.900, is above the highest of the others, 0.100" in report.kinship(added)[1][1]
-    assert [row[4] for row in rows_of(report.drift(added)[2])] == [
+    assert "0.900, is above the highest of the others, 0.100" in sections.kinship(added)[1][1]
+    assert [row[4] for row in rows_of(sections.drift(added)[2])] == [
         "-0.100 ± 0.010 beats", "0.000 ± 0.010 ties", "+0.100 ± 0.010 loses"]
-    assert "in 1 of 3 rows; the lowest kinship among them is 0.90" in report.drift(added)[1][1]
+    assert "in 1 of 3 rows; the lowest kinship among them is 0.90" in sections.drift(added)[1][1]
 
 
 def test_the_reference_vae(added):
-    assert rows_of(report.vae(added)[2]) == [
+    assert rows_of(sections.vae(added)[2]) == [
         ["reference", "`m`, float32", "yes", "1.0e-04", "layers.0.mlp.up_proj", "1.0e-03",
          ""],
         ["reference", "`m`, bfloat16", "no", "3.0e-05", "layers.0.mlp.up_proj", "1.0e-03",
@@ -305,11 +306,11 @@ def test_a_collapse_is_of_one_stage_alone(tmp_path, one, two, word):
          "points": [{"nmse": 2.0}, {"nmse": value + shift}]}
         for stages, value in (("one stage", one), ("two stages", two))
         for seed, shift in enumerate((-0.05, 0.05))))
-    assert report.of_collapse(report.Results(tmp_path)) == (f"beta 1: {one:.2g}, {two:.2g}", word)
+    assert report.of_collapse(sections.Results(tmp_path)) == (f"beta 1: {one:.2g}, {two:.2g}", word)
 
 
 def test_spectra_curves_and_the_tour(added):
-    assert "explains +20% more" in report.spectra(added)[1][1]
+    assert "explains +20% more" in sections.spectra(added)[1][1]
     assert figures.shifted(CURVES[0]["points"]) == ([0.0, 9.0, 10.0], [1.0, 0.1, 0.01], 2)
     assert figures.shifted(CURVES[0]["points"][2:]) == ([1.0], [0.01], None)
     text = report.page(added)
@@ -335,7 +336,7 @@ def test_the_readmes_tables(results):
         scores = last[name.strip("`") + ".safetensors"]
         assert [cell.split(" ±")[0] for cell in cells][0] == f"{scores['code']['mean']:.3f}"
     assert [row[3] for row in rows_of(report.readme_bench(results))][:4] == [
-        row[3] for row in rows_of(report.bench_peer(results)[2])]
+        row[3] for row in rows_of(sections.bench_peer(results)[2])]
 
 
 # --- Pictures -------------------------------------------------------------------------------------
