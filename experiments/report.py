@@ -11,7 +11,8 @@ ours:  verdicts are computed, and so is every number in a sentence. A difference
        standard errors (scores.verdict). A gain *holds* if the merge beats what it started from and
        every control; it *ties* if it beats what it started from but not a control, and loses to
        none; else it is *not reproduced*. "Nearly lossless" holds within 1 % of the loss; a part of
-       the curriculum holds if leaving it out loses, and ties if that ties.
+       the curriculum holds if leaving it out loses, and ties if that ties; dimensions are few if
+       most spectra are clearly above white noise's (sections.structured).
        Sections, claims and pictures whose records do not exist are left out.
 Previous: sections.py. Next: figures.py.
 """
@@ -29,22 +30,34 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import figures
 from scores import find
-from sections import (CONTROLS, LOSSLESS, SECTIONS, STRUCTURE, Results, cell_gain, change, chosen,
-                      facts, gain, kin, latent, lossless, lost, memory_rows, merges, part_worth,
-                      peer_rows, pm, pm_of, several, sibling_cells, table, two)
+from sections import (LOSSLESS, SECTIONS, STRUCTURE, Results, above_noise, cell_gain, change,
+                      chosen, clear_of_noise, facts, gain, kin, latent, lossless, lost,
+                      memory_rows, merges, merges_of, model_name, number, part_worth, peer_rows,
+                      pm, pm_of, said, several, structured, table, two)
+
+COLLAPSED = 0.5         # NMSE: more than this, and most of the variance is lost
 
 
 # --- What the paper claims, and what we add -------------------------------------------------------
 # Each function: what was measured, in one number with its error, and the verdict.
+def to_target(d):
+    return f"{pm_of(d)} to target"
+
+
+def ours(holds):
+    """The verdict of a claim that the paper does not make."""
+    return "ours, holds" if holds else "ours, no"
+
+
 def of_row(which, name, label, results):
     d = results.row(which, name)["difference"]
-    return (f"{pm_of(d[label])} to {label}",
+    return (to_target(d[label]) if label == "base" else f"{pm_of(d[label])} to {label}",
             gain([(other["mean"], other["se"]) for other in d.values()]))
 
 
 def of_chosen(results):
     row = chosen(results, "large")
-    return f"{row['lam']:g}: {pm_of(row['difference']['base'])} to base", cell_gain(row)
+    return f"{row['lam']:g}: {to_target(row['difference']['base'])}", cell_gain(row)
 
 
 def of_alignment(results):
@@ -54,30 +67,31 @@ def of_alignment(results):
     to_none = (ours["base"]["mean"] - none["base"]["mean"],
                math.hypot(ours["base"]["se"], none["base"]["se"]))
     to_noise = ours["carried"]["mean"], ours["carried"]["se"]
-    return f"{pm(*to_noise)} to noise", gain([to_none, to_noise])
+    return f"{pm(*to_noise)} to noise, same transport", gain([to_none, to_noise])
 
 
 def of_table5(results):
     row = find(results.cells("table5"), row="cell", source="large", align="gaussian",
                pairing="depth", lam=0.1, few=None)[0]
-    return f"{pm_of(row['difference']['base'])} to base", cell_gain(row)
+    return to_target(row["difference"]["base"]), cell_gain(row)
 
 
 def of_codec(which, name, r, results):
     row = find(results.rows(f"table{which}", "checkpoint", "ratio", "method"), checkpoint=name,
                ratio=r, method="VAE")[0]
-    return f"{pm_of(row['difference'])} to itself", lossless(change(row))
+    return f"{pm_of(row['difference'])} bits lost", lossless(change(row))
 
 
 def of_real(results):
     row = min((row for row in results.rows("real", "model", "ratio", "method")
                if row["method"] == "VAE" and row["ratio"] > 1), key=itemgetter("ratio"))
-    return f"r = {row['ratio']:.3g}: loss {row['change']:+.0%}", lossless(row["change"])
+    text = f"{model_name(row['model'])}, r = {row['ratio']:.3g}: loss {row['change']:+.0%}"
+    return text, lossless(row["change"])
 
 
 def of_part(group, variant, results):
     d, word = part_worth(results, group, variant)
-    return f"{pm(*d)} bits", word
+    return f"without it: {pm(*d)} bits", word
 
 
 def ends_of(results):
@@ -88,15 +102,18 @@ def ends_of(results):
 
 
 def of_collapse(results):
-    """At every beta measured: has one stage lost most of the variance, and two stages not?"""
+    """At any beta measured: has one stage lost most of the variance, and two stages not? Shown is
+    the beta at which one stage loses most."""
     ends, found = ends_of(results), {}
     for name in ends:
         beta = name.removeprefix("one stage, ")
         if beta != name and f"two stages, {beta}" in ends:
             found[beta] = ends[name], ends[f"two stages, {beta}"]
-    said = "; ".join(f"{beta}: {one:.2g}, {two:.2g}" for beta, (one, two) in found.items())
-    holds = any(one > 0.5 > 2 * two for one, two in found.values())
-    return said, "holds" if holds else "not reproduced"
+    if not found:
+        return "not measured", "not measured"
+    one, two, beta = max((one, two, beta) for beta, (one, two) in found.items())
+    holds = any(one > COLLAPSED > 2 * two for one, two in found.values())
+    return f"{beta}: NMSE {one:#.2g}, two {two:#.2g}", "holds" if holds else "not reproduced"
 
 
 def of_distillation(results):
@@ -106,12 +123,20 @@ def of_distillation(results):
     return of_part("r = 1, random start", variant, results)
 
 
+def of_spectra(results):
+    """Fig. 2: by the leading quarter of the components, in most roles of the models measured."""
+    rows = results.rows("spectra", "model", "role")
+    ranges = [f"{model} {several(list(map(above_noise, group)), '{:+.0%}'.format)}"
+              for (model,), group in figures.grouped(rows, "model").items()]
+    found = sum(map(clear_of_noise, rows)) > len(rows) / 2
+    return f"{', '.join(ranges)} over noise", "holds" if found else "not reproduced"
+
+
 def of_structure(results):
     row = find(results.rows("table7", "checkpoint", "ratio", "method"), checkpoint="base-seed2",
                ratio=2.0, method="PCA")[0]
-    found = row["nmse"] < (1 - STRUCTURE) * row["white_noise"]
-    return (f"{row['nmse']:.3f}, noise {row['white_noise']:.3f}",
-            "holds" if found else "not reproduced")
+    return (f"NMSE of PCA, r = 2: {row['nmse']:.3f}; noise {row['white_noise']:.3f}",
+            ours(structured(row["nmse"], row["white_noise"])))
 
 
 def of_exact(results):
@@ -121,13 +146,17 @@ def of_exact(results):
 
 
 def of_search(results):
+    """At r = 1, trained from a random start, without the VAE's own error."""
     rows = find(results.rows("codec-search", "setting", "pair", "residual", "seed"), residual=True)
-    return f"at most {max(row['to_average'] for row in rows):.1%} of it", "ours"
+    far = max(row["to_average"] for row in rows
+              if re.match(r"random, r = 1(?!/)", row["setting"]))
+    return f"by <= {far:.1%} of the experts' distance", "ours"
 
 
 def of_kinship(results):
-    sides = {name: [kin(row) for row in results.rows("kinship", "source", "target")
-                    if row["related"] == side] for name, side in (("kin", True), ("not", False))}
+    rows = results.rows("kinship", "source", "target")
+    sides = {name: [kin(row) for row in rows if row["related"] == side]
+             for name, side in (("cosine", True), ("strangers", False))}
     return "; ".join(f"{name} {several(side, two)}" for name, side in sides.items() if side), "ours"
 
 
@@ -137,26 +166,30 @@ def of_vae(results):
               if not row["seen"] and row["dtype"] == "float32"]
     nmse = max(row["nmse"] for row in unseen)
     change = max(abs(lost(row)) for row in unseen if lost(row) is not None)
-    return f"NMSE at most {nmse:.1e}, loss {change:+.2%}", lossless(change)
+    return f"NMSE at most {nmse:.1e}, loss {change:+.2%}", ours(lossless(change) == "holds")
 
 
 def of_units(results):
     """A relative of another shape, its hidden units matched by weights."""
     row, = find(results.cells(), row="cell", source="grown", align="units", lam=0.5)
-    return f"{pm_of(row['difference']['base'])} to base", {
-        "holds": "ours, holds"}.get(cell_gain(row), "ours")
+    return to_target(row["difference"]["base"]), ours(cell_gain(row) == "holds")
 
 
-def of_sibling(results):
-    """The gain that is the surest: the lowest mean + 2 standard errors, controls left out."""
-    cells = [(name, lam, domain, d) for name, lam, found in sibling_cells(results)
-             for domain, d in found.items() if not any(word in name for word in CONTROLS)]
-    name, lam, domain, d = min(cells, key=highest)
-    return f"{domain}, {name} {lam:g}: {pm(*d)} nats", "ours"
+def of_expert(records, unit, results, lam=None, domain=None):
+    """What a pruned model gains by its sibling's expert in one domain, and what that costs in the
+    others. Without a lambda and a domain: where the gain is the surest."""
+    cells = [(at, key, d, found) for row, at, found in merges_of(results, records)
+             for key, d in found.items() if lam in (None, at) and domain in (None, key)]
+    at, key, d, found = min(cells, key=highest)
+    costs = [other for name, other in found.items() if name != key and said(*other) == "loses"]
+    worst = f"others up to {number(max(costs)[0], 3)}" if costs else "no other loses"
+    where = "" if lam else f"lambda {at:g}: "
+    return f"{where}{key} {pm(*d)}{unit}; {worst}", "ours"
 
 
 def highest(cell):
-    mean, se = cell[3]
+    """The mean + 2 standard errors: what a gain is at least."""
+    mean, se = cell[2]
     return mean + 2 * se
 
 
@@ -173,29 +206,32 @@ CLAIMS = (
           partial(of_row, "2", "base: self-merge, K 8 [r 1]", "base")),
     Claim("a soup of LoRA experts gains in latents", "MMLU 49.7 → 56.0", "table3",
           partial(of_row, "3", "soup, latents [r 1]", "weights")),
-    Claim("so do two experts, task arithmetic", "MMLU 52.2 → 55.1", "table4",
+    Claim("task arithmetic of two experts gains in latents", "MMLU 52.2 → 55.1", "table4",
           partial(of_row, "4", "code + arithmetic: task arithmetic, latents [r 1]", "weights")),
     Claim("another shape gains at lambda 0.1", "WinoGrande 56.8 → 57.8", "table5",
           of_table5),
-    Claim("there is a lambda at which it gains", "0.05 to 0.20", "figure4", of_chosen),
+    Claim("another shape gains at the best lambda", "0.05 to 0.20", "figure4", of_chosen),
     Claim("transport makes the difference", "unstable without", "figure4", of_alignment),
-    Claim("MLP and attention together gain", "MMLU 40.8 → 42.1", "table6",
+    Claim("MLP and attention of another shape gain", "MMLU 40.8 → 42.1", "table6",
           partial(of_row, "6", "large -> base, both", "base")),
     Claim("a VAE serves unseen models at r = 1.6", "MMLU 40.8 → 40.0", "table7",
           partial(of_codec, "7", "base-seed2", 1.6)),
-    Claim("it keeps a model at r = 2", "MMLU 41.4 → 39.8", "table7",
+    Claim("a VAE keeps what it was trained on, r = 2", "MMLU 41.4 → 39.8", "table7",
           partial(of_codec, "8", "code", 2.0)),
     Claim("a real model survives r > 1", "up to r = 4", "real", of_real),
+    Claim("weights fill few dimensions", "Fig. 2", "spectra", of_spectra),
+    Claim("one stage collapses, two do not", "abstract", "curves", of_collapse),
+    Claim("distilling in stage 2 helps", "abstract", "ablation", of_distillation),
     Claim("a VAE serves unseen models at r = 1", "", "vae", of_vae),
-    Claim("weights fill few dimensions: NMSE of PCA, r = 2", "Fig. 2", "table7", of_structure),
-    Claim("only one stage collapses (NMSE)", "abstract", "curves",
-          of_collapse),
-    Claim("stage 2 distils: without minus with", "abstract", "ablation", of_distillation),
+    Claim("chunks of an unseen model fill few dimensions", "", "table7", of_structure),
     Claim("exact codec: latent merge minus plain average", "", "table3", of_exact),
-    Claim("what a curved codec adds, over the experts' distance", "", "codec-search", of_search),
+    Claim("a trained VAE (--residual) leaves the average, r = 1", "", "codec-search", of_search),
     Claim("kinship tells relatives from strangers", "", "kinship", of_kinship),
     Claim("a relative of another shape, units matched, lambda 0.5", "", "figure4", of_units),
-    Claim("real siblings: the surest gain", "", "sibling", of_sibling))
+    Claim("a pruned model + sibling's expert", "", "pruned",
+          partial(of_expert, "pruned", "")),
+    Claim("the same, a real model, lambda 0.5", "", "sibling",
+          partial(of_expert, "sibling", " nats", lam=0.5, domain="arithmetic")))
 INTRO = f"""# Results
 
 Built by `python experiments/report.py` from `experiments/results/*.jsonl`; not to be edited.
@@ -208,9 +244,14 @@ Lower is better.
 | verdict | of a claim of the paper |
 |---|---|
 | holds | a gain over the model before and every control; of a codec: loss within {LOSSLESS:.0%} |
-| ties | a gain over the model before, worse than no control, but not better than all of them |
+| ties | a gain over the model before, worse than no control |
 | not reproduced | anything else |
-| ours | what we added: the paper has no such claim |
+| ours | what we added: the paper has no such claim; *no*: it does not hold |
+
+Fig. 2 holds if PCA at r = 4 leaves {STRUCTURE:.0%} less than of white noise in most roles;
+shown is how much more of the variance the leading quarter of the components holds.
+Two stages hold if one ends with an NMSE above {COLLAPSED} and two end below {COLLAPSED / 2}.
+Distilling holds if leaving it out costs bits.
 """
 
 
@@ -253,7 +294,8 @@ def page(results):
 
 # --- The README -----------------------------------------------------------------------------------
 def readme_merge(results):
-    return merges(results)[2][:-1]
+    """Without the round trips: the page has them."""
+    return [line for line in merges(results)[2][:-1] if "-roundtrip" not in line]
 
 
 def readme_bench(results):

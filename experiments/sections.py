@@ -20,11 +20,13 @@ from typing import Callable, NamedTuple
 import figures
 from evaluate import DOMAINS
 from scores import Difference, find, verdict
+from train import Schedule
 
 LOSSLESS = 0.01         # of the loss: what still counts as the same model
 LEAST = 1.2             # r beyond which the loss is large enough to compare two kinds of error
 STRUCTURE = 0.05        # of the white-noise line: less than this below it is no structure
-CONTROLS = ("zero", "noise", "shuffled", "carried", "average")
+CONTROLS = ("zero", "noise", "shuffled", "carried", "average", "neighbour")
+MODELS = {"smollm2_hf": "SmolLM2-135M"}     # folder in the records -> the model in it
 FACTS = {"python": "Python", "torch": "torch", "pot": "POT", "device": "device", "dtype": "dtype",
          "threads": "threads", "load": "load", "rounds": "rounds", "documents": "documents"}
 
@@ -95,11 +97,12 @@ def lossless(change):
     return "holds" if abs(change) <= LOSSLESS else "not reproduced"
 
 
-def tally(rows, label):
-    """How often rows beat, tie with and lose to `label`."""
+def tally(rows, label, name):
+    """How often rows beat, tie with and lose to `label`: beat the NAME 0 times, tie 8, lose 6"""
     found = [row["difference"][label] for row in rows if label in row["difference"]]
     words = [said(d["mean"], d["se"]) for d in found]
-    return ", ".join(f"{word} {words.count(word)}" for word in ("beats", "ties", "loses"))
+    beats, ties, loses = map(words.count, ("beats", "ties", "loses"))
+    return f"beat {name} {beats} time{'s' * (beats != 1)}, tie {ties}, lose {loses}"
 
 
 # --- Text -----------------------------------------------------------------------------------------
@@ -180,6 +183,20 @@ def latent(rows):
     return [row for row in rows if row["kind"] == "latent"]
 
 
+def codecs_of(rows):
+    """What the brackets in the names of the rows stand for."""
+    trained, names = rows[0]["codecs"], " ".join(row["row"] for row in rows)
+    parts = ["[r 1]: the exact, untrained codec (`--vae exact`), on float32 copies, so equality "
+             "with weights is expected"]
+    if "beta 0.01]" in names:
+        parts.append(f"[beta 0.01]: sigma {trained['r 1, beta 0.01']['sigma']:.1f}, else "
+                     f"{trained['r 1']['sigma']:.2f}")
+    if "[r 2]" in names:
+        parts.append(f"[r 2]: trained for {trained['r 2']['steps']} steps of stage 2, before the "
+                     "schedule of the training changed")
+    return "; ".join(parts) + "."
+
+
 def table2(results):
     rows, lines = results.rows("table2", "row"), []
     for model in dict.fromkeys(row["row"].split(":")[0] for row in rows):
@@ -189,10 +206,12 @@ def table2(results):
     draws = [r for r in latent(rows) if "self-merge" in r["row"]]
     small = [r for r in draws if r["row"].startswith("base") and "beta" in r["row"]]
     return rows, [
-        "Rows *K*: the mean of K draws from a model's posterior, decoded. *base*: the model.",
-        f"Against the model the {len(draws)} self-merges say: {tally(draws, 'base')}; against "
-        f"white noise of the same size on the weights, averaged over K: {tally(draws, 'noise')}.",
-        "With beta 0.01 and " + "; ".join(
+        codecs_of(rows),
+        "K: the mean of K posterior draws, decoded; *noise*: white noise of the same size on the "
+        "weights, averaged over K; *prior*: latents of pure noise; *base*: the model.",
+        f"The {len(draws)} self-merges {tally(draws, 'base', 'the model')}; they "
+        f"{tally(draws, 'noise', 'white noise')}.",
+        "`base` with beta 0.01 loses " + "; ".join(
             f"{row['row'].split(', ')[1].split(' [')[0]}: {pm_of(row['difference']['base'])}"
             for row in small) + " bits."], lines
 
@@ -202,9 +221,9 @@ def table3(results):
     best = min((row for row in rows if row["kind"] != "parent"), key=bits)
     return rows, [
         "Ten LoRA experts of `base`, folded into it and merged as whole models.",
-        f"The {len(latent(rows))} latent merges at r = 1: against the base "
-        f"{tally(latent(rows), 'base')}; against the same merge of weights "
-        f"{tally(latent(rows), 'weights')}.",
+        codecs_of(rows),
+        f"The {len(latent(rows))} latent merges {tally(latent(rows), 'base', 'the base')}; they "
+        f"{tally(latent(rows), 'weights', 'the same merge of weights')}.",
         f"Lowest: {best['row']}, {pm_of(best['difference']['base'])} bits to the base."
     ], expert_table(rows, ("base", "whole models", "weights"))
 
@@ -215,13 +234,15 @@ def bits(row):
 
 def table4(results):
     rows = results.rows("table4", "row")
-    one, two = ([r for r in latent(rows) if mark in r["row"]] for mark in ("r 1", "r 2"))
+    one, two_ = ([r for r in latent(rows) if mark in r["row"]] for mark in ("r 1", "r 2"))
+    weight = find(rows, kind="weight")
     return rows, [
         "Lambda, density and p of every method are chosen on validation text.",
-        f"Against the same merge of weights: at r = 1 {tally(one, 'weights')}; at r = 2 "
-        f"{tally(two, 'weights')}.",
-        f"Against the base: latents at r = 1 {tally(one, 'base')}; methods on weights "
-        f"{tally(find(rows, kind='weight'), 'base')}."
+        codecs_of(rows),
+        *(f"The {len(group)} latent merges at r = {r} {tally(group, 'base', 'the base')}; they "
+          f"{tally(group, 'weights', 'the same merge of weights')}."
+          for r, group in ((1, one), (2, two_)) if group),
+        f"The {len(weight)} methods on weights {tally(weight, 'base', 'the base')}."
     ], expert_table(rows, ("base", "parent", "weights"))
 
 
@@ -237,8 +258,9 @@ def table6(results):
     across = [results.row("6", f"large -> base, {part}") for part in parts]
     return rows, [
         "What is merged: across shapes by the paper's Gaussian map at lambda 0.1, and two experts.",
-        f"Across shapes: against the base {tally(across, 'base')}; against pure shrinkage "
-        f"(*zero*) {tally(across, 'zero')}; against noise {tally(across, 'noise')}."], lines
+        f"Across shapes the {len(across)} merges {tally(across, 'base', 'the target')}; they "
+        f"{tally(across, 'zero', 'pure shrinkage (*zero*)')}; they "
+        f"{tally(across, 'noise', 'noise')}."], lines
 
 
 # --- Table 5 and Figure 4: other shapes -----------------------------------------------------------
@@ -261,23 +283,24 @@ def cell_gain(row):
 def table5(results):
     rows, lines = find(results.cells("table5"), control=None, row="cell"), []
     rows = [row for row in rows if row["pairing"] != "index"]
-    labels = ("base", "zero", "noise", "shuffled", "carried")
+    labels, shown = ("base", "zero", "noise", "shuffled", "carried"), []
     for lam, title in ((0.1, "transport and interpolation, lambda 0.1"),
                        (1.0, "transport only, lambda 1")):
+        shown += find(rows, lam=lam)
         lines += table([title, *(f"minus {label}" for label in labels)], [
             [f"{row['source']}: {'plain average' if row['align'] == 'weights' else row['align']}"
              + (", n < d" if row["few"] else ""),
              *(pm_of(row["difference"].get(label)) for label in labels)]
             for row in find(rows, lam=lam)])
-    words = [cell_gain(row) for row in rows if row["align"] != "weights"]
-    return rows, [
+    words = [cell_gain(row) for row in shown]
+    return shown, [
         "*carried*: Gaussian noise in the place of the source, sent through the same transport. "
         "*units* (ours): layers and hidden units matched by their weights before.",
-        f"Of {len(words)} cells {words.count('holds')} beat the target and every control; "
+        f"Of {len(words)} merges shown {words.count('holds')} beat the target and every control; "
         "the verdict per source is at Figure 4.",
-        *(f"n < d: chunks of {c}, the paper's size, of which a tensor has fewer than they have "
-          "numbers. Their controls are of that size."
-          for c in sorted({row["chunk"] for row in rows if row["few"]}))], lines
+        *(f"n < d: chunks of {c} weights, fewer chunks in a tensor than numbers in a chunk; the "
+          "controls are of that size."
+          for c in sorted({row["chunk"] for row in shown if row["few"]}))], lines
 
 
 def figure4(results):
@@ -295,14 +318,29 @@ def figure4(results):
                 name: results.curve(source=source, align="units", control=control)
                 for name, control in (("the source", None), ("noise in its place", "carried"),
                                       ("its neighbouring layers", "neighbour"))})
-        row = chosen(results, source)
-        held = "; ".join(f"{label} {said_of(d)}" for label, d in row["difference"].items())
-        sentences.append(f"Chosen for `{source}` on validation text: {row['align']}, pairing by "
-                         f"{row['pairing']}, lambda {row['lam']:g}: **{cell_gain(row)}** ({held}).")
+        sentences.append(chosen_text(source, chosen(results, source)))
     controls = {control: results.curve(control=control)
                 for control in ("zero", "noise", "shuffled")}
-    lines += curve_table("controls: lambda", controls)
+    lines += curve_table("controls: lambda", controls) + chosen_table(results)
     return [row for row in results.cells() if row["lam"]], sentences, lines
+
+
+def chosen_text(source, row):
+    """`grown`, chosen on validation: units, lambda 0.5: **holds**, -0.01; all 5 controls lose."""
+    base, *controls = ((d["mean"], d["se"]) for d in row["difference"].values())
+    beaten = [said(*d) for d in controls].count("beats")
+    many = f"all {len(controls)}" if beaten == len(controls) else f"{beaten} of {len(controls)}"
+    return (f"`{source}`, chosen on validation: {row['align']}, lambda {row['lam']:g}: "
+            f"**{cell_gain(row)}**, {pm(*base)}; {many} controls lose.")
+
+
+def chosen_table(results):
+    """The chosen merges against what they have to beat, a column per source."""
+    rows = {source: chosen(results, source) for source in sources_of(results.cells())}
+    labels = dict.fromkeys(label for row in rows.values() for label in row["difference"])
+    return table(["chosen, minus", *(f"`{source}`" for source in rows)], [
+        [label, *(said_of(row["difference"].get(label)) for row in rows.values())]
+        for label in labels])
 
 
 def sources_of(cells):
@@ -357,11 +395,10 @@ def codec(results):
         "1 - 1/r is what any linear code loses on white noise.",
         f"Ratios at which the VAE keeps every model within {LOSSLESS:.0%} of its loss: "
         f"{' and '.join(f'{r:g}' for r in sorted(all_kept(vae, kept))) or 'none'}.",
-        f"PCA on another seed or size has {min(pca):.2f} to {max(pca):.2f} of white noise's NMSE; "
-        f"at r > {LEAST} the VAE's error costs {min(louder):.1f} to {max(louder):.1f} times the "
-        "bits of Gaussian noise of the same NMSE.",
-        "The effective r counts the codec's own numbers: below 1 more is kept than the weights "
-        "are."], lines
+        f"PCA on another seed or size has {min(pca):.2f} to {max(pca):.2f} of white noise's NMSE.",
+        f"At r > {LEAST} noise of equal size would cost {min(louder):.1f} to {max(louder):.1f} "
+        "times fewer bits, so NMSE understates the harm.",
+        "eff. r also counts the VAE's weights; below 1 they exceed what is saved."], lines
 
 
 def change(row):
@@ -398,7 +435,7 @@ def real(results):
         kept = [row["ratio"] for row in vae if abs(row["change"]) <= LOSSLESS]
         least = min((row for row in vae if row["ratio"] > 1), key=itemgetter("ratio"))
         sentences += [
-            f"`{name}`, {group[0]['weights'] / 1e6:.0f} M encoded weights, loss "
+            f"{model_name(name)}, {group[0]['weights'] / 1e6:.0f} M encoded weights, loss "
             f"{group[0]['loss_before']:.2f} nats per token: the largest r within {LOSSLESS:.0%} of "
             f"the loss is {max(kept, default=0):g}; at r = {least['ratio']:.4g} it rises by "
             f"{least['change']:.0%}."]
@@ -408,6 +445,10 @@ def real(results):
              f"{row['loss']:.2f}", f"{row['change']:+.0%}", two(row["effective_ratio"]),
              short(row["unseen_nmse"])] for row in group])
     return rows, sentences, lines
+
+
+def model_name(folder):
+    return MODELS.get(folder, folder)
 
 
 def two(value):
@@ -426,19 +467,28 @@ def ablation(results):
                       number(mean(seen, "difference"), 3), short(mean(unseen, "nmse")),
                       number(mean(unseen, "difference"), 3), f"{kl:.2f}",
                       said_of(row["difference"]) if row["difference"]["se"] else ""])
-    old = [row for row in rows if "no distillation" in row["variant"]]
     return rows, [
         "One change at a time, equal steps and chunks; bits: what the decoded models lose; the "
         "last column, unseen checkpoints, is against the group's first row.",
-        "KL: nats per latent number; near 0 the code holds nothing.",
-        "The changes against their first rows: " + tally(
-            [{"difference": {"first": row["difference"]}} for row in rows if row["variant"] not in
-             [group[0]["variant"] for group in figures.grouped(rows, "group").values()]], "first")
-        + ".",
-        *(["Rows of commit 7a067b4: there a random start distilled where nothing else is said, and "
-           "at r = 2 every tensor had a neck of its own."] if old else [])
-    ], table(["variant", "NMSE, seen", "bits lost", "NMSE, unseen", "bits lost", "KL",
+        "KL: nats per latent number; near 0 the code holds nothing.", *older(rows)
+    ], table(["variant", "NMSE, seen", "bits lost, seen", "NMSE, unseen", "bits lost, unseen", "KL",
               "minus the first"], [line[1:] for line in lines])
+
+
+def older(rows):
+    """[what to know of records made before the present schedule], [] without any."""
+    now = 0, Schedule.steps2, Schedule.steps1 + Schedule.steps2
+    old = [row["schedule"] for row in rows if steps_of(row["schedule"]) not in now]
+    if not old:
+        return []
+    first, second = max((s.get("steps1", 0), s.get("steps2", 0)) for s in old)
+    return [f"Older records (before the present schedule; {len(old)} of {len(rows)} rows): stages "
+            f"of {first} + {second} steps; distillation was then the default; r = 2 had one neck "
+            "per tensor."]
+
+
+def steps_of(schedule):
+    return schedule.get("steps1", 0) + schedule.get("steps2", 0)
 
 
 def mean_of_runs(row, names, key):
@@ -458,7 +508,7 @@ def part_worth(results, group, variant):
 def search(results):
     keys, lines = ("setting", "pair", "residual", "seed"), []
     rows = results.rows("codec-search", *keys)
-    curved, gains, words = [], [], []
+    aways, gains, words = [], [], []
     for setting, pair in dict.fromkeys((row["setting"], tuple(row["pair"])) for row in rows):
         cells = []
         for residual in (False, True):
@@ -467,18 +517,27 @@ def search(results):
             away = statistics.mean(r["to_average"] for r in group)
             cells += [f"{away:.4f}" if away < 0.1 else f"{away:.2f}", pm(*d)]
             words.append(said(*d))
-        curved.append(away)
+            aways.append((setting.startswith("warm"), away))
         gains.append(-d[0])
         lines.append([setting, pair[1], f"{group[0]['round_trip']:.1e}", *cells])
     return rows, [
-        "`code` with another expert at lambda 1/2, held against the plain average of the two; "
-        "distances are over that between the experts.",
-        "Curvature |D(mean z) - mean D(z)| is what stays of a latent merge without the codec's own "
-        f"error (`--residual`): at most {max(curved):.2%} of the distance.",
+        "`code` with another expert at lambda 1/2, beside the plain average of the two; *away*: "
+        "distance to that average, over the experts' distance.",
+        f"Does a trained VAE's merge differ from the average? {differs(aways)} Without that error "
+        f"(`--residual`) it stays within {max(away for _, away in aways[1::2]):.2%} of the "
+        f"experts' distance, gaining {max(gains):.4f} bits at most.",
         f"Of {len(words)} merges {words.count('beats')} beat the plain average, "
-        f"{words.count('ties')} tie, {words.count('loses')} lose; with the codec's error taken "
-        f"out the largest gain is {max(gains):.4f} bits."
-    ], table(["codec", "with", "NMSE", "distance", "bits", "curvature", "bits, error out"], lines)
+        f"{words.count('ties')} tie, {words.count('loses')} lose."
+    ], table(["codec", "with", "NMSE", "away", "minus average", "away, residual",
+              "minus average, residual"], lines)
+
+
+def differs(aways):
+    """aways: [(exact start, distance with the codec's own error)], each followed by the same
+    without it. Mostly by its own error: of every trained codec more than half of the distance."""
+    pairs = [(away, rest) for (exact, away), (_, rest) in zip(aways[::2], aways[1::2]) if not exact]
+    mostly = all(rest < away / 2 for away, rest in pairs)
+    return f"Yes, {'mostly' if mostly else 'partly'} by its own error."
 
 
 # --- Merges of the small models -------------------------------------------------------------------
@@ -494,16 +553,21 @@ python experiments/evaluate.py {TWO} \\
 
 
 def merges(results):
-    rows = [row for row in results.rows("merge", "file") if row["file"] in MERGE]
+    """`learnt`, where there is one: through a VAE trained on the two inputs."""
+    rows = [row for row in results.rows("merge", "file")
+            if row["file"] in MERGE or row["file"] == "learnt.safetensors"]
     scores = {row["file"].removesuffix(".safetensors"): row["scores"] for row in rows}
     keys, names = (*DOMAINS, "accuracy"), [*DOMAINS, "accuracy of sums"]
     documents = rows[0]["scores"]["code"]["documents"]
-    apart = max(abs(scores["merged"][key]["mean"] - scores["average"][key]["mean"])
-                for key in DOMAINS)
+    apart = {name: max(abs(scores[name][key]["mean"] - scores["average"][key]["mean"])
+                       for key in DOMAINS) for name in ("merged", "learnt") if name in scores}
     return rows, [
         f"Bits per byte on held-out text (lower is better), {documents} excerpts per domain; the "
         "error is that of the text, the same for all rows.",
-        f"The latent merge is within {apart:.0e} bits of the plain average in every domain."
+        "Largest difference between the latent merge and the plain average: "
+        f"{apart['merged']:.0e} bits (bfloat16 rounding and the VAE).",
+        *(f"`learnt`: through a VAE trained on the inputs (`--init random`); {apart[name]:.0e} "
+          "bits from the average at most." for name in apart if name == "learnt")
     ], table(["file", *names], [
         [f"`{name}`", *(pm(score[key]["mean"], score[key]["error"], False) for key in keys)]
         for name, score in scores.items()])
@@ -613,32 +677,70 @@ def bench_align(results):
     names = "sinkhorn", "sinkhorn_stabilized", "sinkhorn_log"
     over = [max(row["ratios"][name] for name in names) for row in plans]
     lines = table(["cloud", "n x m", "epsilon", "tolerance", "ours, s",
-                   *(f"over {name}" for name in names)], [
+                   *(f"ours / {name}" for name in names)], [
         [row["kind"], f"{row['n']} x {row['m']}", f"{row['epsilon']:g}", f"{row['tolerance']:.0e}",
          f"{row['seconds']['ours']:.3f}", *(f"{row['ratios'][name]:.2f}" for name in names)]
         for row in plans])
     return rows, [
-        f"Our time over POT's to the same error of the marginals. Of {len(over)} problems ours is "
-        f"faster than POT's fastest in {sum(r < 1 for r in over)}: {span_of(over)}.",
+        "Our time / time of POT's fastest solver, at equal error of the marginals: median "
+        f"{statistics.median(over):.2f}, {min(over):.2f} to {max(over):.2f} (below 1: ours is "
+        f"faster, in {sum(r < 1 for r in over)} of {len(over)}).",
         *(f"Gaussian map, n = {row['n']}, {row['latent']} dimensions: "
           f"{row['ratios']['pot']:.2f} of POT's time; the maps differ by {row['difference']:.0e}."
           for row in gauss)], lines
 
 
-def span_of(values):
-    return span([statistics.median(values), min(values), max(values)])
-
-
 # --- Beyond the paper: drawn and printed as soon as there are records -----------------------------
 def curves(results):
-    rows = results.rows("curves", "name", "model", "seed")
-    ends = [f"{name}: {several([row['points'][-1]['nmse'] for row in group])}"
-            for (name,), group in figures.grouped(rows, "name").items()]
-    return rows, ["NMSE on held-out windows over seconds of training, a line per seed; the dot is "
-                  "the start of stage 2.", f"Last NMSE of {'; of '.join(ends)}.",
-                  "For white weights at r = 1 the optimum of Eq. 1 has an NMSE of beta^2 (a linear "
-                  "VAE shrinks each weight by 1 - beta): at beta 1 the optimum is the collapse "
-                  "itself, and a longer second stage only comes nearer to it."], []
+    rows, lines = results.rows("curves", "name", "model", "seed"), []
+    for (name,), group in figures.grouped(rows, "name").items():
+        ends = [row["points"][-1] for row in group]
+        seconds = [figures.shifted(row["points"])[0][-1] for row in group]
+        lines.append([name, len(group), several([end["nmse"] for end in ends]),
+                      several(seconds, "{:.0f}".format),
+                      several([end["kl"] for end in ends if end["kl"] is not None], two)])
+    optimum = linear_optimum(results, 1.0)
+    return rows, [
+        "NMSE on held-out windows over seconds of training, a line per seed; the dot is the start "
+        "of stage 2. KL: nats per latent number.",
+        *(["At beta 1 Eq. 1 itself is lowest when almost nothing is encoded (the best linear VAE "
+           f"there has an NMSE near {optimum:.2f}), so two stages cannot help."]
+          if optimum else []),
+        *paper_steps(rows)
+    ], table(["recipe", "seeds", "last NMSE", "seconds", "last KL"], lines)
+
+
+def paper_steps(rows):
+    """[how many steps the paper's configuration got in how much time]"""
+    return [f"{row['name'].capitalize()} got {sum(lasts(row['points'])):g} steps in "
+            f"{figures.shifted(row['points'])[0][-1]:.0f} s; they end at an NMSE of "
+            f"{row['points'][-1]['nmse']:.2f}."
+            for row in rows if "paper" in row["name"]]
+
+
+def lasts(points):
+    """The last step of each stage."""
+    return {point["stage"]: point["step"] for point in points}.values()
+
+
+def linear_optimum(results, beta):
+    """NMSE of the linear VAE that minimises Eq. 1 on the chunks of the family; None without PCA.
+
+    Equation:  per component of variance v: beta^2 / v where v > beta, else v; the mean over all
+    Source:    the linear VAE shrinks a component by 1 - beta / v (Lucas et al. 2019); the variances
+               are read off Table 8, the NMSE of PCA at every r, as steps between two ratios
+    """
+    rows = find(results.rows("table8", "checkpoint", "ratio", "method"), method="PCA")
+    left = {kept: statistics.mean(row["nmse"] for row in group) for kept, group in
+            sorted(figures.grouped([row | {"kept": 1 / row["ratio"]} for row in rows],
+                                   "kept").items())}
+    ends = [(0.0, 1.0), *((kept, nmse) for (kept,), nmse in left.items()), (1.0, 0.0)]
+    total = 0.0
+    for (kept, nmse), (more, less) in zip(ends, ends[1:]):
+        share = more - kept
+        variance = (nmse - less) / share if share else 0.0
+        total += share * (beta ** 2 / variance if variance > beta else variance)
+    return total if rows else None
 
 
 def kin(row):
@@ -652,7 +754,9 @@ def kinship(results):
     sides = [[kin(row) for row in rows if row["related"] == side] for side in (True, False)]
     apart = all(sides) and ("above" if min(sides[0]) > max(sides[1]) else "not above")
     return rows, [
-        "The mean cosine of matched hidden units, layer by layer, beside that of shuffled ones.",
+        "Kinship: the mean cosine of matched hidden units. *null*: the same with each unit's "
+        "weights shuffled, what strangers reach. *layers*: for each target layer the source's, -: "
+        "none.",
         *([f"The lowest of the related pairs, {min(sides[0]):.3f}, is {apart} the highest of the "
            f"others, {max(sides[1]):.3f}."] if apart else [])
     ], table(["source", "target", "related", "kinship", "null", "layers"], [
@@ -670,16 +774,24 @@ def layer_text(layers, most=12):
 def drift(results):
     rows = results.rows("drift", "steps", "share")
     domains = list(rows[0]["difference"])
-    best = [min(d["mean"] + 2 * d["se"] for d in row["difference"].values()) for row in rows]
-    helped = [row["kinship"] for row, bound in zip(rows, best) if bound < 0]
+    words = [[said(d["mean"], d["se"]) for d in row["difference"].values()] for row in rows]
+    helped = [row["kinship"] for row, found in zip(rows, words) if "beats" in found]
     return rows, [
-        "How far two models may be apart: more steps of training, or a share of the hidden units "
-        "initialised anew; the merge against the target.",
-        f"The merge beats the target in some domain in {len(helped)} of {len(rows)} rows"
-        + (f"; the lowest kinship among them is {min(helped):.2f}." if helped else ".")
+        "The target is `base`; the source is `arithmetic`, trained further on code (*steps*) or "
+        "partly re-initialised (*share* of the units), units permuted, then matched, lambda 0.5; "
+        "minus base.",
+        f"Of {len(rows)} rows {helped_text(words)}"
+        + (f" The lowest kinship of a gain is {min(helped):.2f}." if helped else "")
     ], table(["steps", "share", "kinship", "null", *domains], [
         [row["steps"], f"{row['share']:g}", f"{row['kinship']:.3f}", f"{row['null']:.3f}",
          *(said_of(row["difference"][domain]) for domain in domains)] for row in rows])
+
+
+def helped_text(words):
+    """words: per row the verdicts of all domains."""
+    helped = [found for found in words if "beats" in found]
+    return (f"{len(helped)} beat the target in some domain; in "
+            f"{sum('loses' not in found for found in helped)} of them nothing else is lost.")
 
 
 def lost(row):
@@ -690,12 +802,14 @@ def lost(row):
 
 def vae(results):
     rows = results.rows("vae", "vae", "model", "dtype", "seen")
-    unseen = [row for row in rows if not row["seen"] and row["vae"] == "reference"]
+    unseen = figures.grouped(find(rows, seen=False, vae="reference"), "dtype")
+    worst = {dtype: max(row["nmse"] for row in group) for (dtype,), group in unseen.items()}
     changes = [abs(lost(row)) for row in rows if lost(row) is not None]
     return rows, [
         "A VAE on models that it has never seen, and on those that it was trained on.",
-        *([f"Worst NMSE of the reference VAE on an unseen model: "
-           f"{max(row['nmse'] for row in unseen):.1e}."] if unseen else []),
+        *(["Worst NMSE of the reference VAE on an unseen model: " + "; ".join(
+            f"{worst[dtype]:.1e} in {dtype}{', its rounding' * (dtype == 'bfloat16')}"
+            for dtype in sorted(worst, reverse=True)) + "."] if worst else []),
         *([f"Largest change of a loss: {max(changes):.1e} of it."] if changes else [])
     ], table(["VAE", "model", "seen", "NMSE", "worst tensor", "its NMSE", "loss"], [
         [row["vae"], f"`{row['model']}`, {row['dtype']}", "yes" if row["seen"] else "no",
@@ -713,18 +827,23 @@ def sibling_cells(results, name="sibling"):
             for (row, lam), group in figures.grouped(rows, "row", "lam").items()]
 
 
+def merges_of(results, name):
+    """Of those: without controls, and without the parents, which have no lambda."""
+    return [(row, lam, found) for row, lam, found in sibling_cells(results, name)
+            if lam is not None and not any(word in row for word in CONTROLS)]
+
+
 def sibling(results, name="sibling", unit="Nats per token, a real model"):
     cells = sibling_cells(results, name)
-    words = [[said(*d) for d in found.values()] for _, _, found in cells]
+    words = [[said(*d) for d in found.values()] for _, _, found in merges_of(results, name)]
     domains = list(cells[0][2])
     return results.rows(name, "row", "lam", "seed"), [
         f"{unit}, minus the target's: a pruned and healed model + lambda (an expert of its bigger "
         "sibling - that sibling), hidden units matched; controls of the same size at lambda 0.5.",
-        f"Of {len(cells)} rows {sum('beats' in row for row in words)} beat the target in some "
-        f"domain, {sum('beats' in row and 'loses' not in row for row in words)} of them without "
-        "a loss in another."
+        f"Of {len(words)} merges {helped_text(words)}"
     ], table(["row", "lambda", *domains], [
-        [row, f"{lam:g}", *(f"{pm(*found[domain])} {said(*found[domain])}" for domain in domains)]
+        [row, "" if lam is None else f"{lam:g}",
+         *(f"{pm(*found[domain])} {said(*found[domain])}" for domain in domains)]
         for row, lam, found in cells])
 
 
@@ -736,11 +855,29 @@ def clouds(results):
 
 def spectra(results):
     rows = results.rows("spectra", "model", "role")
-    above = [quarter(row["cumulative"]) - quarter(row["white"]) for row in rows]
+    clear = [f"{sum(map(clear_of_noise, group))} of {len(group)} roles of `{model}`"
+             for (model,), group in figures.grouped(rows, "model").items()]
     return rows, [
-        "Variance explained by the leading principal components; dotted: white noise.",
+        "Variance explained by the leading principal components; broken lines: white noise.",
         "The leading quarter of the components explains "
-        f"{several(above, '{:+.0%}'.format)} more than that of noise."], []
+        f"{several(list(map(above_noise, rows)), '{:+.0%}'.format)} of the variance more than that "
+        "of noise.",
+        f"The rest is more than {STRUCTURE:.0%} smaller than noise's in {' and '.join(clear)}."
+    ], []
+
+
+def above_noise(row):
+    """How much more of the variance the leading quarter of the components holds."""
+    return quarter(row["cumulative"]) - quarter(row["white"])
+
+
+def clear_of_noise(row):
+    return structured(1 - quarter(row["cumulative"]), 1 - quarter(row["white"]))
+
+
+def structured(nmse, white):
+    """Whether PCA leaves clearly less than of white noise."""
+    return nmse < (1 - STRUCTURE) * white
 
 
 def quarter(curve):
