@@ -6,7 +6,7 @@ Out:   SVG text; equal records give equal bytes (fixed salt for names, no date, 
 Paper: Fig. 4 (curves over lambda), Fig. 2 (spectra); the others are ours.
 ours:  one picture for a white and for a dark page: transparent ground, grey text, and those of
        Okabe and Ito's colours, apart for every eye, that have a contrast of 3 on both grounds.
-       Where more than four lines meet, they differ in their dashes as well.
+       Where more than four lines meet, they differ in their dashes as well. OLIVE is a fifth.
 Left out on purpose: tables, verdicts. Previous: report.py.
 """
 import io
@@ -16,6 +16,7 @@ import numpy as np
 
 GREY = "#7a7a7a"        # text and axes: contrast 4.3 on white, 4.4 on #0d1117, a common dark page
 BLUE, VERMILION, GREEN, PURPLE = COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+OLIVE = "#857A00"       # where four colours are not enough
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))      # after four lines the colours come again, dashed
 WIDTH = 8.3             # inches: 800 pixels, the width of a README
 POINTS = 150            # of a cloud; more only make the file larger
@@ -26,7 +27,7 @@ STYLE = {"svg.hashsalt": "lsmerge", "svg.fonttype": "none", "font.size": 9, "tex
          "axes.spines.right": False, "xtick.color": GREY, "ytick.color": GREY,
          "legend.frameon": False, "legend.labelcolor": GREY, "lines.linewidth": 1.5,
          "lines.markersize": 4, "figure.dpi": 72}
-FIGURE_4 = {"none": (BLUE, "o-"), "mean": (GREEN, "o--"), "gaussian": (PURPLE, "o-"),
+FIGURE_4 = {"none": (OLIVE, "o-"), "mean": (GREEN, "o--"), "gaussian": (PURPLE, "o-"),
             "carried": (GREY, "x:"), "sinkhorn": (VERMILION, "o-"), "units": (BLUE, "s-")}
 CODES = {"VAE": (BLUE, "o-"), "PCA": (VERMILION, "s--"), "PCA, c = 1024": (GREEN, "^:"),
          "noise": (PURPLE, "d-.")}
@@ -99,7 +100,7 @@ def grouped(rows, *keys):
 def figure4(figure, results):
     """paper: Fig. 4. Bits over lambda per alignment; the controls without content as a band."""
     axes = panels(figure, 2, height=3.1, sharey=True)
-    for panel, source in zip(axes, ("large", "grown")):
+    for panel, source, kind in zip(axes, ("large", "grown"), ("unrelated", "a relative")):
         curves = [results.curve(control=control) for control in ("zero", "noise", "shuffled")]
         lambdas = [lam for lam, _, _ in curves[0]]
         low = [min(mean - se for _, mean, se in at) for at in zip(*curves)]
@@ -123,7 +124,7 @@ def figure4(figure, results):
         panel.set_xticks(lambdas, [f"{value:g}" for value in lambdas])
         panel.minorticks_off()
         panel.set_yticks([-0.01, 0, 0.01, 0.1, 1, 10], ["-0.01", "0", "0.01", "0.1", "1", "10"])
-        panel.set(ylim=(-0.02, 30), title=f"{source} into base", xlabel="lambda (log)")
+        panel.set(ylim=(-0.02, 30), title=f"{source} ({kind}) into base", xlabel="lambda (log)")
     axes[0].set_ylabel("bits per byte minus the target's")
     legend(figure, axes, 3)
 
@@ -321,9 +322,15 @@ def clouds(figure, results):
             points = points[::-(-len(points) // POINTS)]
             panel.plot(*points.T, mark, color=colour, markersize=2.5, markeredgewidth=0,
                        label=f"{key}'s latents")
-        panel.set(title=row["align"], xlabel="component 1")
+        panel.set(title=f"{row['align']}\nsource's sd {spread(row['source']):.2f}",
+                  xlabel="component 1")
     axes[0].set_ylabel("component 2")
     legend(figure, axes)
+
+
+def spread(points):
+    """Root of the mean variance over the two components."""
+    return np.sqrt(np.var(points, axis=0).mean())
 
 
 def spectra(figure, results):
@@ -334,9 +341,10 @@ def spectra(figure, results):
     axes = panels(figure, len(roles), height=1.9, sharex=True, sharey=True)
     for panel, ((role,), group) in zip(axes, roles.items()):
         for row in group:
-            colour = COLOURS[models.index(row["model"]) % 4]
-            for key, style, label in (("cumulative", "-", row["model"]),
-                                      ("white", ":", f"{row['model']}: white noise")):
+            at = models.index(row["model"])
+            colour = COLOURS[at % 4]
+            for key, style, label in (("cumulative", "-", row["model"]), (
+                    "white", (":", "-.", "--")[at % 3], f"{row['model']}: white noise")):
                 y = 100 * np.array([0, *row[key]])      # of no component, one, two, ...
                 x = np.linspace(0, 100, len(y))
                 panel.plot(x, y, style, color=colour, label=label)

@@ -11,12 +11,12 @@ ours:  verdicts are computed, and so is every number in a sentence. A difference
        standard errors (scores.verdict). A gain *holds* if the merge beats what it started from and
        every control; it *ties* if it beats what it started from but not a control, and loses to
        none; else it is *not reproduced*. "Nearly lossless" holds within 1 % of the loss; a part of
-       the curriculum holds if leaving it out loses, and ties if that ties.
+       the curriculum holds if leaving it out loses, and ties if that ties; dimensions are few if
+       most spectra are clearly above white noise's (sections.structured).
        Sections, claims and pictures whose records do not exist are left out.
-Previous: bench.py. Next: figures.py.
+Previous: sections.py. Next: figures.py.
 """
 import argparse
-import json
 import math
 import re
 import statistics
@@ -29,752 +29,35 @@ from typing import Callable, NamedTuple
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import figures
-from evaluate import DOMAINS
-from scores import Difference, find, verdict
-
-LOSSLESS = 0.01         # of the loss: what still counts as the same model
-LEAST = 1.2             # r beyond which the loss is large enough to compare two kinds of error
-STRUCTURE = 0.05        # of the white-noise line: less than this below it is no structure
-CONTROLS = ("zero", "noise", "shuffled", "carried", "average")
-FACTS = {"python": "Python", "torch": "torch", "pot": "POT", "device": "device", "dtype": "dtype",
-         "threads": "threads", "load": "load", "rounds": "rounds", "documents": "documents"}
-
-
-# --- Records --------------------------------------------------------------------------------------
-class Results:
-    """The records of one folder, as they are needed."""
-
-    def __init__(self, folder):
-        self.folder, self.read = Path(folder), {}
-
-    def rows(self, name, *keys):
-        """The records of NAME.jsonl, [] without the file; with keys the last one of each value, in
-        the order of the first."""
-        if name not in self.read:
-            path = self.folder / f"{name}.jsonl"
-            lines = path.read_text().splitlines() if path.exists() else []
-            self.read[name] = [json.loads(line) for line in lines if line.strip()]
-        rows = self.read[name]
-        if not keys:
-            return rows
-        return list({tuple(str(row.get(key)) for key in keys): row for row in rows}.values())
-
-    def row(self, table, name):
-        """One row of Tables 2, 3, 4 and 6."""
-        return find(self.rows(f"table{table}", "row"), row=name)[0]
-
-    def cells(self, name="figure4"):
-        """The merges across shapes, and their controls."""
-        return self.rows(name, "method", "source", "align", "pairing", "lam", "control", "seed",
-                         "few")
-
-    def curve(self, name="figure4", **fields):
-        """[(lambda, mean, standard error)]: difference to the target, the seeds of a control taken
-        together."""
-        rows = find(self.cells(name), **{"control": None, **fields})
-        return [(lam, *over_seeds([row["difference"]["base"] for row in rows if row["lam"] == lam]))
-                for lam in sorted({row["lam"] for row in rows} - {0.0})]
-
-
-def over_seeds(differences):
-    """(mean, standard error) of one difference measured with several seeds.
-
-    Equation:  se^2 = (mean SE_text)^2 + var / S
-    """
-    means = [d["mean"] for d in differences]
-    text = statistics.mean(d.get("se_text", d.get("se")) for d in differences)
-    spread = statistics.variance(means) / len(means) if len(means) > 1 else 0.0
-    return statistics.mean(means), math.hypot(text, math.sqrt(spread))
-
-
-# --- Verdicts -------------------------------------------------------------------------------------
-def said(mean, se):
-    """beats, ties or loses: a difference in bits, negative is better."""
-    return verdict(Difference(mean, se, 0.0))
-
-
-def gain(differences):
-    """What becomes of a claimed gain. differences: (mean, se) to what was there before, then to
-    every control."""
-    words = [said(*d) for d in differences]
-    if set(words) == {"beats"}:
-        return "holds"
-    return "ties" if words[0] == "beats" and "loses" not in words else "not reproduced"
-
-
-def lossless(change):
-    return "holds" if abs(change) <= LOSSLESS else "not reproduced"
-
-
-def tally(rows, label):
-    """How often rows beat, tie with and lose to `label`."""
-    found = [row["difference"][label] for row in rows if label in row["difference"]]
-    words = [said(d["mean"], d["se"]) for d in found]
-    return ", ".join(f"{word} {words.count(word)}" for word in ("beats", "ties", "loses"))
-
-
-# --- Text -----------------------------------------------------------------------------------------
-def digits(error, most=4):
-    """Decimals that an error justifies: two of its digits, at most four decimals."""
-    return min(most, max(0, 1 - math.floor(math.log10(error)))) if error > 0 else most
-
-
-def number(value, decimals):
-    text = f"{value:+.{decimals}f}"
-    return text if float(text) else text[1:]        # no sign on a zero
-
-
-def pm(mean, se, signed=True, most=4):
-    """+0.0566 ± 0.0034"""
-    text, decimals = number(mean, digits(se, most)), digits(se, most)
-    return f"{text if signed else text.lstrip('+')} ± {se:.{decimals}f}"
-
-
-def pm_of(d, most=4):
-    return pm(d["mean"], d["se"], most=most) if d else ""
-
-
-def said_of(d):
-    """A difference with its verdict, computed again from its numbers."""
-    return f"{pm_of(d)} {said(d['mean'], d['se'])}" if d else ""
-
-
-def short(value):
-    """5.1e-14, 0.008, 0.353"""
-    return "" if value is None else f"{value:.1e}" if abs(value) < 1e-3 else f"{value:.3f}"
-
-
-def several(values, form=short):
-    """4.5e-04 to 0.007, or one of them where they look alike."""
-    return " to ".join(dict.fromkeys(map(form, (min(values), max(values)))))
-
-
-def span(values, form=".2f"):
-    """0.77 [0.69, 0.80]: median, least, largest."""
-    middle, low, high = (format(value, form) for value in values)
-    return f"{middle} [{low}, {high}]"
-
-
-def table(head, rows):
-    head, *lines = ("| " + " | ".join(map(str, line)) + " |" for line in (head, *rows))
-    return [head, "|" + "---|" * (head.count("|") - 1), *lines, ""]
-
-
-def facts(rows):
-    """What the numbers hang on, as the records say it; seeds are the most that any row has."""
-    found = []
-    for key, name in FACTS.items():
-        values = sorted({row[key] for row in rows if row.get(key) is not None})
-        if len(values) > 2 and not isinstance(values[0], str):
-            values = [f"{values[0]:g} to {values[-1]:g}"]
-        found += [f"{name} {' and '.join(map(str, values))}"] if values else []
-    seeds = len({row["seed"] for row in rows if row.get("seed") is not None})
-    for row in rows:
-        seeds = max(seeds, row.get("seeds", 0), len(row.get("per_seed", [])),
-                    len(row.get("runs", [])))
-    return "; ".join([f"{len(rows)} rows", *found, *([f"seeds {seeds}"] if seeds else [])])
-
-
-# --- Tables 2, 3, 4, 6: rows held against other rows ----------------------------------------------
-# A section is a function: results -> (records it used, sentences, lines of its tables).
-def expert_table(rows, labels, name="row"):
-    head = [name, "bits", "sd", *(f"minus {label}" for label in labels)]
-    lines = []
-    for row in rows:
-        sd = f"{statistics.stdev(row['per_seed']):.4f}" if row["seeds"] > 1 else ""
-        lines.append([row["row"], f"{row['test']['pooled']:.3f}", sd,
-                      *(said_of(row["difference"].get(label)) for label in labels)])
-    return table(head, lines)
-
-
-def latent(rows):
-    return [row for row in rows if row["kind"] == "latent"]
-
-
-def table2(results):
-    rows, lines = results.rows("table2", "row"), []
-    for model in dict.fromkeys(row["row"].split(":")[0] for row in rows):
-        group = [row | {"row": row["row"].removeprefix(f"{model}: ").removeprefix("self-merge, ")}
-                 for row in rows if row["row"].split(":")[0] == model]
-        lines += expert_table(group, ("base", "round trip", "noise"), f"model: `{model}`")
-    draws = [r for r in latent(rows) if "self-merge" in r["row"]]
-    small = [r for r in draws if r["row"].startswith("base") and "beta" in r["row"]]
-    return rows, [
-        "Rows *K*: the mean of K draws from a model's posterior, decoded. *base*: the model.",
-        f"Against the model the {len(draws)} self-merges say: {tally(draws, 'base')}; against "
-        f"white noise of the same size on the weights, averaged over K: {tally(draws, 'noise')}.",
-        "With beta 0.01 and " + "; ".join(
-            f"{row['row'].split(', ')[1].split(' [')[0]}: {pm_of(row['difference']['base'])}"
-            for row in small) + " bits."], lines
-
-
-def table3(results):
-    rows = results.rows("table3", "row")
-    best = min((row for row in rows if row["kind"] != "parent"), key=bits)
-    return rows, [
-        "Ten LoRA experts of `base`, folded into it and merged as whole models.",
-        f"The {len(latent(rows))} latent merges at r = 1: against the base "
-        f"{tally(latent(rows), 'base')}; against the same merge of weights "
-        f"{tally(latent(rows), 'weights')}.",
-        f"Lowest: {best['row']}, {pm_of(best['difference']['base'])} bits to the base."
-    ], expert_table(rows, ("base", "whole models", "weights"))
-
-
-def bits(row):
-    return row["test"]["pooled"]
-
-
-def table4(results):
-    rows = results.rows("table4", "row")
-    one, two = ([r for r in latent(rows) if mark in r["row"]] for mark in ("r 1", "r 2"))
-    return rows, [
-        "Lambda, density and p of every method are chosen on validation text.",
-        f"Against the same merge of weights: at r = 1 {tally(one, 'weights')}; at r = 2 "
-        f"{tally(two, 'weights')}.",
-        f"Against the base: latents at r = 1 {tally(one, 'base')}; methods on weights "
-        f"{tally(find(rows, kind='weight'), 'base')}."
-    ], expert_table(rows, ("base", "parent", "weights"))
-
-
-def table6(results):
-    rows, lines = results.rows("table6", "row"), []
-    parts = ("MLP", "attention", "both")
-    for tag in ("large -> base", "code + prose"):
-        columns = [results.row("6", f"{tag}, {part}") for part in parts]
-        lines += table([tag, *parts], [
-            ["bits", *(f"{bits(row):.3f}" for row in columns)],
-            *([f"minus {label}", *(said_of(row["difference"][label]) for row in columns)]
-              for label in columns[0]["difference"])])
-    across = [results.row("6", f"large -> base, {part}") for part in parts]
-    return rows, [
-        "What is merged: across shapes by the paper's Gaussian map at lambda 0.1, and two experts.",
-        f"Across shapes: against the base {tally(across, 'base')}; against pure shrinkage "
-        f"(*zero*) {tally(across, 'zero')}; against noise {tally(across, 'noise')}."], lines
-
-
-# --- Table 5 and Figure 4: other shapes -----------------------------------------------------------
-def chosen(results, source):
-    """The cell of a source with the fewest bits on validation text, as grid.choose finds it."""
-    rows = [row for row in find(results.cells(), row="cell", source=source)
-            if row["align"] != "weights"]
-    return min(rows, key=validation)
-
-
-def validation(row):
-    return row["validation"]["pooled"]
-
-
-def cell_gain(row):
-    """The verdict of one cell: against the target, then against every control."""
-    return gain([(d["mean"], d["se"]) for d in row["difference"].values()])
-
-
-def table5(results):
-    rows, lines = find(results.cells("table5"), control=None, row="cell"), []
-    rows = [row for row in rows if row["pairing"] != "index"]
-    labels = ("base", "zero", "noise", "shuffled", "carried")
-    for lam, title in ((0.1, "transport and interpolation, lambda 0.1"),
-                       (1.0, "transport only, lambda 1")):
-        lines += table([title, *(f"minus {label}" for label in labels)], [
-            [f"{row['source']}: {'plain average' if row['align'] == 'weights' else row['align']}"
-             + (", n < d" if row["few"] else ""),
-             *(pm_of(row["difference"].get(label)) for label in labels)]
-            for row in find(rows, lam=lam)])
-    words = [cell_gain(row) for row in rows if row["align"] != "weights"]
-    return rows, [
-        "*carried*: Gaussian noise in the place of the source, sent through the same transport. "
-        "*units* (ours): layers and hidden units matched by their weights before.",
-        f"Of {len(words)} cells {words.count('holds')} beat the target and every control; "
-        "the verdict per source is at Figure 4.",
-        *(f"n < d: chunks of {c}, the paper's size, of which a tensor has fewer than they have "
-          "numbers. Their controls are of that size."
-          for c in sorted({row["chunk"] for row in rows if row["few"]}))], lines
-
-
-def figure4(results):
-    lines, sentences = [], [
-        "Bits per byte minus the target's, over lambda; layers paired by depth; 0 means that the "
-        "merge did no harm."]
-    for source in sources_of(results.cells()):
-        curves = {align: results.curve(source=source, align=align, pairing="depth")
-                  for align in ("none", "mean", "gaussian", "sinkhorn")}
-        curves["noise by Sinkhorn"] = results.curve(source=source, pairing="depth",
-                                                    control="carried")
-        lines += curve_table(f"`{source}`: lambda", curves)
-        if find(results.cells(), source=source, align="units"):
-            lines += curve_table(f"`{source}`, units matched by weights: lambda", {
-                name: results.curve(source=source, align="units", control=control)
-                for name, control in (("the source", None), ("noise in its place", "carried"),
-                                      ("its neighbouring layers", "neighbour"))})
-        row = chosen(results, source)
-        held = "; ".join(f"{label} {said_of(d)}" for label, d in row["difference"].items())
-        sentences.append(f"Chosen for `{source}` on validation text: {row['align']}, pairing by "
-                         f"{row['pairing']}, lambda {row['lam']:g}: **{cell_gain(row)}** ({held}).")
-    controls = {control: results.curve(control=control)
-                for control in ("zero", "noise", "shuffled")}
-    lines += curve_table("controls: lambda", controls)
-    return [row for row in results.cells() if row["lam"]], sentences, lines
-
-
-def sources_of(cells):
-    return dict.fromkeys(row["source"] for row in find(cells, row="cell"))
-
-
-def curve_table(name, curves):
-    lambdas = [lam for lam, _, _ in next(iter(curves.values()))]
-    return table([name, *curves], [
-        [f"{lam:g}", *(pm(*curve[i][1:]) for curve in curves.values())]
-        for i, lam in enumerate(lambdas)])
-
-
-def transfer(results):
-    cells, lines, words = results.cells("transfer"), [], []
-    for method in dict.fromkeys(row["method"] for row in cells):
-        rows = find(cells, method=method)
-        curves = {}
-        for row in rows:
-            if row["lam"]:
-                name = " ".join(filter(None, (row["source"], row["align"], row["control"])))
-                curves[name] = results.curve("transfer", **{key: row[key] for key in (
-                    "method", "source", "align", "pairing", "control")})
-        lambdas = [lam for lam, _, _ in next(iter(curves.values()))]
-        lines += table([method, *(f"lambda {lam:g}" for lam in lambdas)], [
-            [name, *(pm(mean, se) for _, mean, se in curve)] for name, curve in curves.items()])
-        words += [cell_gain(row) for row in rows if row.get("chosen")]
-    return cells, [
-        "Bits minus the target's. *map*: the source is first brought into the target's "
-        "coordinates; *rows*: every row is a chunk; *carried*: noise in the place of the source.",
-        f"Of {len(words)} cells chosen on validation text, {words.count('holds')} hold against the "
-        f"target and every control, {words.count('not reproduced')} do not."], lines
-
-
-# --- Tables 7 and 8, the real model, the ablation, the search -------------------------------------
-def codec(results):
-    keys, lines, used = ("checkpoint", "ratio", "method"), [], []
-    for which, title in (("8", "fitted on it"), ("7", "unseen")):
-        rows = results.rows(f"table{which}", *keys)
-        used += rows
-        for name in dict.fromkeys(row["checkpoint"] for row in rows):
-            lines += [f"Table {which}, `{name}`, {title}:", "", *codec_table(
-                find(rows, checkpoint=name))]
-    vae = [row for row in used if row["method"] == "VAE"]
-    kept = [row for row in vae if abs(change(row)) <= LOSSLESS]
-    pca = [row["nmse"] / row["white_noise"] for row in used
-           if row["method"] == "PCA" and row["checkpoint"] in ("base-seed2", "large")]
-    louder = [row["difference"]["mean"] / by_key(used, row, "noise")["difference"]["mean"]
-              for row in vae if row["ratio"] > LEAST]
-    return used, [
-        "NMSE: mean squared error over the variance. The codec is fitted on `code` and `prose`; "
-        "1 - 1/r is what any linear code loses on white noise.",
-        f"Ratios at which the VAE keeps every model within {LOSSLESS:.0%} of its loss: "
-        f"{' and '.join(f'{r:g}' for r in sorted(all_kept(vae, kept))) or 'none'}.",
-        f"PCA on another seed or size has {min(pca):.2f} to {max(pca):.2f} of white noise's NMSE; "
-        f"at r > {LEAST} the VAE's error costs {min(louder):.1f} to {max(louder):.1f} times the "
-        "bits of Gaussian noise of the same NMSE.",
-        "The effective r counts the codec's own numbers: below 1 more is kept than the weights "
-        "are."], lines
-
-
-def change(row):
-    return row["difference"]["mean"] / row["before"]["pooled"]
-
-
-def by_key(rows, like, method):
-    return find(rows, checkpoint=like["checkpoint"], ratio=like["ratio"], method=method)[0]
-
-
-def all_kept(rows, kept):
-    """The ratios at which no row is missing from `kept`."""
-    return {row["ratio"] for row in kept} - {row["ratio"] for row in rows if row not in kept}
-
-
-def codec_table(rows):
-    lines = []
-    for vae in find(rows, method="VAE"):
-        group = {row["method"]: row for row in find(rows, ratio=vae["ratio"])}
-        nmse = [short(group[m]["nmse"]) if m in group else "" for m in (
-            "VAE", "PCA", "PCA, c = 1024")]
-        lost = [pm_of(group[m]["difference"], 3) if m in group else "" for m in (
-            "VAE", "PCA", "noise", "PCA, c = 1024")]
-        lines.append([f"{vae['ratio']:.4g}", f"{vae['white_noise']:.3f}", *nmse, *lost,
-                      f"{vae['effective_ratio']:.2f}"])
-    return table(["r", "1 - 1/r", "NMSE: VAE", "PCA", "c 1024", "bits lost: VAE", "PCA", "noise",
-                  "PCA, c 1024", "eff. r"], lines)
-
-
-def real(results):
-    rows, sentences, lines = results.rows("real", "model", "ratio", "method"), [], []
-    for (name,), group in figures.grouped(rows, "model").items():
-        vae = find(group, method="VAE")
-        kept = [row["ratio"] for row in vae if abs(row["change"]) <= LOSSLESS]
-        least = min((row for row in vae if row["ratio"] > 1), key=itemgetter("ratio"))
-        sentences += [
-            f"`{name}`, {group[0]['weights'] / 1e6:.0f} M encoded weights, loss "
-            f"{group[0]['loss_before']:.2f} nats per token: the largest r within {LOSSLESS:.0%} of "
-            f"the loss is {max(kept, default=0):g}; at r = {least['ratio']:.4g} it rises by "
-            f"{least['change']:.0%}."]
-        lines += table(["r", "1 - 1/r", "code", "NMSE", "loss", "change", "effective r",
-                        "NMSE, unseen"], [
-            [f"{row['ratio']:.4g}", f"{row['white_noise']:.3f}", row["method"], short(row["nmse"]),
-             f"{row['loss']:.2f}", f"{row['change']:+.0%}", two(row["effective_ratio"]),
-             short(row["unseen_nmse"])] for row in group])
-    return rows, sentences, lines
-
-
-def two(value):
-    return "" if value is None else f"{value:.2f}"
-
-
-def ablation(results):
-    rows, lines = results.rows("ablation", "group", "variant"), []
-    for row in rows:
-        if not lines or row["group"] != lines[-1][0]:
-            lines.append([row["group"], f"**{row['group']}**", *[""] * 6])
-        mean = partial(mean_of_runs, row)
-        kl = statistics.mean(run["stages"][-1].get("kl", 0.0) for run in row["runs"])
-        seen, unseen = ("code", "prose"), ("arithmetic", "base-seed2")
-        lines.append([row["group"], row["variant"], short(mean(seen, "nmse")),
-                      number(mean(seen, "difference"), 3), short(mean(unseen, "nmse")),
-                      number(mean(unseen, "difference"), 3), f"{kl:.2f}",
-                      said_of(row["difference"]) if row["difference"]["se"] else ""])
-    old = [row for row in rows if "no distillation" in row["variant"]]
-    return rows, [
-        "One change at a time, equal steps and chunks; bits: what the decoded models lose; the "
-        "last column, unseen checkpoints, is against the group's first row.",
-        "KL: nats per latent number; near 0 the code holds nothing.",
-        "The changes against their first rows: " + tally(
-            [{"difference": {"first": row["difference"]}} for row in rows if row["variant"] not in
-             [group[0]["variant"] for group in figures.grouped(rows, "group").values()]], "first")
-        + ".",
-        *(["Rows of commit 7a067b4: there a random start distilled where nothing else is said, and "
-           "at r = 2 every tensor had a neck of its own."] if old else [])
-    ], table(["variant", "NMSE, seen", "bits lost", "NMSE, unseen", "bits lost", "KL",
-              "minus the first"], [line[1:] for line in lines])
-
-
-def mean_of_runs(row, names, key):
-    return statistics.mean(run["checkpoints"][name][key] for run in row["runs"] for name in names)
-
-
-def part_worth(results, group, variant):
-    """(difference, verdict): what it costs to leave a part of the curriculum out. A group's first
-    row has the part, or (`distillation`) is what a row with it is held against."""
-    d = find(results.rows("ablation", "group", "variant"), group=group, variant=variant)[0]
-    mean, se = d["difference"]["mean"], d["difference"]["se"]
-    if variant == "distillation":
-        mean = -mean
-    return (mean, se), {"loses": "holds", "ties": "ties", "beats": "not reproduced"}[said(mean, se)]
-
-
-def search(results):
-    keys, lines = ("setting", "pair", "residual", "seed"), []
-    rows = results.rows("codec-search", *keys)
-    curved, gains, words = [], [], []
-    for setting, pair in dict.fromkeys((row["setting"], tuple(row["pair"])) for row in rows):
-        cells = []
-        for residual in (False, True):
-            group = find(rows, setting=setting, pair=list(pair), residual=residual)
-            d = over_seeds([{"mean": r["difference"], "se": r["se_text"]} for r in group])
-            away = statistics.mean(r["to_average"] for r in group)
-            cells += [f"{away:.4f}" if away < 0.1 else f"{away:.2f}", pm(*d)]
-            words.append(said(*d))
-        curved.append(away)
-        gains.append(-d[0])
-        lines.append([setting, pair[1], f"{group[0]['round_trip']:.1e}", *cells])
-    return rows, [
-        "`code` with another expert at lambda 1/2, held against the plain average of the two; "
-        "distances are over that between the experts.",
-        "Curvature |D(mean z) - mean D(z)| is what stays of a latent merge without the codec's own "
-        f"error (`--residual`): at most {max(curved):.2%} of the distance.",
-        f"Of {len(words)} merges {words.count('beats')} beat the plain average, "
-        f"{words.count('ties')} tie, {words.count('loses')} lose; with the codec's error taken "
-        f"out the largest gain is {max(gains):.4f} bits."
-    ], table(["codec", "with", "NMSE", "distance", "bits", "curvature", "bits, error out"], lines)
-
-
-# --- Merges of the small models -------------------------------------------------------------------
-TWO = "experiments/models/code.safetensors experiments/models/prose.safetensors"
-MERGE = f"""python merge.py {TWO} -o merged.safetensors
-python merge.py {TWO} --space weight \\
-    -o average.safetensors
-python merge.py {TWO.split()[0]} --roundtrip -o code-roundtrip.safetensors
-python merge.py {TWO.split()[1]} --roundtrip -o prose-roundtrip.safetensors
-python experiments/evaluate.py {TWO} \\
-    average.safetensors code-roundtrip.safetensors prose-roundtrip.safetensors merged.safetensors \\
-    --record experiments/results/merge.jsonl"""
-
-
-def merges(results):
-    rows = [row for row in results.rows("merge", "file") if row["file"] in MERGE]
-    scores = {row["file"].removesuffix(".safetensors"): row["scores"] for row in rows}
-    keys, names = (*DOMAINS, "accuracy"), [*DOMAINS, "accuracy of sums"]
-    documents = rows[0]["scores"]["code"]["documents"]
-    apart = max(abs(scores["merged"][key]["mean"] - scores["average"][key]["mean"])
-                for key in DOMAINS)
-    return rows, [
-        f"Bits per byte on held-out text (lower is better), {documents} excerpts per domain; the "
-        "error is that of the text, the same for all rows.",
-        f"The latent merge is within {apart:.0e} bits of the plain average in every domain."
-    ], table(["file", *names], [
-        [f"`{name}`", *(pm(score[key]["mean"], score[key]["error"], False) for key in keys)]
-        for name, score in scores.items()])
-
-
-# --- Speed and memory -----------------------------------------------------------------------------
-def newest(rows, count, *keys):
-    """{key values: the last `count` of their records}"""
-    return {key: group[-count:] for key, group in figures.grouped(rows, *keys).items()}
-
-
-def peer_rows(peer):
-    """One line per way and quantity: ours, theirs, ratio [least, largest] of the rounds."""
-    for way, name in (("exact", "latent merge, exact codec"), ("weight", "`--space weight`")):
-        for key, ratios, form, unit in (("seconds", "ratios", ".1f", "s"),
-                                        ("peak_mib", "memory_ratios", ".0f", "MiB")):
-            mine, theirs = (format(peer[key][who][0], form) for who in (way, "mergekit"))
-            what = f"{name}: {'time' if unit == 's' else 'memory'}"
-            yield [what, f"{mine} {unit}", f"{theirs} {unit}", span(peer[ratios][way])]
-
-
-def bench_peer(results):
-    peer = results.rows("bench-peer")[-1]
-    same = "the same bits" if peer["equal_bits"] else "other bits"
-    return [peer], [
-        f"Beside {peer['peer']}'s linear merge of two models of {peer['bytes'] / 1e9:.2f} GB, "
-        "bfloat16; whole processes, imports included, in turns.",
-        f"Of the seconds, starting takes {peer['start']['exact']:.1f} here and "
-        f"{peer['start']['mergekit']:.1f} there; `--space weight` writes {same} as {peer['peer']}."
-    ], table(["way", "here", "mergekit", "ratio [least, largest]"], peer_rows(peer))
-
-
-def memory_rows(results):
-    rows = [row for row in results.rows("bench-memory") if "bound_mib" in row]
-    return [group[0] for group in newest(rows, 1, "bytes", "network").values()]
-
-
-def bench_memory(results):
-    rows = memory_rows(results)
-    peaks = [row["peak_mib"] for row in rows]
-    times = max(row["bytes"] for row in rows) / min(row["bytes"] for row in rows)
-    return rows, [
-        f"Peak of anonymous memory: {several(peaks, '{:.0f}'.format)} MiB while the checkpoint "
-        f"grows {times:.1f} times; {rows[0]['bound_mib']} MiB are allowed."
-    ], table(["GB per checkpoint", "network", "peak MiB", "seconds"], [
-        [f"{row['bytes'] / 1e9:.2f}", row["network"], f"{row['peak_mib']:.0f}",
-         f"{row['seconds']:.0f}"] for row in rows])
-
-
-def bench_merge(results):
-    used, lines = [], []
-    rows = [row for row in results.rows("bench-merge") if "load" in row]
-    for (dtype, network), group in newest(rows, 3, "dtype", "network").items():
-        used += group
-        ratios = sorted(row["ratio"] for row in group)
-        seconds, least = (statistics.median(row[key] for row in group)
-                          for key in ("seconds", "least"))
-        lines.append([dtype, network, f"{seconds:.0f}", f"{least:.1f}",
-                      span([statistics.median(ratios), ratios[0], ratios[-1]])])
-    return used, [
-        f"merge.py on two checkpoints of {used[0]['weights'] / 1e6:.0f} M weights, over the time "
-        "that its arithmetic takes at the multiply rate of all cores plus its bytes at the disk's "
-        "copy rate."
-    ], table(["dtype", "network", "seconds", "least possible", "ratio [least, largest]"], lines)
-
-
-def bench_codec(results):
-    keys = "dtype", "width", "device", "part", "network"
-    rows = [row for row in results.rows("bench-codec") if "load" in row]    # older: another network
-    rows = [group[0] for group in newest(rows, 1, *keys).values()]
-    return rows, [
-        "*network*: the products and what stands between them; *whole*: with scaling and chunks. "
-        "*full*: all blocks compute; *exact*: two small products per chunk."
-    ], table(["device", "dtype", "width", "network", "part", "of the multiply rate", "weights/s"], [
-        [row["device"], row["dtype"], row["width"], row["network"], row["part"],
-         f"{row['fraction']:.2f}", f"{row['weights_per_s'] / 1e6:.1f} M"] for row in rows])
-
-
-def training_rows(results):
-    """(recipe, seconds to NMSE 1e-2: median, least, largest; last NMSE; whether it got there)."""
-    rows = find(results.rows("bench-training"), what="training")
-    for (recipe,), group in newest(rows, 3, "recipe").items():
-        values = [sorted(row[key] for row in group) for key in ("seconds", "final")]
-        seconds, final = ([statistics.median(v), v[0], v[-1]] for v in values)
-        yield recipe, seconds, final, all(row["reached"] for row in group)
-
-
-def bench_training(results):
-    rows = find(results.rows("bench-training"), what="training")
-    lines = [[recipe, span(seconds, ".1f") if there else f"not within {span(seconds, '.0f')}",
-              several(final)] for recipe, seconds, final, there in training_rows(results)]
-    return rows, [
-        "Seconds to NMSE 1e-2 on held-out windows, within "
-        f"{max(row['budget'] for row in rows)} steps. *release*: the recipe of the paper's own "
-        "code; *curriculum*: two stages from a random start; *warm*: from the best linear codec."
-    ], table(["recipe", "seconds", "last NMSE"], lines)
-
-
-def align_rows(results):
-    return results.rows("bench-align", "what", "n", "m", "kind", "latent", "epsilon")
-
-
-def bench_align(results):
-    rows = align_rows(results)
-    plans, gauss = ([row for row in rows if row["what"] == what]
-                    for what in ("sinkhorn", "gaussian_map"))
-    names = "sinkhorn", "sinkhorn_stabilized", "sinkhorn_log"
-    over = [max(row["ratios"][name] for name in names) for row in plans]
-    lines = table(["cloud", "n x m", "epsilon", "tolerance", "ours, s",
-                   *(f"over {name}" for name in names)], [
-        [row["kind"], f"{row['n']} x {row['m']}", f"{row['epsilon']:g}", f"{row['tolerance']:.0e}",
-         f"{row['seconds']['ours']:.3f}", *(f"{row['ratios'][name]:.2f}" for name in names)]
-        for row in plans])
-    return rows, [
-        f"Our time over POT's to the same error of the marginals. Of {len(over)} problems ours is "
-        f"faster than POT's fastest in {sum(r < 1 for r in over)}: {span_of(over)}.",
-        *(f"Gaussian map, n = {row['n']}, {row['latent']} dimensions: "
-          f"{row['ratios']['pot']:.2f} of POT's time; the maps differ by {row['difference']:.0e}."
-          for row in gauss)], lines
-
-
-def span_of(values):
-    return span([statistics.median(values), min(values), max(values)])
-
-
-# --- Beyond the paper: drawn and printed as soon as there are records -----------------------------
-def curves(results):
-    rows = results.rows("curves", "name", "model", "seed")
-    ends = [f"{name}: {several([row['points'][-1]['nmse'] for row in group])}"
-            for (name,), group in figures.grouped(rows, "name").items()]
-    return rows, ["NMSE on held-out windows over seconds of training, a line per seed; the dot is "
-                  "the start of stage 2.", f"Last NMSE of {'; of '.join(ends)}.",
-                  "For white weights at r = 1 the optimum of Eq. 1 has an NMSE of beta^2 (a linear "
-                  "VAE shrinks each weight by 1 - beta): at beta 1 the optimum is the collapse "
-                  "itself, and a longer second stage only comes nearer to it."], []
-
-
-def kin(row):
-    """The mean cosine of the layers that have a partner, of strangers that of all."""
-    matched = [value for value, i in zip(row["similarity"], row["layers"]) if i is not None]
-    return statistics.mean(matched or row["similarity"])
-
-
-def kinship(results):
-    rows = results.rows("kinship", "source", "target")
-    sides = [[kin(row) for row in rows if row["related"] == side] for side in (True, False)]
-    apart = all(sides) and ("above" if min(sides[0]) > max(sides[1]) else "not above")
-    return rows, [
-        "The mean cosine of matched hidden units, layer by layer, beside that of shuffled ones.",
-        *([f"The lowest of the related pairs, {min(sides[0]):.3f}, is {apart} the highest of the "
-           f"others, {max(sides[1]):.3f}."] if apart else [])
-    ], table(["source", "target", "related", "kinship", "null", "layers"], [
-        [f"`{row['source']}`", f"`{row['target']}`", "yes" if row["related"] else "no",
-         f"{kin(row):.3f}", f"{row['null']:.3f}",
-         layer_text(row["layers"])] for row in rows])
-
-
-def layer_text(layers, most=12):
-    """0 2 3 -: the source's layer of each of the target's."""
-    shown = ["-" if layer is None else str(layer) for layer in layers]
-    return " ".join(shown if len(shown) <= most else [*shown[:most], "..."])
-
-
-def drift(results):
-    rows = results.rows("drift", "steps", "share")
-    domains = list(rows[0]["difference"])
-    best = [min(d["mean"] + 2 * d["se"] for d in row["difference"].values()) for row in rows]
-    helped = [row["kinship"] for row, bound in zip(rows, best) if bound < 0]
-    return rows, [
-        "How far two models may be apart: more steps of training, or a share of the hidden units "
-        "initialised anew; the merge against the target.",
-        f"The merge beats the target in some domain in {len(helped)} of {len(rows)} rows"
-        + (f"; the lowest kinship among them is {min(helped):.2f}." if helped else ".")
-    ], table(["steps", "share", "kinship", "null", *domains], [
-        [row["steps"], f"{row['share']:g}", f"{row['kinship']:.3f}", f"{row['null']:.3f}",
-         *(said_of(row["difference"][domain]) for domain in domains)] for row in rows])
-
-
-def lost(row):
-    if row.get("loss") is None or row.get("loss_before") is None:
-        return None
-    return row["loss"] / row["loss_before"] - 1
-
-
-def vae(results):
-    rows = results.rows("vae", "vae", "model", "dtype", "seen")
-    unseen = [row for row in rows if not row["seen"] and row["vae"] == "reference"]
-    changes = [abs(lost(row)) for row in rows if lost(row) is not None]
-    return rows, [
-        "A VAE on models that it has never seen, and on those that it was trained on.",
-        *([f"Worst NMSE of the reference VAE on an unseen model: "
-           f"{max(row['nmse'] for row in unseen):.1e}."] if unseen else []),
-        *([f"Largest change of a loss: {max(changes):.1e} of it."] if changes else [])
-    ], table(["VAE", "model", "seen", "NMSE", "worst tensor", "its NMSE", "loss"], [
-        [row["vae"], f"`{row['model']}`, {row['dtype']}", "yes" if row["seen"] else "no",
-         f"{row['nmse']:.1e}",
-         re.sub(r"^(model|encoder)\.|\.weight$", "", row["worst"]["name"]),
-         f"{row['worst']['nmse']:.1e}", "" if lost(row) is None else f"{lost(row):+.2%}"]
-        for row in rows])
-
-
-def sibling_cells(results, name="sibling"):
-    """[(row, lambda, {domain: (mean, standard error)})], seeds taken together."""
-    rows = results.rows(name, "row", "lam", "seed")
-    return [(row, lam, {domain: over_seeds([one["domains"][domain] for one in group])
-                        for domain in group[0]["domains"]})
-            for (row, lam), group in figures.grouped(rows, "row", "lam").items()]
-
-
-def sibling(results, name="sibling", unit="Nats per token, a real model"):
-    cells = sibling_cells(results, name)
-    words = [[said(*d) for d in found.values()] for _, _, found in cells]
-    domains = list(cells[0][2])
-    return results.rows(name, "row", "lam", "seed"), [
-        f"{unit}, minus the target's: a pruned and healed model + lambda (an expert of its bigger "
-        "sibling - that sibling), hidden units matched; controls of the same size at lambda 0.5.",
-        f"Of {len(cells)} rows {sum('beats' in row for row in words)} beat the target in some "
-        f"domain, {sum('beats' in row and 'loses' not in row for row in words)} of them without "
-        "a loss in another."
-    ], table(["row", "lambda", *domains], [
-        [row, f"{lam:g}", *(f"{pm(*found[domain])} {said(*found[domain])}" for domain in domains)]
-        for row, lam, found in cells])
-
-
-def clouds(results):
-    return results.rows("clouds", "align"), [
-        "The source's latents among the target's, in the target's first two principal components: "
-        "what each alignment does to the cloud. It does not show which chunk meets which."], []
-
-
-def spectra(results):
-    rows = results.rows("spectra", "model", "role")
-    above = [quarter(row["cumulative"]) - quarter(row["white"]) for row in rows]
-    return rows, [
-        "Variance explained by the leading principal components; dotted: white noise.",
-        "The leading quarter of the components explains "
-        f"{several(above, '{:+.0%}'.format)} more than that of noise."], []
-
-
-def quarter(curve):
-    return curve[round(len(curve) / 4) - 1]
-
-
-def tour(results):
-    row = results.rows("tour")[-1]
-    return [row], ["Printed by `lsmerge.py`."], ["```", *row["text"].rstrip("\n").split("\n"),
-                                                 "```", ""]
+from scores import find
+from sections import (LOSSLESS, SECTIONS, STRUCTURE, Results, above_noise, cell_gain, change,
+                      chosen, clear_of_noise, facts, gain, kin, latent, lossless, lost,
+                      memory_rows, merges, merges_of, model_name, number, part_worth, peer_rows,
+                      pm, pm_of, said, several, structured, table, two)
+
+COLLAPSED = 0.5         # NMSE: more than this, and most of the variance is lost
 
 
 # --- What the paper claims, and what we add -------------------------------------------------------
 # Each function: what was measured, in one number with its error, and the verdict.
+def to_target(d):
+    return f"{pm_of(d)} to target"
+
+
+def ours(holds):
+    """The verdict of a claim that the paper does not make."""
+    return "ours, holds" if holds else "ours, no"
+
+
 def of_row(which, name, label, results):
     d = results.row(which, name)["difference"]
-    return (f"{pm_of(d[label])} to {label}",
+    return (to_target(d[label]) if label == "base" else f"{pm_of(d[label])} to {label}",
             gain([(other["mean"], other["se"]) for other in d.values()]))
 
 
 def of_chosen(results):
     row = chosen(results, "large")
-    return f"{row['lam']:g}: {pm_of(row['difference']['base'])} to base", cell_gain(row)
+    return f"{row['lam']:g}: {to_target(row['difference']['base'])}", cell_gain(row)
 
 
 def of_alignment(results):
@@ -784,30 +67,31 @@ def of_alignment(results):
     to_none = (ours["base"]["mean"] - none["base"]["mean"],
                math.hypot(ours["base"]["se"], none["base"]["se"]))
     to_noise = ours["carried"]["mean"], ours["carried"]["se"]
-    return f"{pm(*to_noise)} to noise", gain([to_none, to_noise])
+    return f"{pm(*to_noise)} to noise, same transport", gain([to_none, to_noise])
 
 
 def of_table5(results):
     row = find(results.cells("table5"), row="cell", source="large", align="gaussian",
                pairing="depth", lam=0.1, few=None)[0]
-    return f"{pm_of(row['difference']['base'])} to base", cell_gain(row)
+    return to_target(row["difference"]["base"]), cell_gain(row)
 
 
 def of_codec(which, name, r, results):
     row = find(results.rows(f"table{which}", "checkpoint", "ratio", "method"), checkpoint=name,
                ratio=r, method="VAE")[0]
-    return f"{pm_of(row['difference'])} to itself", lossless(change(row))
+    return f"{pm_of(row['difference'])} bits lost", lossless(change(row))
 
 
 def of_real(results):
     row = min((row for row in results.rows("real", "model", "ratio", "method")
                if row["method"] == "VAE" and row["ratio"] > 1), key=itemgetter("ratio"))
-    return f"r = {row['ratio']:.3g}: loss {row['change']:+.0%}", lossless(row["change"])
+    text = f"{model_name(row['model'])}, r = {row['ratio']:.3g}: loss {row['change']:+.0%}"
+    return text, lossless(row["change"])
 
 
 def of_part(group, variant, results):
     d, word = part_worth(results, group, variant)
-    return f"{pm(*d)} bits", word
+    return f"without it: {pm(*d)} bits", word
 
 
 def ends_of(results):
@@ -818,15 +102,18 @@ def ends_of(results):
 
 
 def of_collapse(results):
-    """At every beta measured: has one stage lost most of the variance, and two stages not?"""
+    """At any beta measured: has one stage lost most of the variance, and two stages not? Shown is
+    the beta at which one stage loses most."""
     ends, found = ends_of(results), {}
     for name in ends:
         beta = name.removeprefix("one stage, ")
         if beta != name and f"two stages, {beta}" in ends:
             found[beta] = ends[name], ends[f"two stages, {beta}"]
-    said = "; ".join(f"{beta}: {one:.2g}, {two:.2g}" for beta, (one, two) in found.items())
-    holds = any(one > 0.5 > 2 * two for one, two in found.values())
-    return said, "holds" if holds else "not reproduced"
+    if not found:
+        return "not measured", "not measured"
+    one, two, beta = max((one, two, beta) for beta, (one, two) in found.items())
+    holds = any(one > COLLAPSED > 2 * two for one, two in found.values())
+    return f"{beta}: NMSE {one:#.2g}, two {two:#.2g}", "holds" if holds else "not reproduced"
 
 
 def of_distillation(results):
@@ -836,12 +123,20 @@ def of_distillation(results):
     return of_part("r = 1, random start", variant, results)
 
 
+def of_spectra(results):
+    """Fig. 2: by the leading quarter of the components, in most roles of the models measured."""
+    rows = results.rows("spectra", "model", "role")
+    ranges = [f"{model} {several(list(map(above_noise, group)), '{:+.0%}'.format)}"
+              for (model,), group in figures.grouped(rows, "model").items()]
+    found = sum(map(clear_of_noise, rows)) > len(rows) / 2
+    return f"{', '.join(ranges)} over noise", "holds" if found else "not reproduced"
+
+
 def of_structure(results):
     row = find(results.rows("table7", "checkpoint", "ratio", "method"), checkpoint="base-seed2",
                ratio=2.0, method="PCA")[0]
-    found = row["nmse"] < (1 - STRUCTURE) * row["white_noise"]
-    return (f"{row['nmse']:.3f}, noise {row['white_noise']:.3f}",
-            "holds" if found else "not reproduced")
+    return (f"NMSE of PCA, r = 2: {row['nmse']:.3f}; noise {row['white_noise']:.3f}",
+            ours(structured(row["nmse"], row["white_noise"])))
 
 
 def of_exact(results):
@@ -851,13 +146,17 @@ def of_exact(results):
 
 
 def of_search(results):
+    """At r = 1, trained from a random start, without the VAE's own error."""
     rows = find(results.rows("codec-search", "setting", "pair", "residual", "seed"), residual=True)
-    return f"at most {max(row['to_average'] for row in rows):.1%} of it", "ours"
+    far = max(row["to_average"] for row in rows
+              if re.match(r"random, r = 1(?!/)", row["setting"]))
+    return f"by <= {far:.1%} of the experts' distance", "ours"
 
 
 def of_kinship(results):
-    sides = {name: [kin(row) for row in results.rows("kinship", "source", "target")
-                    if row["related"] == side] for name, side in (("kin", True), ("not", False))}
+    rows = results.rows("kinship", "source", "target")
+    sides = {name: [kin(row) for row in rows if row["related"] == side]
+             for name, side in (("cosine", True), ("strangers", False))}
     return "; ".join(f"{name} {several(side, two)}" for name, side in sides.items() if side), "ours"
 
 
@@ -867,26 +166,30 @@ def of_vae(results):
               if not row["seen"] and row["dtype"] == "float32"]
     nmse = max(row["nmse"] for row in unseen)
     change = max(abs(lost(row)) for row in unseen if lost(row) is not None)
-    return f"NMSE at most {nmse:.1e}, loss {change:+.2%}", lossless(change)
+    return f"NMSE at most {nmse:.1e}, loss {change:+.2%}", ours(lossless(change) == "holds")
 
 
 def of_units(results):
     """A relative of another shape, its hidden units matched by weights."""
     row, = find(results.cells(), row="cell", source="grown", align="units", lam=0.5)
-    return f"{pm_of(row['difference']['base'])} to base", {
-        "holds": "ours, holds"}.get(cell_gain(row), "ours")
+    return to_target(row["difference"]["base"]), ours(cell_gain(row) == "holds")
 
 
-def of_sibling(results):
-    """The gain that is the surest: the lowest mean + 2 standard errors, controls left out."""
-    cells = [(name, lam, domain, d) for name, lam, found in sibling_cells(results)
-             for domain, d in found.items() if not any(word in name for word in CONTROLS)]
-    name, lam, domain, d = min(cells, key=highest)
-    return f"{domain}, {name} {lam:g}: {pm(*d)} nats", "ours"
+def of_expert(records, unit, results, lam=None, domain=None):
+    """What a pruned model gains by its sibling's expert in one domain, and what that costs in the
+    others. Without a lambda and a domain: where the gain is the surest."""
+    cells = [(at, key, d, found) for row, at, found in merges_of(results, records)
+             for key, d in found.items() if lam in (None, at) and domain in (None, key)]
+    at, key, d, found = min(cells, key=highest)
+    costs = [other for name, other in found.items() if name != key and said(*other) == "loses"]
+    worst = f"others up to {number(max(costs)[0], 3)}" if costs else "no other loses"
+    where = "" if lam else f"lambda {at:g}: "
+    return f"{where}{key} {pm(*d)}{unit}; {worst}", "ours"
 
 
 def highest(cell):
-    mean, se = cell[3]
+    """The mean + 2 standard errors: what a gain is at least."""
+    mean, se = cell[2]
     return mean + 2 * se
 
 
@@ -898,83 +201,37 @@ class Claim(NamedTuple):
 
 
 # --- The page -------------------------------------------------------------------------------------
-class Section(NamedTuple):
-    title: str
-    command: str                    # "": the records say it themselves
-    needs: tuple                    # files of records; without one of them there is no section
-    lines: Callable                 # results -> (records, sentences, lines of tables)
-    picture: str = ""
-
-
-PAPER = "python experiments/paper_tables.py"
-BENCH = "python experiments/bench.py"
-SECTIONS = (
-    Section("A first merge", MERGE, ("merge",), merges),
-    Section("Table 2: self-merging", f"{PAPER} --table 2 --documents 48", ("table2",), table2),
-    Section("Table 3: ten LoRA experts", f"{PAPER} --table 3 --documents 48", ("table3",), table3),
-    Section("Table 4: two experts of one base", f"{PAPER} --table 4", ("table4",), table4),
-    Section("Table 5: another architecture", f"{PAPER} --table 5 --documents 48", ("table5",),
-            table5),
-    Section("Figure 4: lambda, alignment, controls", f"{PAPER} --figure 4 --documents 48",
-            ("figure4",), figure4, "figure4"),
-    Section("Table 6: what is merged", f"{PAPER} --table 6", ("table6",), table6),
-    Section("Tables 7 and 8: what the codec keeps", f"{PAPER} --table 7 --table 8 --seeds 3",
-            ("table7", "table8"), codec, "codec"),
-    Section("A real model", "python experiments/real_model.py FOLDER --unseen CHECKPOINT "
-            "--documents 24 \\\n    --record experiments/results/real.jsonl", ("real",), real),
-    Section("Ablation of the curriculum", f"{PAPER} --ablation curriculum --seeds 3 --documents 48",
-            ("ablation",), ablation),
-    Section("Search for a better codec", "python experiments/explore_codec.py --seeds 3",
-            ("codec-search",), search),
-    Section("Searches for transfer", "python experiments/explore_transfer.py map rows "
-            "--documents 48", ("transfer",), transfer),
-    Section("Spectra", "", ("spectra",), spectra, "spectra"),
-    Section("Clouds of latents", "", ("clouds",), clouds, "clouds"),
-    Section("Training curves", "", ("curves",), curves, "curves"),
-    Section("The reference VAE", "", ("vae",), vae),
-    Section("Kinship", "", ("kinship",), kinship, "kinship"),
-    Section("Drift", "", ("drift",), drift, "drift"),
-    Section("A pruned model and its sibling's expert", "", ("pruned",),
-            partial(sibling, name="pruned", unit="Bits per byte")),
-    Section("Real siblings", "", ("sibling",), sibling),
-    Section("Speed: beside mergekit", f"{BENCH} --peer --peer-python peer/bin/python --record",
-            ("bench-peer",), bench_peer, "bench"),
-    Section("Speed: memory", f"{BENCH} --memory --record", ("bench-memory",), bench_memory),
-    Section("Speed: a whole merge", f"{BENCH} --merge --record", ("bench-merge",), bench_merge),
-    Section("Speed: the codec", f"{BENCH} --codec --record", ("bench-codec",), bench_codec),
-    Section("Speed: training", f"{BENCH} --training --record", ("bench-training",), bench_training),
-    Section("Speed: transport beside POT", f"{BENCH} --align --record", ("bench-align",),
-            bench_align),
-    Section("The tour", "python lsmerge.py", ("tour",), tour))
-
 CLAIMS = (
     Claim("self-merging gains, K 8", "MMLU 32.2 → 35.1", "table2",
           partial(of_row, "2", "base: self-merge, K 8 [r 1]", "base")),
     Claim("a soup of LoRA experts gains in latents", "MMLU 49.7 → 56.0", "table3",
           partial(of_row, "3", "soup, latents [r 1]", "weights")),
-    Claim("so do two experts, task arithmetic", "MMLU 52.2 → 55.1", "table4",
+    Claim("task arithmetic of two experts gains in latents", "MMLU 52.2 → 55.1", "table4",
           partial(of_row, "4", "code + arithmetic: task arithmetic, latents [r 1]", "weights")),
     Claim("another shape gains at lambda 0.1", "WinoGrande 56.8 → 57.8", "table5",
           of_table5),
-    Claim("there is a lambda at which it gains", "0.05 to 0.20", "figure4", of_chosen),
+    Claim("another shape gains at the best lambda", "0.05 to 0.20", "figure4", of_chosen),
     Claim("transport makes the difference", "unstable without", "figure4", of_alignment),
-    Claim("MLP and attention together gain", "MMLU 40.8 → 42.1", "table6",
+    Claim("MLP and attention of another shape gain", "MMLU 40.8 → 42.1", "table6",
           partial(of_row, "6", "large -> base, both", "base")),
     Claim("a VAE serves unseen models at r = 1.6", "MMLU 40.8 → 40.0", "table7",
           partial(of_codec, "7", "base-seed2", 1.6)),
-    Claim("it keeps a model at r = 2", "MMLU 41.4 → 39.8", "table7",
+    Claim("a VAE keeps what it was trained on, r = 2", "MMLU 41.4 → 39.8", "table7",
           partial(of_codec, "8", "code", 2.0)),
     Claim("a real model survives r > 1", "up to r = 4", "real", of_real),
+    Claim("weights fill few dimensions", "Fig. 2", "spectra", of_spectra),
+    Claim("one stage collapses, two do not", "abstract", "curves", of_collapse),
+    Claim("distilling in stage 2 helps", "abstract", "ablation", of_distillation),
     Claim("a VAE serves unseen models at r = 1", "", "vae", of_vae),
-    Claim("weights fill few dimensions: NMSE of PCA, r = 2", "Fig. 2", "table7", of_structure),
-    Claim("only one stage collapses (NMSE)", "abstract", "curves",
-          of_collapse),
-    Claim("stage 2 distils: without minus with", "abstract", "ablation", of_distillation),
+    Claim("chunks of an unseen model fill few dimensions", "", "table7", of_structure),
     Claim("exact codec: latent merge minus plain average", "", "table3", of_exact),
-    Claim("what a curved codec adds, over the experts' distance", "", "codec-search", of_search),
+    Claim("a trained VAE (--residual) leaves the average, r = 1", "", "codec-search", of_search),
     Claim("kinship tells relatives from strangers", "", "kinship", of_kinship),
     Claim("a relative of another shape, units matched, lambda 0.5", "", "figure4", of_units),
-    Claim("real siblings: the surest gain", "", "sibling", of_sibling))
+    Claim("a pruned model + sibling's expert", "", "pruned",
+          partial(of_expert, "pruned", "")),
+    Claim("the same, a real model, lambda 0.5", "", "sibling",
+          partial(of_expert, "sibling", " nats", lam=0.5, domain="arithmetic")))
 INTRO = f"""# Results
 
 Built by `python experiments/report.py` from `experiments/results/*.jsonl`; not to be edited.
@@ -987,9 +244,14 @@ Lower is better.
 | verdict | of a claim of the paper |
 |---|---|
 | holds | a gain over the model before and every control; of a codec: loss within {LOSSLESS:.0%} |
-| ties | a gain over the model before, worse than no control, but not better than all of them |
+| ties | a gain over the model before, worse than no control |
 | not reproduced | anything else |
-| ours | what we added: the paper has no such claim |
+| ours | what we added: the paper has no such claim; *no*: it does not hold |
+
+Fig. 2 holds if PCA at r = 4 leaves {STRUCTURE:.0%} less than of white noise in most roles;
+shown is how much more of the variance the leading quarter of the components holds.
+Two stages hold if one ends with an NMSE above {COLLAPSED} and two end below {COLLAPSED / 2}.
+Distilling holds if leaving it out costs bits.
 """
 
 
@@ -1032,7 +294,8 @@ def page(results):
 
 # --- The README -----------------------------------------------------------------------------------
 def readme_merge(results):
-    return merges(results)[2][:-1]
+    """Without the round trips: the page has them."""
+    return [line for line in merges(results)[2][:-1] if "-roundtrip" not in line]
 
 
 def readme_bench(results):
