@@ -132,13 +132,6 @@ def of_spectra(results):
     return f"{', '.join(ranges)} over noise", "holds" if found else "not reproduced"
 
 
-def of_structure(results):
-    row = find(results.rows("table7", "checkpoint", "ratio", "method"), checkpoint="base-seed2",
-               ratio=2.0, method="PCA")[0]
-    return (f"NMSE of PCA, r = 2: {row['nmse']:.3f}; noise {row['white_noise']:.3f}",
-            ours(structured(row["nmse"], row["white_noise"])))
-
-
 def of_exact(results):
     rows = [row for row in latent(results.rows("table3", "row")) if "weights" in row["difference"]]
     far = max(abs(row["difference"]["weights"]["mean"]) for row in rows)
@@ -223,7 +216,6 @@ CLAIMS = (
     Claim("one stage collapses, two do not", "abstract", "curves", of_collapse),
     Claim("distilling in stage 2 helps", "abstract", "ablation", of_distillation),
     Claim("a VAE serves unseen models at r = 1", "", "vae", of_vae),
-    Claim("chunks of an unseen model fill few dimensions", "", "table7", of_structure),
     Claim("exact codec: latent merge minus plain average", "", "table3", of_exact),
     Claim("a trained VAE (--residual) leaves the average, r = 1", "", "codec-search", of_search),
     Claim("kinship tells relatives from strangers", "", "kinship", of_kinship),
