@@ -249,10 +249,10 @@ def shifted(points):
 
 
 def kinship(figure, results):
-    """Similarity of every layer of a source (rows) with every layer of a target; a ring marks the
-    layers that were paired."""
+    """Similarity of every layer of a source (rows) with every layer of one target, that of the
+    first record; a ring marks the layers that were paired."""
     rows = results.rows("kinship", "source", "target")
-    rows = sorted(rows, key=unrelated)
+    rows = sorted((row for row in rows if row["target"] == rows[0]["target"]), key=unrelated)
     axes = panels(figure, len(rows), height=2.3)
     for panel, row in zip(axes, rows):
         matrix = np.array(row["matrix"])
