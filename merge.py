@@ -165,10 +165,15 @@ def match(target, source):
     for model, embed in zip(models, embeds):
         rows_of = spans(rows * embed.shape[1], embed.shape[1])[some]
         read.append(torch.stack([model.read(embed.name, *row) for row in rows_of]).float())
+    both = [Layers(model, ot.AXES) for model in models]
+    for model, layers in zip(models, both):     # fused matrices and experts show by what they lack
+        lacking = {role for names in layers.names or [()] for role in {*ot.NEEDED} - {*names}}
+        need(not lacking, model.path, f"a layer has no matrix for {', '.join(sorted(lacking))}: "
+             "hidden units cannot be matched", OTHER)
     try:
-        return ot.match_models(*(Layers(model, ot.AXES) for model in models), *read)
-    except ValueError as error:
-        raise CheckpointError(source.path, error, OTHER) from None
+        return ot.match_models(*both, *read)
+    except (ValueError, LookupError, RuntimeError) as error:        # sizes that do not go together
+        raise CheckpointError(source.path, " ".join(str(error).split()), OTHER) from None
 
 
 def alike(one, other):

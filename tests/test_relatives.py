@@ -185,6 +185,15 @@ def test_task_arithmetic_across_shapes(tmp_path):
     assert len(report["kinship"]) == 3 and report["align"] == "units"
 
 
+def test_names_that_nobody_knows_go_by_chunks_with_a_note(tmp_path, capsys):
+    paths = [save(tmp_path / f"{name}.safetensors",
+                  {key.replace("_proj", "_x"): tensor for key, tensor in wide(name).items()})
+             for name in ("base", "grown")]
+    _, report = merged(tmp_path, *paths)
+    assert "no matrix for down, k, o, q, up, v" in capsys.readouterr().out
+    assert report["align"] == "gaussian" and report["kinship"] is None
+
+
 def renamed(name, old, new):
     return {key.replace(old, new): tensor for key, tensor in wide(name).items()}
 
@@ -195,10 +204,17 @@ def renamed(name, old, new):
     (["pruned", "code", "--base", "base", "--align=gaussian"], ["--base", "--align units"]),
     (["pruned", "base-seed2", "--base", "base-seed2"], ["pruned", "no relative"]),
     (["base", "no-embedding"], ["no-embedding", "embedding", "--align"]),
-    (["base", "fused"], ["fused", "no matrix of its own for", "--align"])], ids=" ".join)
+    (["base", "hybrid"], ["hybrid", "no matrix for o", "--align"]),
+    (["base", "odd"], ["odd", "--align"]),
+    (["base", "fused"], ["fused", "no matrix for q", "--align"])], ids=" ".join)
 def test_what_cannot_be_matched_is_one_line(tmp_path, capsys, flags, said):
     save(tmp_path / "no-embedding.safetensors", renamed("grown", "embed_tokens", "other"))
     save(tmp_path / "fused.safetensors", renamed("grown", "q_proj", "qkv_proj"))
+    save(tmp_path / "hybrid.safetensors", renamed("grown", "layers.2.self_attn.o_proj", "o.2"))
+    odd = renamed("grown", "?", "?")        # one layer reads another stream than the embedding's
+    for name in [name for name in odd if ".2." in name and "norm" not in name]:
+        odd[name] = odd[name][:100, :100]
+    save(tmp_path / "odd.safetensors", odd)
     paths = [tmp_path / f"{flag}.safetensors" for flag in flags]
     flags = [path if path.exists() else flag if flag[0] == "-" else model(flag)
              for flag, path in zip(flags, paths)]
