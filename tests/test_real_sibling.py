@@ -4,6 +4,7 @@ Sizes are small for testing; oracles: the function itself, and matrices indexed 
 """
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -70,12 +71,11 @@ def test_another_order_is_the_same_function(tensors):
     torch.testing.assert_close(logits(moved), logits(tensors), rtol=1e-4, atol=1e-4)
 
 
-def test_weakest_units_go(tensors):
-    p = "model.layers.2.mlp."
-    tensors[p + "up_proj.weight"][[3, 17]] *= 1e-3
-    tensors[p + "down_proj.weight"][:, 5] *= 1e-3
-    kept = pair.strongest(tensors, 2, UNITS - 3)
-    assert kept.tolist() == [unit for unit in range(UNITS) if unit not in (3, 5, 17)]
+def test_so_many_units_stay_each_once(tensors):
+    _, layers = pair.random_order(tensors, [0, 3], 30, HEAD_DIM, seed=1)
+    kept = [set(rows["units"].tolist()) for _, rows in layers]
+    assert all(len(units) == 30 and units <= set(range(UNITS)) for units in kept)
+    assert kept[0] != kept[1]
 
 
 def test_layers_are_never_dropped_at_the_ends():
@@ -153,6 +153,14 @@ def test_paired_difference_by_hand():
     found = pair.paired({"prose": [1.0, 2.0, 6.0]}, {"prose": [0.0, 0.0, 3.0]})["prose"]
     assert found["mean"] == pytest.approx(2) and found["loss"] == pytest.approx(3)
     assert found["se"] == pytest.approx(1 / math.sqrt(3))       # differences 1, 2, 3
+
+
+def test_windows_are_runs_of_the_domains_in_the_mixture():
+    tokens = {"code": torch.arange(1000), "prose": torch.arange(5000, 6000)}
+    recipe = pair.Recipe(mixture=(0.5, 0.5, 0), steps=1, rate=0, batch=64)
+    rows = pair.windows(tokens, recipe, np.random.default_rng(0))
+    assert rows.shape == (64, pair.WINDOW) and bool((rows.diff(dim=1) == 1).all())
+    assert 16 < (rows[:, 0] < 1000).sum() < 48      # four standard deviations
 
 
 def test_training_lowers_the_loss_and_a_loss_is_per_token():
