@@ -277,7 +277,7 @@ def page(results):
             if section.picture:
                 lines += [f"![{section.title}](figures/{section.picture}.svg)", ""]
             files = ", ".join(f"`results/{name}.jsonl`" for name in section.needs)
-            how = section.command or rows[0].get("command", "")
+            how = section.command or next(filter(None, (r.get("command") for r in rows)), "")
             command = [f"    {line}" for line in how.splitlines()]
             lines += [*sentences, "", *tables, *command, *[""] * bool(command),
                       f"{files}: {facts(rows)}.", ""]
