@@ -338,6 +338,7 @@ TASK = "--base BASE --operator task-arithmetic --align units"
 MERGES = [("difference, matched", lam, f"{TASK} --lam {lam}") for lam in (0.3, LAM, 1.0)]
 MERGES += [("zero", 0.0, f"{TASK} --lam 0"), ("lerp", 0.1, "--align units --lam 0.1")]
 CONTROLS = "noise", "shuffled", "neighbour"
+COMMAND = "python experiments/real_sibling.py FOLDER --work WORK --seed {}"
 
 
 def judged_merges(base, work, judge):
@@ -376,15 +377,14 @@ def table(base, work, judge, seed):
     common = {"model": base.resolve().name, "seed": seed, "training": notes,
               "target": {domain: float(np.mean(of)) for domain, of in target.items()},
               "split": judge.split, "documents": judge.documents, **machine()}
+    alone = {"kinship": None, "seconds": None, "command": COMMAND.format(seed), **common}
     for row, path in (("base", base), ("expert", work / "expert")):
-        yield {"row": row, "lam": None, "domains": paired(judge.folder(row, path), target),
-               "kinship": None, "seconds": None, "command": None, **common}
+        yield {"row": row, "lam": None, "domains": paired(judge.folder(row, path), target), **alone}
     for row, lam, scores, report, said in judged_merges(base, work, judge):
         yield {"row": row, "lam": lam, "domains": paired(scores, target), "command": said,
                "kinship": kinship(report, known), "seconds": report["seconds"], **common}
     for row, scores in judged_controls(base, work, judge, found, seed):
-        yield {"row": row, "lam": LAM, "domains": paired(scores, target), "kinship": None,
-               "seconds": None, "command": None, **common}
+        yield {"row": row, "lam": LAM, "domains": paired(scores, target), **alone}
 
 
 def print_row(row):
@@ -400,7 +400,8 @@ def print_kinship(rows):
     print(f"kinship: at least {kin['least']:.3f} (strangers {kin['null']:.3f}); layers "
           f"{'as known' if right['layers'] else 'WRONG'}; right: " + ", ".join(
               f"{axis} {right[axis]:.1%}" for axis in ("stream", "heads", "groups", "units")))
-    print("seconds, matching within the first: " + ", ".join(f"{key} {value:.0f}" for key, value in found["seconds"].items()))
+    stages = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in found["seconds"].items())
+    print(f"seconds of the first merge: {stages} (matching is a part of the first)")
 
 
 def main():
