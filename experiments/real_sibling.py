@@ -17,6 +17,7 @@ Previous: round_trips.py. Next: bench.py.
 """
 import argparse
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -255,6 +256,7 @@ def trained(folder, start, base, recipe, notes):
     curve = train(lm, training_tokens(base, recipe.mixture), recipe)
     tensors = {name: lm.get_parameter(name).detach() for name in Checkpoint(start).entries}
     note = {**asdict(recipe), "seconds": time.perf_counter() - began,
+            "threads": torch.get_num_threads(),
             "first": float(np.mean(curve[:10])), "last": float(np.mean(curve[-10:]))}
     write_model(folder, tensors, start)
     Path(notes).write_text(json.dumps(note))
@@ -292,7 +294,8 @@ def merged(base, work, name, options):
            str(work / "expert"), *words, "-o", str(out), "--report", str(report), "--quiet"]
     if not out.exists():
         print(f"merging: {name}", flush=True)
-        subprocess.run(run, check=True)
+        threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        subprocess.run(run, check=True, env=os.environ | threads)
     return json.loads(report.read_text()), f"python merge.py target expert {options} -o OUT"
 
 
@@ -335,6 +338,7 @@ TASK = "--base BASE --operator task-arithmetic --align units"
 MERGES = [("difference, matched", lam, f"{TASK} --lam {lam}") for lam in (0.3, LAM, 1.0)]
 MERGES += [("zero", 0.0, f"{TASK} --lam 0"), ("lerp", 0.1, "--align units --lam 0.1")]
 CONTROLS = "noise", "shuffled", "neighbour"
+COMMAND = "python experiments/real_sibling.py FOLDER --work WORK --seed {}"
 
 
 def judged_merges(base, work, judge):
@@ -366,25 +370,21 @@ def kinship(report, known):
 
 def table(base, work, judge, seed):
     """Yields the records: the two parents whole, the merges, the controls."""
-    began = time.perf_counter()
     found = match(Checkpoint(work / "target"), Checkpoint(base))
-    matching = time.perf_counter() - began
     known = {"right": found_right(found, *the_order(base, seed))}
     target = judge.folder("target", work / "target")
     notes = {name: json.loads((work / f"{name}.json").read_text()) for name in ("expert", "target")}
     common = {"model": base.resolve().name, "seed": seed, "training": notes,
               "target": {domain: float(np.mean(of)) for domain, of in target.items()},
               "split": judge.split, "documents": judge.documents, **machine()}
+    alone = {"kinship": None, "seconds": None, "command": COMMAND.format(seed), **common}
     for row, path in (("base", base), ("expert", work / "expert")):
-        yield {"row": row, "lam": None, "domains": paired(judge.folder(row, path), target),
-               "kinship": None, "seconds": None, "command": None, **common}
+        yield {"row": row, "lam": None, "domains": paired(judge.folder(row, path), target), **alone}
     for row, lam, scores, report, said in judged_merges(base, work, judge):
-        seconds = {"match": matching, **report["seconds"]}
-        yield {"row": row, "lam": lam, "domains": paired(scores, target),
-               "kinship": kinship(report, known), "seconds": seconds, "command": said, **common}
+        yield {"row": row, "lam": lam, "domains": paired(scores, target), "command": said,
+               "kinship": kinship(report, known), "seconds": report["seconds"], **common}
     for row, scores in judged_controls(base, work, judge, found, seed):
-        yield {"row": row, "lam": LAM, "domains": paired(scores, target), "kinship": None,
-               "seconds": None, "command": None, **common}
+        yield {"row": row, "lam": LAM, "domains": paired(scores, target), **alone}
 
 
 def print_row(row):
@@ -400,7 +400,8 @@ def print_kinship(rows):
     print(f"kinship: at least {kin['least']:.3f} (strangers {kin['null']:.3f}); layers "
           f"{'as known' if right['layers'] else 'WRONG'}; right: " + ", ".join(
               f"{axis} {right[axis]:.1%}" for axis in ("stream", "heads", "groups", "units")))
-    print("seconds: " + ", ".join(f"{key} {value:.0f}" for key, value in found["seconds"].items()))
+    stages = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in found["seconds"].items())
+    print(f"seconds of the first merge: {stages} (matching is a part of the first)")
 
 
 def main():
