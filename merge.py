@@ -456,7 +456,7 @@ def print_report(report, run, codecs):
     for source, kin in zip(run.sources, run.kinship or () if run.align == "units" else ()):
         found = [cosine for cosine, i in zip(kin["similarity"], kin["layers"]) if i is not None]
         print(f"{base_name(source.path)}: {len(found)} of {len(kin['layers'])} layers matched, "
-              f"cosine {min(found, default=0):.3f} and more (strangers {kin['null']:.2f})")
+              f"cosine at least {min(found, default=0):.2f} (strangers {kin['null']:.2f})")
     if report["alignment"]:
         spreads = sorted(record["std_ratio"] for record in report["alignment"])
         print(f"aligned: {len(spreads)} tensors, which keep {spreads[0]:.2f} to {spreads[-1]:.2f} "

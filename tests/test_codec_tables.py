@@ -63,7 +63,7 @@ def test_effective_ratio_counts_the_codec():
     assert tables.effective(2.0, 100, 50) == 1 and tables.effective(4.0, 100, 75) == 1
 
 
-@pytest.mark.parametrize("table, names", [("8", tables.FAMILY), ("7", tables.UNSEEN[:2])])
+@pytest.mark.parametrize("table, names", [("7", tables.UNSEEN[:2])])
 def test_tables_on_a_few_documents(table, names, monkeypatch, capsys):
     """Untrained codecs; every method at every r, and nothing in a record but JSON."""
     untrained = functools.partial(train.Schedule, steps1=0, steps2=0)

@@ -36,12 +36,6 @@ INDEX = "model.safetensors.index.json"
 SHARDS = [f"model-{i + 1:05}-of-00002.safetensors" for i in range(2)]
 
 
-@pytest.fixture(autouse=True)
-def exact(monkeypatch, models):
-    """The codec is not what these tests are about: an exact one is the fastest."""
-    monkeypatch.setattr(merge, "REFERENCE", str(models["vae"]))
-
-
 def run(*arguments, main=merge.main):
     return ck.command(lambda: main([*map(str, arguments), "--quiet"]))
 
@@ -1048,7 +1042,7 @@ def test_no_mutation_of_a_header_is_read_otherwise_than_by_the_library(box):
     rng, count = random.Random(0), {True: 0, False: 0}
     start = box.save(FUZZED).read_bytes()
     size = 8 + int.from_bytes(start[:8], "little")
-    for _ in range(25_000):
+    for _ in range(12_000):
         data = packed(mutated(start[8:size], rng), start[size:])
         box.bad.unlink()            # not truncated: some file systems then wait for the disk
         box.bad.write_bytes(data)
@@ -1056,20 +1050,20 @@ def test_no_mutation_of_a_header_is_read_otherwise_than_by_the_library(box):
         own = mine is None and any(reason in line for reason in OWN_REASONS)
         assert (mine == theirs or own) is True, (data, line)
         count[mine is not None] += 1
-    assert count[True] > 2000 and count[False] > 12_000, count
+    assert count[True] > 1000 and count[False] > 6_000, count
 
 
 def test_no_mutation_of_an_index_crashes(box):
     """What is accepted holds the tensors of the shards, each from where they are."""
     rng, count, folder = random.Random(0), {True: 0, False: 0}, box.shards(FUZZED)
     text, expected = (folder / INDEX).read_bytes(), ours(ck.Checkpoint(folder))
-    for _ in range(8_000):
+    for _ in range(4_000):
         (folder / INDEX).unlink()
         (folder / INDEX).write_bytes(mutated(text, rng))
         mine, _ = opened(folder)
         assert mine in (None, expected)
         count[mine is not None] += 1
-    assert count[True] > 500 and count[False] > 4_000, count
+    assert count[True] > 500 and count[False] > 2_000, count
     assert sorted(os.listdir(folder)) == sorted([*SHARDS, INDEX, "config.json"])
 
 

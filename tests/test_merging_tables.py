@@ -139,7 +139,7 @@ def short(monkeypatch, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("table", ["2", "3", "6"])
+@pytest.mark.parametrize("table", ["3", "6"])
 def test_quick_run(table, short, tmp_path, monkeypatch, capsys):
     results = tmp_path / "results"
     monkeypatch.setattr(sys, "argv", ["paper_tables.py", "--table", table, "--models", str(short),
