@@ -62,18 +62,18 @@ from tqdm import tqdm
 
 import align as ot
 import lsmerge as ls
-from chunking import (PIECE, STOP, Checkpoint, CheckpointError, Layers, Matched, Output, appear,
+from chunking import (STOP, Checkpoint, CheckpointError, Layers, Matched, Output, appear,
                       check_output, command, create, is_selected, measure, need, place, spans)
-from train import (Schedule, describe_stage, gather, pick_device, rank_and_size, save_vae,
+from train import (MAX_NMSE, Schedule, describe_stage, gather, pick_device, rank_and_size, save_vae,
                    start_parser, train_vae)
 from vae import VAEConfig
 
 VERSION, CROSS = "2.0", "cross-shape"
 REFERENCE = os.path.join(os.path.dirname(__file__), "experiments", "models", "vae.safetensors")
 SAMPLES = 8             # draws of a self-merge: their noise shrinks by sqrt(8)
-MAX_NMSE = 1e-3         # a relative error of 3 %; beyond it a language model's loss is seen to rise
 TOKENS = 4096           # of the vocabularies, that tell which place of the stream is which
 STRANGERS = 0.1         # cosine of two models' weights: trained apart 0.00, experts of one base 0.9
+GLANCE = 1 << 12        # weights of a tensor for that cosine, which is then right to 0.02
 OTHER = "give another --align"
 GATE_WEIGHTS = 1 << 16  # of a tensor, in windows evenly spread: the gate takes seconds
 
@@ -183,10 +183,10 @@ def match(target, source):
 def alike(one, other):
     """Mean cosine of the tensors that two models share by name and shape, as their units stand:
     0 for strangers, and for relatives whose units were permuted."""
-    found = []                  # a piece of each tensor tells as much as all of it
+    found = []
     for entry in filter(is_selected, one.entries.values()):
         if getattr(other.entries.get(entry.name), "shape", None) == entry.shape:
-            dot, a, b = ls.inner([[model.read(entry.name, 0, PIECE) for model in (one, other)]])
+            dot, a, b = ls.inner([[model.read(entry.name, 0, GLANCE) for model in (one, other)]])
             found.append(float(dot) / (a * b) if a * b > 0 else 0.0)
     return sum(found) / max(1, len(found))
 

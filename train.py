@@ -63,7 +63,7 @@ class Schedule:
 
 
 CONVERGED = 1e-8            # NMSE at which nothing is left to learn; float32 rounding lies at 1e-13
-MAX_NMSE = 1e-3             # merge.py refuses a codec that loses more: a relative error of 3 %
+MAX_NMSE = 1e-3     # of a codec that merge.py takes: 3 % of error; beyond it a loss is seen to rise
 STAGE2_RATE = 0.1           # of stage 1's peak, where nothing was cut off (see above)
 NECK_WINDOWS = 8192         # for the neck's covariance: 131,072 chunks for 128 x 128 numbers
 VALIDATION_WINDOWS = 256    # at most, in one batch: 262,144 weights
