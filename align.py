@@ -4,7 +4,7 @@ Paper: Sec. 3.3, Algorithm 1. Enters: names, weights and latents of both; a row 
 chunk, I of the source, J of the target, Z numbers each. Leaves: the source in the target's slots.
 
     line 1   pair_layers, pair_places    names -> which layer and tensor meets which, by depth
-    ours     match_models, carry         weights -> hidden units in the target's order (Match)
+    ours     match_models                weights -> which hidden unit is which (Match)
     line 3   project                     latents z_IZ -> z_JZ, by overlap in order
     line 4   ALIGNERS                    name -> function; a fork adds a function and a line
              sinkhorn, barycentric_map   transport of points, from unprojected latents
@@ -12,7 +12,7 @@ chunk, I of the source, J of the target, Z numbers each. Leaves: the source in t
     report   wasserstein2, Moments.spread; control_latents: what a source without content would do
 
 Hidden units come before chunks: a chunk of a flattened matrix means nothing outside its own model's
-order of hidden units. Once they are carried, shapes agree.
+order of hidden units. chunking.Matched reads a source by a Match: then shapes agree.
 Pure functions on any device, latents in float64. Not here: unbalanced transport.
 """
 import math, operator, re
@@ -104,6 +104,7 @@ class Match(NamedTuple):
     similarity: list            # per target layer: cosine with its partner (if none: the best one)
     null: float                 # the cosine that strangers of these shapes have
     related: bool               # half of the layers that could have a partner have one
+    similarity_JI: torch.Tensor = None      # of every pair of layers: for pictures
 
     def index(self, layer: int, role: str) -> list:
         """[row, column]: W~[j, l] = W_source[row[j], column[l]], where neither is -1."""
@@ -234,7 +235,7 @@ def match_models(source, target, embed_source_VI, embed_target_VJ, seed=0) -> Ma
         units.append(i if i is None else match_units(source[i], target[j], places, slack))
         similarity.append(similarity_JI[j, slice(None) if i is None else i].max().item())
     related = 2 * (len(layers) - layers.count(None)) >= min(similarity_JI.shape)
-    return Match(layers, units, stream_J, similarity, null, related)
+    return Match(layers, units, stream_J, similarity, null, related, similarity_JI)
 
 
 # --- Line 3: proportional projection --------------------------------------------------------------

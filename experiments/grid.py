@@ -69,14 +69,18 @@ def noise_parent(parent, generator):
     return twin
 
 
+def neighbours(found, source):
+    """A Match whose every layer is one off: the source's next one; after the last, the one before.
+    """
+    last = len(Layers(source, AXES)) - 1
+    return found._replace(layers=[None if i is None else i + 1 if i < last else i - 1
+                                  for i in found.layers])
+
+
 def matched(target, source, neighbour=False):
     """A relative in the order of the target's hidden units; neighbour: every layer one off."""
     found = match(target, source)
-    if neighbour:
-        last = len(Layers(source, AXES)) - 1
-        layers = [None if i is None else i + 1 if i < last else i - 1 for i in found.layers]
-        found = found._replace(layers=layers)
-    return Matched(source, target, found, AXES)
+    return Matched(source, target, neighbours(found, source) if neighbour else found, AXES)
 
 
 def encoded_tasks(target, sources, by="depth"):

@@ -34,6 +34,7 @@ sys.path.insert(0, str(HERE.parent))
 from align import AXES
 from chunking import Checkpoint, Matched, appear, place, write_tensors
 from evaluate import DOCUMENTS, DOMAINS, held_out, mean_and_error
+from grid import neighbours
 from merge import match
 from scores import append, machine
 
@@ -148,10 +149,7 @@ def shuffled(difference, seed):
 
 def neighbour(target, expert, base, found, lam):
     """lam (expert - base) of the layer after each one's partner (after the last: before it)."""
-    last = max(place(name).layer for name in base.entries if ".layers." in name)
-    beside = [i if i is None else i + 1 if i < last else i - 1 for i in found.layers]
-    moved = [Matched(model, target, found._replace(layers=beside), AXES)
-             for model in (expert, base)]
+    moved = [Matched(model, target, neighbours(found, base), AXES) for model in (expert, base)]
     return {name: lam * (moved[0].read(name) - moved[1].read(name)).view(entry.shape)
             for name, entry in moved[0].entries.items()}
 

@@ -9,8 +9,7 @@ Out:   kinship.jsonl   per pair of models: cosine of matched layers, and that of
                        units are re-initialised in part: its kinship with `base`, and base's
                        difference after a merge at lambda 0.5
 Paper: merges across shapes by chunks alone (Sec. 3.3). ours: hidden units are matched first.
-       Controls of a difference: zero; noise of its size in every tensor; its chunks in random
-       order; the difference of the layer above or below, through the same match.
+       Controls of a difference are those of real_sibling.py.
 Previous: transfer_tables.py. Next: real_model.py.
 """
 import argparse
@@ -26,18 +25,16 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import align
 import merge
-from chunking import Checkpoint, Layers
+from chunking import Checkpoint
 from evaluate import DOMAINS
-from grid import matched
 from make_models import Spec, scramble, train, training_text
+from real_sibling import LAM, neighbour, noise, shuffled
 from scores import append, difference, machine, score
 from tiny_lm import TinyLM
 
 MODELS = HERE / "models"
 NAMES = ("base", "code", "prose", "arithmetic", "base-seed2", "large", "grown", "pruned")
-CHUNK = 64              # of the shuffled control, as in the codec
 DRIFT = (0, 100, 300, 1000, 3000)       # steps
 SHARES = (0.25, 0.5, 0.75)              # of the units, re-initialised
 
@@ -47,15 +44,6 @@ def checkpoint(name):
 
 
 # --- Who is a relative? ---------------------------------------------------------------------------
-def matrix(target, source):
-    """Similarity of every pair of layers, (target layers, source layers)."""
-    embeds = [model.read_tensor("model.embed_tokens.weight") for model in (source, target)]
-    stream_J = align.match_stream(*embeds)
-    have = (stream_J >= 0).nonzero()[:, 0]
-    layers = [[*Layers(model, align.AXES)] for model in (source, target)]
-    return align.kinship(*layers, (stream_J[have], have))[0]
-
-
 def kinship_rows():
     for one, other in itertools.permutations(NAMES, 2):
         target, source = checkpoint(one), checkpoint(other)
@@ -63,7 +51,7 @@ def kinship_rows():
         yield {"source": other, "target": one, "related": found.related, "layers": found.layers,
                "similarity": [round(value, 4) for value in found.similarity],
                "null": round(found.null, 4),
-               "matrix": matrix(target, source).T.numpy().round(3).tolist(),
+               "matrix": found.similarity_JI.T.numpy().round(3).tolist(),
                "command": "python experiments/relatives.py --kinship", **machine()}
 
 
@@ -73,28 +61,6 @@ def merged(folder, *arguments):
     path = Path(folder) / "merged.safetensors"
     assert not merge.main([*map(str, arguments), "-o", str(path), "--force", "--quiet"])
     return load_file(path)
-
-
-def noise_of_size(difference_, generator):
-    noise = torch.randn(difference_.shape, generator=generator)
-    return noise * difference_.norm() / noise.norm()
-
-
-def shuffled(difference_, generator):
-    """Its chunks in random order."""
-    flat = difference_.reshape(-1)
-    chunks = flat[:len(flat) // CHUNK * CHUNK].view(-1, CHUNK)
-    mixed = chunks[torch.randperm(len(chunks), generator=generator)].reshape(-1)
-    return torch.cat([mixed, flat[len(mixed):]]).view(difference_.shape)
-
-
-def neighbour(lam):
-    """The difference of the source's next layer (of the last one: the one before), matched as the
-    right one is."""
-    target, base, expert = map(checkpoint, ("pruned", "base", "code"))
-    models = [matched(target, model, neighbour=True) for model in (base, expert)]
-    return {name: lam * (models[1].read(name) - models[0].read(name)).view(entry.shape)
-            for name, entry in models[0].entries.items()}
 
 
 def change_of(end, before):
@@ -109,28 +75,25 @@ def change_of(end, before):
 def pruned_rows(seeds=5, lams=(0.3, 0.5, 1.0)):
     """Rows of the matched difference at every lambda, of the controls at 0.5."""
     start = {n: t.float() for n, t in load_file(MODELS / "pruned.safetensors").items()}
-    before = score(start)
-    paths = [MODELS / f"{name}.safetensors" for name in ("pruned", "code")]
-    flags = ["--base", MODELS / "base.safetensors", "--operator", "task-arithmetic", "--lam"]
+    before, names = score(start), ("pruned", "code", "base")
+    paths = [MODELS / f"{name}.safetensors" for name in names]
+    flags = [*paths[:2], "--base", paths[2], "--operator", "task-arithmetic", "--lam"]
     facts = {"command": "python experiments/relatives.py --pruned", **machine()}
     with tempfile.TemporaryDirectory() as folder:
         for lam in lams:
-            end = merged(folder, *paths, *flags, lam)
-            if lam == 0.5:
+            end = merged(folder, *flags, lam)
+            if lam == LAM:
                 change = {name: end[name].float() - tensor for name, tensor in start.items()}
             yield {"row": "difference, matched", "lam": lam, "seed": 0,
                    "domains": change_of(end, before), **facts}
-    for seed in range(seeds):
-        generator = torch.Generator().manual_seed(seed)
-        for name, control in (("noise", noise_of_size), ("shuffled", shuffled)):
-            end = {key: tensor + (control(change[key], generator) if change[key].any() else 0)
-                   for key, tensor in start.items()}
-            yield {"row": name, "lam": 0.5, "seed": seed,
-                   "domains": change_of(end, before), **facts}
-    moved = neighbour(0.5)
-    end = {name: tensor + moved.get(name, 0) for name, tensor in start.items()}
-    yield {"row": "neighbour", "lam": 0.5, "seed": 0, "domains": change_of(end, before),
-           **facts}
+    change = {name: tensor for name, tensor in change.items() if tensor.any()}
+    target, expert, base = map(checkpoint, names)
+    beside = neighbour(target, expert, base, merge.match(target, base), LAM)
+    controls = [(row, seed, control(change, seed)) for seed in range(seeds)
+                for row, control in (("noise", noise), ("shuffled", shuffled))]
+    for row, seed, control in [*controls, ("neighbour", 0, beside)]:
+        end = {name: tensor + control.get(name, 0) for name, tensor in start.items()}
+        yield {"row": row, "lam": LAM, "seed": seed, "domains": change_of(end, before), **facts}
 
 
 # --- How far may it drift? ------------------------------------------------------------------------
@@ -142,9 +105,9 @@ def drift_row(steps, share, tensors, before):
         base = MODELS / "base.safetensors"
         found = merge.match(Checkpoint(base), Checkpoint(path))
         end = merged(folder, base, path, "--align", "units", "--lam", 0.5)
-    matched = [value for value, i in zip(found.similarity, found.layers) if i is not None]
+    cosines = [value for value, i in zip(found.similarity, found.layers) if i is not None]
     return {"steps": steps, "share": share, "related": found.related, "layers": found.layers,
-            "kinship": float(np.mean(matched or found.similarity)), "null": found.null,
+            "kinship": float(np.mean(cosines or found.similarity)), "null": found.null,
             "difference": {domain: {key: value[key] for key in ("mean", "se")}
                            for domain, value in change_of(end, before).items()},
             "command": "python experiments/relatives.py --drift", **machine()}
