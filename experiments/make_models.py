@@ -25,10 +25,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save as to_bytes
 from tqdm import tqdm
 
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from align import AXES
+from chunking import place
 from evaluate import DOCUMENTS, DOMAINS, EXCERPT_BYTES, evaluate, mean_and_error
 from tiny_lm import ADAPTER, HEAD_DIM, LORA_TARGETS, TinyLM, add_lora, fold, load
 
-HERE = Path(__file__).parent
 BATCH = 16            # windows per step; with WINDOW: 4096 bytes a step
 WINDOW = EXCERPT_BYTES
 TRAIN_SUMS = 40_000   # documents of eight sums: more than any run reads, so that sums are learned, not remembered
@@ -162,25 +165,35 @@ def grow(parent, spec):
     return model
 
 
+def blocks(heads, size):
+    """Rows of whole heads. Example: heads [1, 0] of size 2: [2, 3, 0, 1]"""
+    return (heads[:, None] * size + torch.arange(size)).flatten()
+
+
 @torch.no_grad()
-def gather(tensors, stream, layers):
-    """A model cut to the named places of its stream and, per layer of the result, (layer, heads,
-    units) of the model given, in that order. Only reordered it is the same function."""
-    new = {"model.embed_tokens.weight": tensors["model.embed_tokens.weight"][:, stream],
-           "model.norm.weight": tensors["model.norm.weight"][stream]}
-    for number, (layer, heads, units) in enumerate(layers):
-        rows = (heads[:, None] * HEAD_DIM + torch.arange(HEAD_DIM)).flatten()
-        picks = {"input_layernorm": stream, "post_attention_layernorm": stream}
-        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
-            picks[name] = rows[:, None], stream
-        for name in ("mlp.gate_proj", "mlp.up_proj"):
-            picks[name] = units[:, None], stream
-        picks["self_attn.o_proj"] = stream[:, None], rows
-        picks["mlp.down_proj"] = stream[:, None], units
-        for name, pick in picks.items():
-            tensor = tensors[f"model.layers.{layer}.{name}.weight"]
-            new[f"model.layers.{number}.{name}.weight"] = tensor[pick]
+def cut(tensors, stream, layers):
+    """The named places of a Llama, in that order. layers: per layer of the result the old layer and
+    {"heads", "groups", "units": rows}. Where nothing is left out, the same function."""
+    new = {name: tensor[..., stream] for name, tensor in tensors.items() if ".layers." not in name}
+    for number, (layer, rows) in enumerate(layers):
+        known = {"stream": stream, **rows}
+        for name, tensor in tensors.items():
+            at, role = place(name)
+            if at == layer:
+                for axis, which in enumerate(AXES.get(role, ["stream"])):       # else a norm
+                    tensor = tensor.index_select(axis, known[which])
+                new[name.replace(f".{layer}.", f".{number}.", 1)] = tensor
     return new
+
+
+def gather(tensors, stream, layers):
+    """`cut` for the models here, whose every head has its own keys and values: per layer of the
+    result (layer, heads, units) of the model given."""
+    places = []
+    for layer, heads, units in layers:
+        rows = blocks(heads, HEAD_DIM)
+        places.append((layer, {"heads": rows, "groups": rows, "units": units}))
+    return cut(tensors, stream, places)
 
 
 def scramble(tensors, seed):

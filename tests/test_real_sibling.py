@@ -43,13 +43,13 @@ def norms(tensors):
 
 # --- What is cut, and its order -------------------------------------------------------------------
 def test_nothing_dropped_is_the_same_model(tensors):
-    same = pair.gather(tensors, torch.arange(HIDDEN), in_order())
+    same = pair.cut(tensors, torch.arange(HIDDEN), in_order())
     assert same.keys() == tensors.keys()
     assert all(torch.equal(same[name], tensor) for name, tensor in tensors.items())
 
 
 def test_named_layers_and_units_stay(tensors):
-    cut = pair.gather(tensors, torch.arange(HIDDEN), in_order([0, 3], units=30))
+    cut = pair.cut(tensors, torch.arange(HIDDEN), in_order([0, 3], units=30))
     assert pair.layer_count(cut) == 2 and len(cut) == 2 + 2 * 9
     for new, old in ((0, 0), (1, 3)):
         for name, index in (("mlp.up_proj", slice(30)), ("mlp.down_proj", (slice(None), slice(30))),
@@ -61,7 +61,7 @@ def test_named_layers_and_units_stay(tensors):
 
 def test_another_order_is_the_same_function(tensors):
     stream, layers = pair.random_order(tensors, range(LAYERS), UNITS, HEAD_DIM, seed=1)
-    moved = pair.gather(tensors, stream, layers)
+    moved = pair.cut(tensors, stream, layers)
     for name in ("q", "k", "v", "o"):       # the seed moves heads and groups, not the stream alone
         assert not torch.equal(layers[0][1]["heads"], torch.arange(HEADS * HEAD_DIM))
         assert not torch.equal(moved[f"model.layers.0.self_attn.{name}_proj.weight"],
@@ -134,7 +134,7 @@ def test_shuffled_runs_stay_whole():
 
 def test_neighbour_is_the_next_layers_difference(tensors, tmp_path):
     stream, layers = pair.random_order(tensors, [0, 2, 3], 20, HEAD_DIM, seed=1)
-    target = pair.gather(tensors, stream, layers)
+    target = pair.cut(tensors, stream, layers)
     expert = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in tensors.items()}
     models = []
     for name, of in (("target", target), ("expert", expert), ("base", tensors)):

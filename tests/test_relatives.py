@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 import chunking as ck
 import merge
 import tiny_lm
-from make_models import gather, scramble
+from make_models import cut, gather, scramble
+from real_sibling import layer_count, random_order
 
 MODELS = tiny_lm.MODELS
 
@@ -45,25 +46,8 @@ def nmse(ours, theirs):
 
 def permuted_groups(tensors, size, seed):
     """Stream, MLP units and whole groups of heads in random order."""
-    g, new = torch.Generator().manual_seed(seed), {}
-    stream = torch.randperm(len(tensors["model.norm.weight"]), generator=g)
-    for name, tensor in tensors.items():
-        if ".layers." not in name or "norm" in name:
-            new[name] = tensor[..., stream]
-    layers = {int(name.split(".")[2]) for name in tensors if ".layers." in name}
-    for at in (f"model.layers.{layer}." for layer in sorted(layers)):
-        q, k = (len(tensors[f"{at}self_attn.{role}_proj.weight"]) // size for role in "qk")
-        groups = torch.randperm(k, generator=g)
-        heads = torch.cat([i * (q // k) + torch.arange(q // k) for i in groups.tolist()])
-        heads, groups = ((order[:, None] * size + torch.arange(size)).flatten()
-                         for order in (heads, groups))
-        units = torch.randperm(len(tensors[at + "mlp.up_proj.weight"]), generator=g)
-        for role, rows in (("self_attn.q", heads), ("self_attn.k", groups),
-                           ("self_attn.v", groups), ("mlp.gate", units), ("mlp.up", units)):
-            new[f"{at}{role}_proj.weight"] = tensors[f"{at}{role}_proj.weight"][rows][:, stream]
-        for role, columns in (("self_attn.o", heads), ("mlp.down", units)):
-            new[f"{at}{role}_proj.weight"] = tensors[f"{at}{role}_proj.weight"][stream][:, columns]
-    return new
+    units = len(tensors["model.layers.0.mlp.up_proj.weight"])
+    return cut(tensors, *random_order(tensors, range(layer_count(tensors)), units, size, seed))
 
 
 def grouped(seed):
