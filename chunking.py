@@ -514,9 +514,14 @@ def command(run):
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))     # SystemExit
     sys.stdout.reconfigure(errors="backslashreplace")       # a path may hold bytes that are no text
     try:
-        return run() or 0
+        code = run() or 0
+        sys.stdout.flush()              # here: at the interpreter's exit nobody could catch it
+        return code
     except CheckpointError as error:
         line = error
+    except BrokenPipeError:             # the reader of our output has gone (| head): no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         line = CheckpointError(error.filename or "I/O", error.strerror or error, "check the path, "
                                "permissions and free space")
