@@ -1,93 +1,134 @@
-"""chunking.py: a tensor <-> standardised chunks, and the files around them.      (read second)
+"""chunking.py: a tensor <-> standardised chunks, and the files around them.
+                                                                         (read second)
 
-    file --read--> flat_L --standardise----> x_L --chunk----> chunks_NC --to_windows----> x_BTC
-    file <--put--- flat_L <--unstandardise-- x_L <--unchunk-- chunks_NC <--from_windows-- x_BTC
+    file --read--> flat_L --standardise--> x_L --chunk--> chunks_NC --to_windows--> x_BTC
+    file <--put-- flat_L <-unstandardise- x_L <-unchunk- chunks_NC <-from_windows- x_BTC
 
 Every arrow has its inverse beside it. Paper: Sec. 3.2, "layer-aware chunking".
 
-A worked example: a tensor of 7 weights with C = 4 gives N = 2 chunks; the last holds one padding
-number, and `real` marks what is a weight (1) and what is padding (0):
+A worked example: a tensor of 7 weights with C = 4 gives N = 2 chunks. The last one holds
+one number of padding, and `real` marks what is a weight (1) and what is padding (0):
 
-    flat_L [a b c d e f g]  ->  chunks_NC [[a b c d] [e f g 0]],  real_NC [[1 1 1 1] [1 1 1 0]]
+    flat_L  [a b c d e f g]   ->   chunks_NC  [a b c d]      real_NC  [1 1 1 1]
+                                              [e f g 0]               [1 1 1 0]
 
-The first half of this file is that picture. The second half is files, read and written in pieces:
-memory depends neither on the model nor on its largest tensor. Not here: pickles (they run code) and
-memory maps (a file that shrinks under one kills the process).
+In this order: names, statistics, chunks and windows; then files. Files are read and
+written in pieces, so that memory depends neither on the model nor on its largest tensor.
+Not here: pickles (they run code) and memory maps (a file that shrinks under one kills
+the process).
 """
-import argparse, contextlib, json, math, os, re, secrets, shutil, signal, sys, threading
-from collections import namedtuple
+import argparse
+import contextlib
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import signal
+import sys
+import threading
 from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from os.path import (basename, dirname, exists, isdir, isfile, join, lexists, realpath,
+                     relpath)
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-PIECE = 1 << 18     # weights at a time: 1 MB in float32, so that a piece fits into a core's cache
+# Weights that are read at a time: 1 MB in float32, so that a piece fits into a core's cache.
+PIECE = 1 << 18
 
 
-# --- Names. All that is known of architectures is this table: a fork adds a line, not a branch. ---
-# (role, pattern); the pattern is searched in the dotted name behind the layer's number (outside the
-# layers: in the whole name), the first match wins. Llama, BERT, GPT-2, GPT-NeoX, ViT, torch.nn.
+# --- Names: where a tensor sits in its model ---------------------------------------------
+# All that is known of architectures is this table: a fork adds a line, not a branch. The
+# pattern is searched in the dotted name behind the layer's number, without `weight` or
+# `bias`; the first match wins. Covered: Llama, BERT, GPT-2, GPT-NeoX, T5, ViT, torch.nn.
 ROLES = [
-    ("norm",    r"norm|(^|\.)ln_?\d|(^|\.)ln_f"),
-    ("router",  r"router|\bmlp\.gate$|block_sparse_moe\.gate$"),       # mixtures of experts
-    ("qkv",     r"c_attn|qkv(_proj)?$|query_key_value|in_proj"),        # fused: GPT-2, NeoX
-    ("q",       r"(q_proj|query|q_lin|wq|to_q)$"),                      # Llama, BERT, T5, ...
-    ("k",       r"(k_proj|key|k_lin|wk|to_k)$"),
-    ("v",       r"(v_proj|value|v_lin|wv|to_v)$"),
-    ("o",       r"(o_proj|out_proj|out_lin|wo|att\w*\.(output\.dense|dense|c_proj|proj))$"),
-    ("gate_up", r"gate_up_proj$"),                                      # fused: Phi-3
-    ("gate",    r"(gate_proj|w1)$"),
-    ("up",      r"(up_proj|w3|intermediate\.dense|c_fc|fc1|lin1|dense_h_to_4h)$"),
-    ("down",    r"(down_proj|w2|output\.dense|mlp\.c_proj|fc2|lin2|dense_4h_to_h)$"),
-    ("embed",   r"embed|(^|\.)wte$|(^|\.)wpe$"),                        # words, positions, types
-    ("head",    r"lm_head|(^|\.)score$|classifier|embed_out"),
+    ("norm", r"norm|(^|\.)ln_?\d|(^|\.)ln_f"),
+    ("router", r"router|\bmlp\.gate$|block_sparse_moe\.gate$"),         # of experts
+    ("qkv", r"c_attn|qkv(_proj)?$|query_key_value|in_proj_weight$"),    # fused
+    ("q", r"(\bq|q_proj|query|q_lin|wq|to_q)$"),
+    ("k", r"(\bk|k_proj|key|k_lin|wk|to_k)$"),
+    ("v", r"(\bv|v_proj|value|v_lin|wv|to_v)$"),
+    ("o", r"(o_proj|out_proj|out_lin)$"),
+    ("o", r"att\w*\.(output\.dense|dense|c_proj|proj|wo|o)$"),
+    ("gate_up", r"(gate_up_proj|mlp\.wi)$"),                            # fused
+    ("gate", r"(gate_proj|w1|wi_0)$"),
+    ("up", r"(up_proj|w3|wi_1|wi|intermediate\.dense|c_fc|fc1|lin1|dense_h_to_4h)$"),
+    ("down", r"(down_proj|w2|wo|output\.dense|c_proj|fc2|lin2|dense_4h_to_h)$"),
+    ("head", r"lm_head|embed_out|(^|\.)score$|classifier"),
+    ("embed", r"embed|(^|\.)wte$|(^|\.)wpe$|^shared$"),                 # words, positions
 ]
+# Dotted parts that a training framework puts around a module. They say nothing about it.
+WRAPPERS = {"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module",
+            "_checkpoint_wrapped_module"}
 
-# Where a tensor sits: its layer (None outside the numbered ones), and its role (q, k, v, o, ...).
-Place = namedtuple("Place", "layer role")
+
+class Place(NamedTuple):
+    """Where a tensor sits: the four things that its name says."""
+    stack: str          # what stands before the layer's number; "" outside the layers
+    layer: int | None   # None outside the numbered layers
+    role: str           # q, k, v, o, up, down, norm, ...
+    rest: str           # the name behind the number; outside the layers the whole name
 
 
-def place(name):
-    """Layer and role of a tensor, read from its name.
-    Example:  'model.layers.3.self_attn.q_proj.weight' -> Place(3, 'q')
-    ours:     the layer is the first number that is a whole dotted part. Later numbers (experts of
-              a mixture) and `bias` stay in the role, so that they only pair with their like. An
-              unknown name is its own role: it still pairs with the same spelling elsewhere.
+def parse_name(name, leading=False):
+    """The Place of a tensor, read from its dotted name.
+
+    Example:  'module.model.layers.3.self_attn.q_proj.weight'
+              -> stack 'model.layers', layer 3, role 'q', rest 'self_attn.q_proj.weight'
+    ours:     the layer is the first number that is a whole dotted part. A number that begins
+              the name is none (sentence-transformers count modules: '0.auto_model...'),
+              unless `leading` is given.
     """
-    parts = name.split(".")
-    numbers = [i for i, part in enumerate(parts) if re.fullmatch("[0-9]{1,9}", part)]
-    layer, rest = (int(parts[numbers[0]]), parts[numbers[0] + 1:]) if numbers else (None, parts)
-    extra = [part for part in rest if part.isdigit() or part == "bias"]
-    stem = ".".join(part for part in rest if part not in ("weight", "bias"))
-    role = next((role for role, pattern in ROLES if re.search(pattern, stem, re.I)), stem or name)
-    return Place(layer, ".".join([role, *extra]))
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    for i, part in enumerate(parts):
+        if re.fullmatch("[0-9]{1,9}", part) and (i > 0 or leading):
+            rest = ".".join(parts[i + 1:])
+            return Place(".".join(parts[:i]), int(part), role_of(rest), rest)
+    rest = ".".join(parts)
+    return Place("", None, role_of(rest), rest)
 
 
-def natural_key(name):
-    """Sort key that reads digits as numbers: layers.2 before layers.10, as depth demands."""
-    parts = re.split("([0-9]+)", name)      # text, digits, text, digits, ...
-    return [(i % 2, len(part.lstrip("0")) if i % 2 else 0, part.lstrip("0") if i % 2 else part)
-            for i, part in enumerate(parts)]
+def role_of(rest):
+    """The role of a tensor within its layer. An unknown name is a role of its own: it still
+    pairs with the same spelling elsewhere.
+
+    ours:     numbers (experts of a mixture, T5's sublayers), `bias` and cross-attention are
+              kept, so that a tensor only pairs with its like: 'experts.3.w1' -> 'gate.3'
+    """
+    parts = rest.split(".")
+    stem = ".".join(part for part in parts if part not in ("weight", "bias"))
+    marks = [part for part in parts if part.isdigit() or part == "bias"]
+    if re.search("cross|encoder_attn|encdec", stem, re.IGNORECASE):
+        marks.append("cross")
+    for role, pattern in ROLES:
+        if re.search(pattern, stem, re.IGNORECASE):
+            return ".".join([role, *marks])
+    return ".".join([stem, *marks])
 
 
-def is_selected(entry, pattern=None):
-    """Whether a tensor is encoded.
-    ours:  floats of two or more dimensions inside numbered layers: attention and MLP (paper: Table
-           6). Norms and biases are out (paper: Sec. 3.2) because they are vectors; a bias of two
-           dimensions (fused experts) is in. With a pattern: all such floats whose name it finds."""
-    named = place(entry.name).layer is not None if not pattern else re.search(pattern, entry.name)
-    return bool(named) and entry.is_float and len(entry.shape) >= 2 and entry.numel > 0
+def parse_names(names):
+    """{name: Place} of one model. Where no name has a layer otherwise, a number at its very
+    beginning is one (a torch.nn.Sequential: '0.weight', '2.weight')."""
+    places = {name: parse_name(name) for name in names}
+    if all(place.layer is None for place in places.values()):
+        places = {name: parse_name(name, leading=True) for name in names}
+    return places
 
 
-# --- Tensors and their statistics: the record that makes chunks invertible ------------------------
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: `start` counts bytes from the beginning of the file."""
+    """One tensor of a checkpoint, without its numbers."""
     name: str
     dtype: torch.dtype
     shape: tuple
-    file: str = ""          # named in every error
-    start: int = 0          # only where it comes from a file
+    file: str = ""              # the file that holds it; named in every error
+    start: int = 0              # its first byte there
+    place: Place = Place("", None, "", "")
 
     @property
     def numel(self): return math.prod(self.shape)       # L
@@ -96,73 +137,135 @@ class Entry:
     def is_float(self): return self.dtype.is_floating_point
 
 
+def is_selected(entry, pattern=None):
+    """Whether a tensor is encoded.
+
+    paper:    attention and MLP (Table 6); norms and biases are left out (Sec. 3.2)
+    ours:     floats of two or more dimensions inside numbered layers. Norms and biases are
+              vectors; biases of fused experts have two dimensions and are in; a `bias` of
+              more (GPT-2's causal mask) is no weight. With a pattern: all such floats whose
+              name it finds, in a layer or not.
+    """
+    dimensions = len(entry.shape)
+    mask = entry.name.endswith("bias") and dimensions > 2
+    if not entry.is_float or dimensions < 2 or entry.numel == 0 or mask:
+        return False
+    if pattern is not None:
+        return re.search(pattern, entry.name) is not None
+    return entry.place.layer is not None
+
+
+# --- Statistics: the record that makes chunks invertible ----------------------------------
 @dataclass(frozen=True)
-class TensorSlot(Entry):
-    """An entry with its statistics: all that is needed to turn chunks back into this tensor."""
+class TensorStats(Entry):
+    """An entry with the statistics that turn its chunks back into weights."""
     mean: float = 0.0       # of the raw weights
-    scale: float = 1.0      # their standard deviation (1/n); 1 where that is 0
+    std: float = 0.0        # their standard deviation (1/n)
+
+    @property
+    def constant(self):
+        """All weights are equal, but for the rounding of their sum."""
+        return self.std <= 1e-12 * abs(self.mean)
+
+    @property
+    def scale(self):
+        """What a weight is divided by; a constant tensor has no unit of its own."""
+        if self.constant:
+            return 1.0
+        return self.std
 
     def n_chunks(self, C): return -(-self.numel // C)       # N = ceil(L / C)
 
 
 def spans(numel, step=PIECE):
-    """[(0, step), (step, 2 step), ...] over numel elements; one empty span for an empty tensor."""
+    """[(0, step), (step, 2 step), ...] over numel elements; one empty span if there is none."""
     return [(start, min(start + step, numel)) for start in range(0, max(numel, 1), step)]
 
 
 def measure(checkpoint, name):
-    """TensorSlot of a tensor: mean and standard deviation in float64; refuses NaN and Inf.
-    Equation:  M2 += M2_piece + (mean_piece - mean)^2 n n_piece / (n + n_piece)   (Chan et al. 1979)
-               where M2 is the sum of squares about the mean. E[w^2] - E[w]^2 would cancel for a
-               small spread around a large mean.
+    """TensorStats of a tensor, in float64; NaN and Inf are refused.
+
+    Equation:  M2 += M2_piece + (mean_piece - mean)^2 n n_piece / (n + n_piece)
+    Source:    Chan et al. 1979. M2 is the sum of squares about the mean. The shorter
+               E[w^2] - E[w]^2 would cancel for a small spread around a large mean.
     """
-    entry, count, mean, m2 = checkpoint.entries[name], 0, 0.0, 0.0
+    entry = checkpoint.entries[name]
+    mean = 0.0
+    m2 = 0.0
     for start, stop in spans(entry.numel):
-        piece = checkpoint.read(name, start, stop).double()
-        n, total = len(piece), piece.sum().item()
-        need(math.isfinite(total), entry.file, f"NaN or Inf in elements {start} to {stop}",
-             "repair or re-export the checkpoint", name)      # one sum shows every NaN and Inf
-        if n:
-            piece, delta = piece.sub_(total / n), total / n - mean      # piece: centred
-            m2 += piece.dot(piece).item() + delta * delta * count * n / (count + n)
-            mean, count = mean + delta * n / (count + n), count + n
-    std = math.sqrt(m2 / count) if count else 0.0
+        n = stop - start
+        piece_L = checkpoint.read(name, start, stop).double()
+        variance, piece_mean = map(float, torch.var_mean(piece_L, correction=0))
+        need(math.isfinite(variance) or n == 0, entry.file, "holds NaN or Inf",
+             "repair or re-export the checkpoint", name)
+        if n > 0:
+            delta = piece_mean - mean
+            m2 += variance * n + delta ** 2 * start * n / stop      # start: n so far
+            mean += delta * n / stop
+    std = math.sqrt(m2 / max(1, entry.numel))
     # float32 ends at 3e38, and squares and sums must fit as well.
-    need(std + abs(mean) < 1e30, entry.file, "too large for float32 arithmetic", "rescale it", name)
-    scale = std if std > 1e-12 * abs(mean) else 1.0     # else: the rounding of a constant tensor
-    return TensorSlot(**vars(entry), mean=mean, scale=scale)
+    need(std + abs(mean) < 1e30, entry.file, "too large for float32 arithmetic",
+         "rescale it", name)
+    return TensorStats(**vars(entry), mean=mean, std=std)
 
 
-def standardise(flat_L, slot):
-    """x = (w - mean) / scale, float32: mean 0 and variance 1 under the slot's statistics."""
-    return flat_L.to(torch.float32, copy=True).sub_(slot.mean).div_(slot.scale)
+def pool(parents):
+    """(mean, std) that parents of one shape share: each of them weighs the same.
+
+    Equation:  mean = average of mean_k,  std^2 = average of std_k^2 + (mean_k - mean)^2
+    Example:   means 0 and 2, both std 1: mean 1, std sqrt(2)
+    ours:      symmetric in the parents; and a target near zero does not set the unit for
+               a source that is not
+    """
+    n = len(parents)
+    mean = sum(parent.mean for parent in parents) / n
+    square = sum(parent.std ** 2 + (parent.mean - mean) ** 2 for parent in parents) / n
+    return mean, math.sqrt(square)
 
 
-def unstandardise(flat_L, slot):
-    """The inverse, float32 again; the result is rounded once more, to the stored dtype."""
-    return flat_L.float().mul(slot.scale).add_(slot.mean)
+def wide(dtype):
+    """The arithmetic of a stored dtype: float64 keeps its own, all others take float32."""
+    if dtype == torch.float64:
+        return torch.float64
+    return torch.float32
 
 
-def cast(flat_L, slot):
-    """The one rounding to the stored dtype; a value that does not fit is an error, never an Inf."""
-    result = flat_L.to(slot.dtype)
-    # One sum shows every NaN and Inf, ten times faster than a look at each weight.
-    fits = result.float().sum().isfinite() or result.float().isfinite().all()
-    need(fits, "result", f"does not fit {slot.dtype}", "lower --lam, or store it wider", slot.name)
-    return result
+def standardise(flat_L, stats):
+    """x = (w - mean) / scale, float32 (paper: weights are standardised first). The mean is
+    taken off before float64 weights are rounded: a small spread survives."""
+    x_L = flat_L.to(wide(flat_L.dtype), copy=True)
+    return x_L.sub_(stats.mean).div_(stats.scale).float()
 
 
-# --- Chunks and windows (paper: Sec. 3.2) ---------------------------------------------------------
+def unstandardise(x_L, stats):
+    """The inverse: w = scale x + mean, in the arithmetic of the stored dtype."""
+    return x_L.to(wide(stats.dtype)).mul(stats.scale).add_(stats.mean)
+
+
+def cast(flat_L, entry):
+    """The one rounding to the stored dtype. A value that does not fit is an error, never an
+    Inf."""
+    result_L = flat_L.to(entry.dtype)
+    # One sum shows every NaN and Inf, ten times faster than a look at each weight; only if
+    # the sum itself overflows must each be looked at.
+    fits = result_L.double().sum().isfinite() or result_L.double().isfinite().all()
+    need(fits, "result", f"does not fit {entry.dtype}", "lower --lam, or store it wider",
+         entry.name)
+    return result_L
+
+
+# --- Chunks and windows (paper: Sec. 3.2) -------------------------------------------------
 def chunk(flat_L, C):
-    """paper: w in R^L, padded with zeros to L_p = ceil(L/c) c, cut into n = L_p / c chunks.
-    Returns:  chunks_NC, and real_NC bool (1 = weight, 0 = padding). N = 0 for an empty tensor.
+    """Cut a flattened tensor into chunks.
+
+    paper:    w in R^L, padded with zeros to L_p = ceil(L / c) c, cut into n = L_p / c chunks
+    Returns:  chunks_NC, and real_NC bool (1 = weight, 0 = padding); N = 0 if L = 0
     """
     L, = flat_L.shape
-    N = -(-L // C)      # ceil(L / C)
-    if L == N * C:      # nothing to pad, nothing to copy
-        return flat_L.reshape(N, C), flat_L.new_ones((), dtype=torch.bool).expand(N, C)
-    chunks_NC = torch.cat([flat_L, flat_L.new_zeros(N * C - L)]).reshape(N, C)
-    return chunks_NC, (torch.arange(N * C, device=flat_L.device) < L).reshape(N, C)
+    N = -(-L // C)                                                  # ceil(L / C)
+    padded = torch.cat([flat_L, flat_L.new_zeros(N * C - L)])       # (N C,)
+    real = torch.arange(N * C, device=flat_L.device) < L            # (N C,)
+    return padded.view(N, C), real.view(N, C)
 
 
 def unchunk(chunks_NC, L):
@@ -171,366 +274,470 @@ def unchunk(chunks_NC, L):
 
 
 def to_windows(chunks_NC, real_NC, T):
-    """T neighbouring chunks of ONE tensor form a window; the last is filled up with padding chunks.
-    differs: the release concatenates all tensors and pads once; its windows straddle tensors."""
+    """T neighbouring chunks of ONE tensor form a window, what attention sees at a time; the
+    last window is filled up with padding chunks.
+
+    Returns:  x_BTC and real_BTC, with B = ceil(N / T)
+    differs:  the paper's release concatenates all tensors and pads once, so that its windows
+              straddle tensors
+    """
     N, C = chunks_NC.shape
-    if fill := -N % T:
-        chunks_NC = torch.cat([chunks_NC, chunks_NC.new_zeros(fill, C)])
-        real_NC = torch.cat([real_NC, real_NC.new_zeros(fill, real_NC.shape[1])])
-    return chunks_NC.reshape(-1, T, C), real_NC.reshape(-1, T, real_NC.shape[1])
+    fill = -N % T
+    x_NC = torch.cat([chunks_NC, chunks_NC.new_zeros(fill, C)])
+    real_NC = torch.cat([real_NC, real_NC.new_zeros(fill, C)])
+    return x_NC.view(-1, T, C), real_NC.view(-1, T, C)              # (N, C) -> (B, T, C)
 
 
 def from_windows(x_BTC, N):
     """The inverse, for weights (last axis C) as for latents (last axis Z)."""
-    return x_BTC.reshape(-1, x_BTC.shape[-1])[:N]       # (B, T, C) -> (N, C)
+    return x_BTC.reshape(-1, x_BTC.shape[-1])[:N]                   # (B, T, C) -> (N, C)
 
 
-# === Files. From here on nothing is specific to the paper. ========================================
+# === Files. From here on nothing is specific to the paper. ==============================
 class CheckpointError(ValueError):
-    """A file is not what it should be. One line: file, tensor, what is wrong, what to do."""
+    """What a file, the data or the disk is to blame for, as one line: file, tensor, what
+    is wrong, what to do."""
 
     def __init__(self, file, what, fix, tensor=None):
-        where = f"{file}: " if tensor is None else f"{file}: tensor {tensor!r}: "
+        where = f"{file}: "
+        if tensor is not None:
+            where += f"tensor {tensor!r}: "
         line = f"{where}{what}; fix: {fix}"
+        # A name may hold line breaks and control characters: they are shown as codes.
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in line))
 
 
 AGAIN = "the file is damaged or incomplete: fetch or write it again"
-CONVERT = "convert it to safetensors; pickles run code"
+ORIGINAL = "use the original 16- or 32-bit checkpoint"
 
 
 def need(condition, file, what, fix=AGAIN, tensor=None):
+    """Raise a CheckpointError unless the condition holds."""
     if not condition:
         raise CheckpointError(file, what, fix, tensor)
 
 
-# safetensors' names of dtypes, wide ones first: in this order every tensor of a file is aligned.
-DTYPES = {"U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "F32": torch.float32,
-          "U32": torch.uint32, "I32": torch.int32, "BF16": torch.bfloat16, "F16": torch.float16,
-          "U16": torch.uint16, "I16": torch.int16, "F8_E4M3": torch.float8_e4m3fn,
-          "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+# safetensors' names of dtypes, wide ones first: in this order every tensor is aligned.
+DTYPES = {
+    "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "F32": torch.float32,
+    "U32": torch.uint32, "I32": torch.int32, "BF16": torch.bfloat16,
+    "F16": torch.float16, "U16": torch.uint16, "I16": torch.int16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 DTYPE_NAMES = {dtype: code for code, dtype in DTYPES.items()}
-# What people pass by mistake, told by its first bytes.
-MAGIC = [(b"PK\x03\x04", "a zip archive (a torch .bin/.pt or an .npz)", CONVERT),
-         (b"\x80", "a pickle (an old torch .bin/.pt)", CONVERT),
-         (b"GGUF", "a GGUF file", "de-quantise it to safetensors or use the original checkpoint"),
-         (b"version https://git-lfs", "a git-lfs pointer, not the weights", "run `git lfs pull`"),
-         (b"<", "a web page or XML, not the weights", "download the file itself")]
-# Side tensors of GPTQ, AWQ, bitsandbytes, fp8, compressed-tensors: their integers are no weights.
-QUANTISED = re.compile(r"\.(qweight|SCB|weight_scale(_inv)?|weight_packed)$|quant_state|scales$")
+# What people pass by mistake, told by its first bytes; and what to do.
+MAGIC = [
+    (b"PK\x03\x04", "a zip archive (a torch .bin/.pt or an .npz)", "convert it"),
+    (b"\x80", "a pickle (an old torch .bin/.pt)", "convert it: pickles run code"),
+    (b"GGUF", "a GGUF file", "de-quantise it to safetensors or use the original"),
+    (b"version https://git-lfs", "a git-lfs pointer, no weights", "run `git lfs pull`"),
+    (b"<", "a web page or XML, not the weights", "download the file itself")]
+# Numbers that mean a weight only together with a scale. (int64 is for indices.)
+PACKED = {torch.int8, torch.uint8, torch.int16, torch.int32, torch.uint32,
+          torch.float8_e4m3fn, torch.float8_e5m2}
+SCALES = re.compile(r"scale|absmax|quant|qzeros|\bscb\b", re.IGNORECASE)
 
 
 def read_header(path):
     """([Entry, ...], metadata) of one safetensors file.
-    The library opens it first: that is the audited check of lengths, offsets, overlaps and shapes.
-    What it accepts is sound, and the header is then plain JSON behind eight bytes of its length.
+
+    The library opens it: that is the audited check of lengths, offsets, overlaps and
+    shapes. What it accepts has no holes, so that the tensors lie one behind the other.
     """
-    need(os.path.isfile(path), path, "is no regular file", "pass a .safetensors file, or a folder")
+    need(isfile(path), path, "is no regular file", "pass a .safetensors file")
     with open(path, "rb") as file:
-        head = file.read(32)            # eight bytes of length, then the header's beginning
-        try:
-            with safe_open(path, framework="pt"):       # reads the header, not the weights
-                pass
-        except SafetensorError as error:
-            for magic, what, fix in MAGIC if head[8:9] != b"{" else ():     # it is one, damaged
-                need(not head.startswith(magic), path, f"not a safetensors file but {what}", fix)
-            raise CheckpointError(path, f"not a safetensors file: {error}", AGAIN) from None
-        base = 8 + int.from_bytes(head[:8], "little")
-        file.seek(8)
-        header = json.loads(file.read(base - 8))
-    metadata, entries = header.pop("__metadata__", None) or {}, []
-    need(header, path, "holds no tensors", "pass a checkpoint with weights")
-    for name, record in header.items():
-        need(not QUANTISED.search(name), path, "belongs to a quantised checkpoint",
-             "use the original 16- or 32-bit checkpoint", name)
-        # The library takes a list for an object, too; nobody writes one.
-        need(isinstance(record, dict) and isinstance(record["dtype"], str), path,
-             "is written in an unusual way", "load and save it with safetensors", name)
-        need(record["dtype"] in DTYPES, path, f"dtype {record['dtype']} is not supported",
-             f"use one of {', '.join(DTYPES)}", name)
-        entries.append(Entry(name, DTYPES[record["dtype"]], tuple(record["shape"]), path,
-                             base + record["data_offsets"][0]))
+        head = file.read(32)
+    for magic, what, fix in MAGIC:
+        mistaken = head.startswith(magic) and head[8:9] != b"{"
+        need(not mistaken, path, f"not a safetensors file but {what}", fix)
+    start = 8 + int.from_bytes(head[:8], "little")      # eight bytes, then the header
+    entries = []
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.offset_keys():
+                record = file.get_slice(name)           # reads no weights
+                code = record.get_dtype()
+                need(code in DTYPES, path, f"dtype {code} is not supported",
+                     "load it and save it as float32", name)
+                entry = Entry(name, DTYPES[code], tuple(record.get_shape()), path, start)
+                entries.append(entry)
+                start += entry.numel * entry.dtype.itemsize
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise CheckpointError(path, f"no safetensors file: {error}", AGAIN) from None
+    need(entries, path, "holds no tensors", "pass a checkpoint with weights")
     return entries, metadata
 
 
+def refuse_quantised(entries, folder):
+    """Integers or float8 beside their scales are no weights, whatever their names: a
+    merge of them would be noise.
+    Example:  'q_proj.weight' in float8 beside 'q_proj.weight_scale'"""
+    scaled = set()              # modules (and bitsandbytes' weights) that have a scale
+    for name in entries:
+        module, _, leaf = name.rpartition(".")
+        if SCALES.search(leaf):
+            scaled.add(module)
+    for name, entry in entries.items():
+        packed = entry.dtype in PACKED and len(entry.shape) >= 2
+        owner = {name, name.rpartition(".")[0]}
+        need(not (packed and owner & scaled), entry.file,
+             f"is quantised: {entry.dtype} beside its scales", ORIGINAL, name)
+    config = join(folder, "config.json")
+    if isfile(config):
+        with open(config, "rb") as file:
+            said = re.search(rb'"quantization_config"\s*:\s*\{\s*"', file.read())
+        need(not said, config, "says that the checkpoint is quantised", ORIGINAL)
+
+
 def read_index(path):
-    """{tensor name: path of its shard}. No shard lies outside the folder of the index."""
+    """{tensor name: path of its shard}; empty if no shard is there, as the index is stale.
+    A shard may lie in a sub-folder, but not outside the folder of the index."""
+    folder = dirname(os.path.abspath(path))
+    shards = {}
     try:
         with open(path, "rb") as file:
-            table, folder = json.loads(file.read())["weight_map"], os.path.dirname(path)
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
-        raise CheckpointError(path, f"no index with weight_map: {error}"[:300], AGAIN) from None
-    need(isinstance(table, dict) and table, path, "has no weight_map", "pass a checkpoint's index")
-    shards = {n: os.path.join(folder, os.path.basename(str(shard))) for n, shard in table.items()}
+            table = json.loads(file.read())["weight_map"]
+        for name, shard in table.items():
+            shards[name] = os.path.normpath(join(folder, shard))
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        what = f"no index with a weight_map: {error}"[:300]
+        raise CheckpointError(path, what, AGAIN) from None
+    present = [shard for shard in shards.values() if isfile(shard)]
     for name, shard in shards.items():
-        need(os.path.isfile(shard), shard, f"is missing, {path} names it", "fetch it", name)
-    return shards
+        need(is_inside(shard, folder), path, f"{shard} is outside its folder",
+             "move the shard here", name)
+        need(shard in present or not present, shard, f"is missing; {path} names it",
+             "fetch it", name)
+    if present:
+        return shards
+    return {}
 
 
 def locate(path):
-    """The one file that a user means: weights or an index of shards. In a folder the index comes
-    first: a model.safetensors beside it may be a stale one."""
-    need(os.path.lexists(path), path, "no such file or folder", "check the path")
-    if not os.path.isdir(path):
-        return path
-    names = sorted(name for name in os.listdir(path) if name[0] != ".")
-    need("adapter_config.json" not in names, path, "is an adapter, not a whole model",
-         f"fold it first: python experiments/lora.py fold BASE {path} -o EXPERT")
+    """(file, shards): the weights that a path means, a file and {}, or an index and its
+    map."""
+    need(lexists(path), path, "no such file or folder",
+         "check the path; nothing is downloaded: fetch a hub's model first")
+    if isdir(path):
+        path = choose(path)
+    if not path.endswith(".json"):
+        return path, {}
+    shards = read_index(path)
+    need(shards, path, "none of its shards is there", "fetch them")
+    return path, shards
+
+
+def choose(folder):
+    """The index or the weights file of a folder. An index comes first, unless none of its
+    shards is there: then it is a stale one. Ambiguity is refused."""
+    names = sorted(name for name in os.listdir(folder) if name[0] != ".")
     for end in (".safetensors.index.json", ".safetensors"):
-        found = [name for name in names if name.endswith(end)]
-        if "model" + end in found or len(found) == 1:
-            return os.path.join(path, "model" + end if "model" + end in found else found[0])
-    held = (found or names or ["it is empty"])[:5]
-    what = f"holds {len(found) or 'no'} .safetensors files: {', '.join(held)}"
-    raise CheckpointError(path, what, "pass one of them or an index; pickles must be converted")
+        found = [name for name in names if name.endswith(end) and name[:8] != "adapter_"]
+        if "model" + end in found:
+            found = ["model" + end]
+        if len(found) == 1:
+            file = join(folder, found[0])
+            if end == ".safetensors" or read_index(file):
+                return file
+    need(found or "adapter_config.json" not in names, folder, "is an adapter, no model",
+         "fold it: python experiments/tools/lora.py fold BASE ADAPTER -o EXPERT")
+    held = ", ".join((found or names or ["nothing"])[:5])
+    raise CheckpointError(folder, f"holds {len(found)} .safetensors files, not one: {held}",
+                          "pass one of them or an index; pickles must be converted")
 
 
-STOP = threading.Event()    # merge.py sets it to give a run up: `read` then raises in its threads
+STOP = threading.Event()    # set to give a run up: `read` then raises in its threads
 
 
 class Checkpoint:
-    """A checkpoint opened for reading: a .safetensors file, an index of shards, or a folder.
+    """A checkpoint opened for reading: a .safetensors file, an index of shards, a folder.
 
-    entries: name -> Entry, layers in natural order.  files: all that is read.  folder: or None.
-    metadata: of the first file's header.
+    entries: {name: Entry}, in the order of `in_order`.  files: all that is read.
+    folder: of the model, or None for a file.            metadata: of the last header.
     """
 
     def __init__(self, path):
-        self.path, found = os.fspath(path), locate(os.fspath(path))
-        self.folder = self.path if os.path.isdir(self.path) else None
-        shards = read_index(found) if found.endswith(".json") else {}
-        shard_files = sorted(set(shards.values()), key=natural_key) or [found]
-        headers = [read_header(file) for file in shard_files]
-        entries = [entry for part, _ in headers for entry in part]
-        differ = {(e.name, e.file) for e in entries} ^ set(shards.items()) if shards else ()
-        for name, file in sorted(differ):       # the first: both must say the same, both ways
-            raise CheckpointError(found, f"index and {os.path.basename(file)} differ", AGAIN, name)
-        self.entries = {e.name: e for e in sorted(entries, key=lambda e: natural_key(e.name))}
-        self.metadata, self.files = headers[0][1], sorted({found, *shard_files})    # and the index
-        self._open = {file: open(file, "rb") for file in shard_files}       # closed with the object
+        self.path = os.fspath(path)
+        self.folder = None
+        if isdir(self.path):
+            self.folder = self.path
+        file, shards = locate(self.path)
+        shard_files = sorted({*shards.values()} or {file})
+        entries = []
+        for shard_file in shard_files:
+            held, self.metadata = read_header(shard_file)
+            for entry in held:      # the index says what is read from where, and no more
+                if not shards or shards.get(entry.name) == shard_file:
+                    entries.append(entry)
+        self.entries = in_order(entries)
+        for name, shard_file in shards.items():
+            need(name in self.entries, shard_file, f"lacks what {file} says", AGAIN, name)
+        refuse_quantised(self.entries, dirname(file))
+        self.files = [file, *shard_files]
+        self._handles = {name: open(name, "rb") for name in shard_files}
+        self._lock = threading.Lock()       # a handle has one position for all threads
 
     def read(self, name, start=0, stop=None):
-        """Elements [start, stop) of the flattened tensor, in the stored dtype: (stop - start,)."""
-        entry = self.entries[name]
-        stop = entry.numel if stop is None else min(stop, entry.numel)
+        """Elements [start, stop) of the flattened tensor, in the stored dtype, as a copy
+        that the caller may write to: (stop - start,)."""
         if STOP.is_set():
-            raise InterruptedError      # the run was given up
-        if stop <= start:       # beyond the end, or an empty tensor
+            raise InterruptedError          # the run was given up
+        entry = self.entries[name]
+        stop = min(stop or entry.numel, entry.numel)
+        if stop <= start:                   # beyond the end, or an empty tensor
             return torch.empty(0, dtype=entry.dtype)
-        width = entry.dtype.itemsize
-        data, handle = bytearray((stop - start) * width), self._open[entry.file].fileno()
-        got = os.preadv(handle, [data], entry.start + start * width)     # no shared file position
-        need(got == len(data), entry.file, "the file shrank while it was read", "run again", name)
+        width = entry.dtype.itemsize        # bytes
+        data = bytearray((stop - start) * width)
+        file = self._handles[entry.file]
+        with self._lock:
+            file.seek(entry.start + start * width)
+            got = file.readinto(data)
+        need(got == len(data), entry.file, "shrank while it was read", "run again", name)
         return torch.frombuffer(data, dtype=entry.dtype)
 
     def read_tensor(self, name):
         """A whole tensor, in its shape."""
-        entry = self.entries[name]      # in pieces: one read of the system gives 2 GiB at most
-        return torch.cat([self.read(name, *span) for span in spans(entry.numel)]).view(entry.shape)
+        return self.read(name).view(self.entries[name].shape)
+
+
+def in_order(entries):
+    """{name: Entry} with the Place of each: what stands outside the layers, then each
+    stack, layer by layer (layers.2 before layers.10)."""
+    places = parse_names([entry.name for entry in entries])
+    placed = [replace(entry, place=places[entry.name]) for entry in entries]
+    placed.sort(key=lambda e: (e.place.stack, -1 if e.place.layer is None else
+                               e.place.layer, e.name))
+    return {entry.name: entry for entry in placed}
 
 
 class StateDict(Checkpoint):
     """Tensors in memory, read as a checkpoint is."""
 
     def __init__(self, tensors, name="state dict"):
-        self.path, self.tensors, self.files = name, tensors, []
-        self.entries = {key: Entry(key, tensors[key].dtype, tuple(tensors[key].shape), name)
-                        for key in sorted(tensors, key=natural_key)}
+        self.path = name
+        self.folder = None
+        self.files = []
+        self.tensors = tensors
+        self.entries = in_order([Entry(key, tensor.dtype, tuple(tensor.shape), name)
+                                 for key, tensor in tensors.items()])
 
     def read(self, name, start=0, stop=None):
-        return self.tensors[name].detach().reshape(-1)[start:stop].cpu()    # a view, not a copy
+        flat_L = self.tensors[name].detach().reshape(-1)[start:stop]
+        return flat_L.to("cpu", copy=True)
 
 
-class Layers:
-    """A model layer by layer: {role: matrix} of the known roles, read when it is asked for."""
-
-    def __init__(self, model, roles):
-        self.model, named = model, {}           # named: {layer: {role: name}}
-        for entry in model.entries.values():
-            layer, role = place(entry.name)
-            if layer is not None and role in roles and len(entry.shape) == 2 and entry.is_float:
-                first = named.setdefault(layer, {}).setdefault(role, entry.name)    # its only one?
-                need(first == entry.name, model.path, f"layer {layer} has two of role {role}",
-                     "hidden units cannot be matched: give another --align", entry.name)
-        self.names = [named[layer] for layer in sorted(named)]
-
-    def __len__(self): return len(self.names)
-
-    def __getitem__(self, j):
-        return {role: self.model.read_tensor(name) for role, name in self.names[j].items()}
-
-
-class Matched:
-    """A source as if its layers and hidden units stood in the target's order. It holds what the two
-    have in common; the target's own numbers stand where the source has no such unit.
-
-    match: says which layer is which (layers), and which rows and columns (index), -1 for none."""
-
-    def __init__(self, source, target, match, roles):
-        self.source, self.target, self.path, self.files = source, target, source.path, source.files
-        here, there = Layers(target, roles).names, Layers(source, roles).names
-        self.entries, self.parts = {}, {}       # parts: name -> the source's entry, row, column
-        for j, i in enumerate(match.layers):
-            for role in here[j].keys() & there[i].keys() if i is not None else ():
-                entry, other = target.entries[here[j][role]], source.entries[there[i][role]]
-                self.entries[entry.name] = entry
-                self.parts[entry.name] = other, *match.index(j, role)
-
-    def read(self, name, start=0, stop=None):
-        """As Checkpoint.read, float32: W~[j, k] = W_source[row(j), column(k)], read row by row.
-        Example: row [1, -1], column [0]: source [[1], [2]], target [[7], [8]] -> [[2], [8]]"""
-        other, row_J, column_K = self.parts[name]
-        K, width, numel = len(column_K), other.shape[1], self.entries[name].numel
-        start, stop = min(start, numel), min(numel if stop is None else stop, numel)
-        j0, j1 = start // K, -(-stop // K)      # the rows of this piece
-        merged_JK = self.target.read(name, j0 * K, j1 * K).float().view(-1, K)  # at first its own
-        j_R, k_S = (row_J[j0:j1] >= 0).nonzero()[:, 0], (column_K >= 0).nonzero()[:, 0]
-        rows = [self.source.read(other.name, i * width, (i + 1) * width)
-                for i in row_J[j0 + j_R].tolist()]
-        if rows:
-            merged_JK[j_R[:, None], k_S] = torch.stack(rows)[:, column_K[k_S]].float()
-        return merged_JK.view(-1)[start - j0 * K:stop - j0 * K]
-
-
-# --- Writing. The library's save_file wants all tensors in memory at once. ------------------------
+# --- Writing. The library's save_file wants all tensors in memory at once. --------------
 class Output:
-    """A safetensors file of known layout, open for writing: pieces come in any order, from any
-    thread or process, each element exactly once. Use `create`, which checks and renames it too."""
+    """A safetensors file of known layout, open for writing. Pieces come in any order, from
+    any thread or process, each element exactly once. `create` checks and names it."""
 
     def __init__(self, path, entries, metadata=None, new=False):
-        """entries: names, dtypes, shapes. new: make the file; else another process has made it."""
-        # By dtype, then by name, as the library orders them: equal inputs give equal bytes.
-        ordered = sorted(entries, key=lambda e: ([*DTYPES].index(DTYPE_NAMES[e.dtype]), e.name))
-        header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0  # as from torch
-        for entry in ordered:
-            start, end = end, end + entry.numel * entry.dtype.itemsize
-            header[entry.name] = {"dtype": DTYPE_NAMES[entry.dtype], "shape": list(entry.shape),
+        """entries: names, dtypes, shapes. new: make the file; else another process has."""
+        self.path = path
+        self.entries = sorted(entries, key=lambda e: (-e.dtype.itemsize, e.name))   # aligned
+        self.written = []                   # elements of each piece: appending is atomic
+        header = {"__metadata__": {"format": "pt", **(metadata or {})}}
+        end = 0
+        for entry in self.entries:
+            start = end
+            end += entry.numel * entry.dtype.itemsize
+            header[entry.name] = {"dtype": DTYPE_NAMES[entry.dtype], "shape": entry.shape,
                                   "data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)             # aligned, as the format asks for
-        self.path, self.written, self.size = path, [], 8 + len(text) + end
-        self.entries = {e.name: replace(e, start=8 + len(text) + header[e.name]["data_offsets"][0])
-                        for e in ordered}
-        self.file = open(path, "x+b" if new else "r+b", buffering=0)
+        packed = json.dumps(header, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        packed += b" " * (-len(packed) % 8)             # the format asks for it
+        need(len(packed) <= 100_000_000, path, "its header is longer than any reader takes",
+             "merge a checkpoint of fewer tensors")
+        self.starts = {name: 8 + len(packed) + header[name]["data_offsets"][0]
+                       for name in header if name != "__metadata__"}
         if new:
-            if hasattr(os, "posix_fallocate"):      # a full disk says so now, not after an hour
-                os.posix_fallocate(self.file.fileno(), 0, self.size)
-            self.file.write(len(text).to_bytes(8, "little") + text)
+            with open(path, "xb") as file:
+                file.write(len(packed).to_bytes(8, "little") + packed)
+                file.truncate(8 + len(packed) + end)
 
-    def put(self, name, start, piece):
-        """Elements [start, start + len(piece)) of a flattened tensor, in its declared dtype."""
-        entry = self.entries[name]
-        assert piece.dtype == entry.dtype, f"{name}: {piece.dtype}, declared {entry.dtype}"
-        if len(piece):
-            data = memoryview(piece.contiguous().view(torch.uint8).numpy())
-            done = os.pwrite(self.file.fileno(), data, entry.start + start * entry.dtype.itemsize)
-            need(done == len(data), self.path, "the disk is full", "free some space, or another -o")
-        self.written.append(len(piece))         # appending is atomic: threads need no lock
+    def put(self, name, start, piece_L):
+        """Elements [start, start + len(piece_L)) of a flattened tensor, in its dtype."""
+        data = piece_L.contiguous().view(torch.uint8).numpy()
+        # A handle of its own: no shared position, and nothing is open at the renaming.
+        with open(self.path, "r+b") as file:
+            file.seek(self.starts[name] + start * piece_L.dtype.itemsize)
+            file.write(data)
+        self.written.append(len(piece_L))
 
     def check(self):
-        """All pieces are there, and the library's own reader, which others will use, opens it."""
-        os.fsync(self.file)
-        whole = sum(entry.numel for entry in self.entries.values())
-        assert sum(self.written) == whole, "pieces are missing"
+        """The file is whole: by count, and for the library's own reader, which others will
+        use. Not an assert: `python -O` would pass over it."""
+        whole = sum(entry.numel for entry in self.entries)
         with safe_open(self.path, framework="pt") as file:
-            assert {*file.keys()} == {*self.entries}
+            complete = sum(self.written) == whole and len(file.keys()) == len(self.entries)
+        need(complete, self.path, "was not written completely", "run it again")
 
 
 @contextlib.contextmanager
-def appear(path):
-    """A path to write a file or a folder to, which takes the name `path` at the end, whole. What is
-    raised in between removes it, and leaves what was there before."""
-    path = os.path.realpath(path)       # a link is written through, not replaced
-    partial = os.path.join(os.path.dirname(path), f".lsmerge-{secrets.token_hex(4)}.tmp")
-    aside = partial + ".old"
+def appear(path, force=False):
+    """A path to write a file or a folder to, which takes the name `path` at the end, whole.
+    What is raised in between removes it, and leaves what was there before."""
+    path = realpath(path)       # a link is written through, not replaced
+    # The number of the process tells the next run whose unfinished work this is.
+    name = f".lsmerge-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    partial = join(dirname(path), name)
+    old = partial + ".old"
     try:
         yield partial
-        if os.path.isdir(partial) and os.path.exists(path):
-            # Killed between the two renames, a run leaves both folders whole; the next one says so.
-            os.rename(path, aside)
-        os.replace(partial, path)       # in one step
-    except OSError as error:            # a full disk has no name, and nobody knows the partial one
+        if force and exists(path):
+            os.rename(path, old)        # killed here, a run leaves both of them whole
+        rename_new(partial, path)
+    except OSError as error:
+        # A full disk names no file, and nobody knows the partial one.
         if str(error.filename or partial).startswith(partial):
             error.filename = path
         raise
     finally:
-        if os.path.exists(aside) and not os.path.exists(path):      # the second rename failed
-            os.rename(aside, path)
-        for rest in filter(os.path.exists, (partial, aside)):
-            shutil.rmtree(rest) if os.path.isdir(rest) else os.unlink(rest)
+        if exists(old) and not exists(path):
+            os.rename(old, path)        # the new one did not come
+        for rest in (partial, old):
+            if isdir(rest):
+                shutil.rmtree(rest)
+            elif exists(rest):
+                os.unlink(rest)
+
+
+def rename_new(partial, path):
+    """Rename, in one step that fails where the name was taken meanwhile."""
+    try:
+        if isdir(partial):
+            os.rename(partial, path)    # fails where a folder holds anything
+        else:
+            os.link(partial, path)      # `appear` then removes the other name
+    except OSError:
+        need(not lexists(path), path, "was made by another program meanwhile",
+             "choose another -o, or pass --force")
+        os.rename(partial, path)        # a file system that knows no links
 
 
 @contextlib.contextmanager
-def create(path, entries, metadata=None, folder=False):
-    """An Output that appears at `path`, complete and checked; folder: as its model.safetensors,
-    beside which others may put files (output.path)."""
-    with appear(path) as partial:
-        if folder:                      # its permissions, and a file's: as the umask says
-            os.mkdir(partial)
-        output = Output(os.path.join(partial, "model.safetensors") if folder else partial,
-                        entries, metadata, new=True)
+def create(path, entries, metadata=None, folder=False, force=False):
+    """An Output that appears at `path`, complete and checked. folder: as the
+    model.safetensors of a folder, beside which others may put files (output.path)."""
+    with appear(path, force) as partial:
+        file = partial
+        if folder:
+            os.mkdir(partial)           # its permissions, and a file's: as the umask says
+            file = join(partial, "model.safetensors")
+        output = Output(file, entries, metadata, new=True)
         yield output
-        output.check()                  # whatever is wrong is found before anybody sees the file
+        output.check()                  # what is wrong is found before anybody sees it
 
 
-def write_tensors(path, tensors, metadata):
+def write_tensors(path, tensors, metadata, force=False):
     """A small file from whole tensors."""
-    with create(path, StateDict(tensors).entries.values(), metadata) as output:
-        for name, tensor in tensors.items():
-            output.put(name, 0, tensor.detach().cpu().reshape(-1))
+    with appear(path, force) as partial:
+        save_file({name: tensor.detach().cpu().contiguous()
+                   for name, tensor in tensors.items()}, partial, metadata)
 
 
-def check_output(path, inputs, force, folder=None):
-    """Refuse, before any work, an output that is an input, exists, or cannot be made.
-    inputs: all files that the run reads. folder: the names in a result folder; None: a file."""
-    real, fix = os.path.realpath(path), "choose another -o"
-    for file in inputs:     # where it lies, and where it is said to lie (a cache may be all links)
-        said = os.path.join(os.path.realpath(os.path.dirname(file)), os.path.basename(file))
-        for where in (os.path.realpath(file), said):
-            need(not (where + os.sep).startswith(real + os.sep), path, f"is the input {file}", fix)
-    need(not os.path.exists(real) or os.path.isdir(real) == (folder is not None), path,
+def is_inside(path, folder):
+    """Whether a path is a folder, or lies in it."""
+    return (path + os.sep).startswith(folder + os.sep)
+
+
+def check_output(path, others, force, flag="-o", folder=None):
+    """Refuse, before any work, an output that cannot or must not be written.
+
+    others: the files that the run reads, and its other outputs: none may be this one, lie
+    in it or hold it.  folder: the files of a result folder; None: the result is a file.
+    """
+    real = realpath(path)
+    fix = f"choose another {flag}"
+    for other in others:
+        # Where it lies, and where it is said to lie (a cache may be all links).
+        said = realpath(dirname(other))
+        said = join(said, basename(other))
+        for where in (realpath(other), said):
+            apart = not is_inside(where, real) and not is_inside(real, where)
+            need(apart, path, f"and {other} are in each other's way", fix)
+    there = exists(real)
+    is_folder = isdir(real)
+    need(not there or is_folder or isfile(real), path, "is no regular file", fix)
+    need(not there or is_folder == (folder is not None), path,
          "a file does not replace a folder, nor a folder a file", fix)
-    held = os.listdir(real) if os.path.isdir(real) else [""] * os.path.exists(real)     # "": a file
-    need(force or not held, path, "the output exists", fix + ", or pass --force")
-    others = sorted({*held} - {*(folder or [""])})
-    need(not others, path, f"the folder also holds {', '.join(others[:5])}", "move that away")
-    folder_of = os.path.join(os.path.dirname(real), "")         # with a slash at its end: no file
-    need(os.access(folder_of, os.W_OK), path, "its folder is missing or not writable", fix)
+    held = set()
+    for where, _, names in os.walk(real):
+        held |= {relpath(join(where, name), real) for name in names}
+    need(force or not there or is_folder and not held, path, "the output exists",
+         fix + ", or pass --force")
+    foreign = sorted(held - set(folder or []))
+    need(not foreign, path, f"the folder also holds {', '.join(foreign[:5])}", "move that")
+    parent = join(dirname(real), "")    # with a slash at its end: no file
+    need(os.access(parent, os.W_OK), path, "its folder is missing or not writable", fix)
 
 
-# --- What all commands share: how they fail -------------------------------------------------------
+# --- What all commands share: how they read, speak and fail -----------------------------
 class Parser(argparse.ArgumentParser):
     """argparse with this project's contract: one line on stderr, exit code 2."""
 
+    def read(self, argv):
+        """The arguments; options and files in any order. An empty value is an unset shell
+        variable, and never means "not given"."""
+        found = self.parse_intermixed_args(argv)
+        for name, value in vars(found).items():
+            if value == "" or isinstance(value, list) and "" in value:
+                self.error(f"the value of {name} is empty")
+        return found
+
     def error(self, message):
-        print(f"error: {self.prog}: {message}; fix: see --help", file=sys.stderr)
+        say(f"error: {self.prog}: {message}; fix: see --help", stream=sys.stderr)
         raise SystemExit(2)             # argparse's own prints the usage as well
 
 
-def command(run):
-    """Run a command's main. What a file, a disk or the data can cause is one line on stderr and
-    exit code 1; 130 interrupted, 143 terminated. Signals unwind, so that `create` cleans up."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))     # SystemExit
-    sys.stdout.reconfigure(errors="backslashreplace")       # a path may hold bytes that are no text
+def say(*lines, stream=None):
+    """Print lines. A reader that has gone (`| head`) is no error; the work goes on."""
+    stream = stream or sys.stdout
     try:
-        code = run() or 0
-        sys.stdout.flush()              # here: at the interpreter's exit nobody could catch it
-        return code
+        print(*lines, sep="\n", file=stream, flush=True)
+    except OSError as error:
+        # What was not taken goes nowhere: at its exit the interpreter would try again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise                       # the disk is full
+
+
+def interrupt(number, frame):
+    """The first signal unwinds the run, so that `appear` cleans up; later ones must not
+    disturb it at that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + number)
+
+
+def command(run):
+    """Run a command's main, and return its exit code. What a file, a disk or the data can
+    cause is one line on stderr and code 1; 130 interrupted, 143 terminated."""
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:              # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        # A path may hold bytes that are no text, and a terminal may know only ASCII.
+        getattr(sys, name).reconfigure(errors="backslashreplace")
+    code = 1
+    try:
+        return run() or 0
     except CheckpointError as error:
         line = error
-    except BrokenPipeError:             # the reader of our output has gone (| head): no error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
-        line = CheckpointError(error.filename or "I/O", error.strerror or error, "check the path, "
-                               "permissions and free space")
-    except (MemoryError, RuntimeError) as error:        # torch's allocators raise RuntimeErrors
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        line = CheckpointError(error.filename or "output", error.strerror or error,
+                               "check the path, permissions and free space")
+    except (MemoryError, RuntimeError) as error:
+        # torch's allocator for the CPU raises a plain RuntimeError, told by its text.
+        if not re.search("can't allocate|out of memory|^$", str(error)):
             raise
-        line = "out of memory; fix: smaller --chunk, --tokens, --width or --batch"
-    except KeyboardInterrupt:           # Ctrl-C
-        print("error: interrupted, no output was written; fix: run it again", file=sys.stderr)
-        return 130
-    print(f"error: {line}", file=sys.stderr)
-    return 1
+        line = "out of memory; fix: set OMP_NUM_THREADS=1, or take a larger machine"
+    except KeyboardInterrupt:
+        code = 130
+        line = "interrupted; fix: run it again"
+    with contextlib.suppress(OSError):              # nobody is left to be told
+        say(f"error: {line}", stream=sys.stderr)
+    return code

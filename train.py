@@ -1,28 +1,35 @@
-"""train.py: the two-stage curriculum.                                                (read fifth)
+"""train.py: the two-stage curriculum.                                     (read fifth)
 
-    python train.py CHECKPOINT [CHECKPOINT ...] [-o vae.safetensors] [options]
+    python train.py CHECKPOINT [CHECKPOINT ...] -o vae.safetensors
 
-the network    --chunk, --tokens, --width, --blocks, --heads, --ratio, --beta: VAEConfig in vae.py
-               --init NAME     pca (warm start, the default), random (the paper's), or a VAE file
-the stages     --steps1, --steps2, --lr, --batch, --holdout: see Schedule below
-               --select REGEX  which tensors (floats of two or more dimensions in numbered layers)
-output         -o, --output PATH, --log FILE (a JSON line per validation), --force (overwrite)
-machine        --device auto|cpu|cuda, --dtype float32|bfloat16 (of the products), --seed, --quiet
+Paper: abstract, Sec. 3.2. Stage 1 trains a deterministic, high-capacity autoencoder, with
+the KL off. Stage 2 turns the KL on, for the compact code. Why two (paper): with the KL from
+scratch a VAE collapses before it has learnt anything.
 
-Paper: abstract, Sec. 3.2. Stage 1 trains a deterministic, high-capacity autoencoder (KL off); stage
-2 turns the KL on, for the compact code. Why two (paper): with the KL from scratch a VAE collapses
-before it has learnt anything. Here one stage ends worse, but collapses only if Eq. 1 asks for it.
-    stage 1   mse / 2                      latent = the neck's mean; at r > 1 the stream, D numbers
-    stage 2   mse / 2 + (beta / r) kl      latent = one sample from q(z | w), Z = C / r numbers
-ours: at r <= 1 the neck has room for a chunk, so both stages go through it, and stage 2 refines, at
-a tenth of the rate (a cut by PCA between them cost a factor 10 to 30 in NMSE); at r > 1 PCA cuts,
-and stage 2 learns anew. No stage ends for want of progress: it recovers late. Leaves: a VAE file.
-differs: no distillation (measured, it lost). Ctrl-C keeps the best state so far.
+    stage 1   mse / 2                   the code is the mean of q(z | w); at r > 1 it is
+                                        the stream, D numbers for each chunk
+    stage 2   mse / 2 + (beta / r) kl   the code is one sample of q(z | w), Z = C / r
+
+ours: at r <= 1 the bottleneck has room for a whole chunk. Both stages go through it, and
+stage 2 refines, at a tenth of the rate: a cut by PCA between them cost a factor of 10 to 30
+in NMSE. At r > 1 PCA cuts, and stage 2 learns anew. Either stage runs all of its steps
+(recovery comes late) and keeps its best state on held-out windows, the start included.
+differs: no distillation, which lost when measured. Ctrl-C keeps the best state so far.
 """
 if __name__ == "__main__":      # Ctrl-C during the imports: end without a traceback
-    import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)
-import argparse, atexit, bisect, copy, datetime, itertools, json, math, os, re, sys, time, zlib
-from functools import partial
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+import argparse
+import atexit
+import copy
+import datetime
+import json
+import math
+import os
+import re
+import sys
+import time
+import zlib
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
@@ -31,299 +38,401 @@ from torch import distributed
 from tqdm import tqdm
 
 from align import Moments
-from chunking import (Checkpoint, Parser, check_output, chunk, command, is_selected, measure, need,
-                      standardise, to_windows, write_tensors)
+from chunking import (Checkpoint, Parser, check_output, chunk, command, is_selected, measure,
+                      need, say, standardise, to_windows, write_tensors)
 from lsmerge import Codec
 from vae import VAE, Loss, VAEConfig, generator_for, masked_mse, sample, vae_loss
 
 
-def rank_and_size(): return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
 @dataclass(frozen=True)
 class Schedule:
-    steps1: int = 400           # stage 1, at most: it ends where it has converged
-    steps2: int = 400           # stage 2; both together take a minute on two cores
-    lr: float = 0.0             # stage 1's peak; 0: 1e-4 (paper), random start 8e-3 (by trial)
-    batch: int = 64             # windows per step: 1,024 chunks, where a CPU multiplies fastest
+    steps1: int = 1000          # of stage 1
+    steps2: int = 400           # of stage 2; both take half a minute on two cores
+    lr: float = 0.0             # stage 1's peak; 0: the start's own, see LEARNING_RATES
+    batch: int = 64             # windows per step: 1,024 chunks, where a CPU is fastest
     holdout: float = 0.1        # fraction of windows kept for validation
-    warmup: float = 0.1         # fraction of a stage in which the rate rises: AdamW starts blind
-    weight_decay: float = 1e-5  # paper: AdamW, 1e-5
-    clip: float = 1.0           # paper: gradient clipping, no value given
-    checks: int = 20            # validations per stage; the best state is kept
-    seed: int = 0               # of everything random: windows, noise, the random start
+    seed: int = 0               # of everything random: windows, noise, the start
     device: str = "cpu"         # or cuda:N
-    dtype: str = "float32"      # of the products; the weights and the optimiser stay float32
+    dtype: str = "float32"      # of the products; weights and optimiser stay float32
     quiet: bool = True          # no progress bars
 
     def __post_init__(self):
-        if not (min(self.steps1, self.steps2) >= 0 and self.batch >= rank_and_size()[1]
-                and 0 <= self.holdout < 1 and 0 <= self.lr < math.inf and 0 <= self.seed < 2 ** 32):
-            raise ValueError("needed: steps, lr, seed >= 0, 0 <= holdout < 1, a window per process")
+        if min(self.steps1, self.steps2) < 0 or not 0 <= self.lr < math.inf:
+            raise ValueError("--steps1, --steps2 and --lr must be 0 or more")
+        if self.batch < 1 or not 0 <= self.holdout < 1:
+            raise ValueError("--batch must be 1 or more, --holdout at least 0 and below 1")
+        if not 0 <= self.seed < 2 ** 32:
+            raise ValueError("--seed must be from 0 to 2^32 - 1")
 
 
-CONVERGED = 1e-8            # NMSE at which nothing is left to learn; float32 rounding lies at 1e-13
-MAX_NMSE = 1e-3     # of a codec that merge.py takes: 3 % of error; beyond it a loss is seen to rise
-STAGE2_RATE = 0.1           # of stage 1's peak, where nothing was cut off (see above)
-NECK_WINDOWS = 8192         # for the neck's covariance: 131,072 chunks for 128 x 128 numbers
+LEARNING_RATES = {"random": 8e-3, "pca": 1e-4}      # by trial; paper: 1e-4
+STAGE2_RATE = 0.1           # of stage 1's peak, at r <= 1 (see above)
+WARMUP = 0.1                # share of a stage in which the rate rises: AdamW starts blind
+WEIGHT_DECAY = 1e-5         # paper: AdamW, 1e-5
+CLIP = 1.0                  # paper: gradient clipping, no value given
+CHECKS = 20                 # validations per stage
+CUT_WINDOWS = 8192          # for the cut's covariance: 131,072 chunks
 VALIDATION_WINDOWS = 256    # at most, in one batch: 262,144 weights
+MAX_NMSE = 1e-3             # that merge.py accepts: 3 % of error, whose harm is measurable
 
 
-def learning_rate(step, steps, peak, warmup):
+# --- The curriculum ---------------------------------------------------------------------
+def train_vae(parents, config, schedule=Schedule(), log=lambda record: None, start=None):
+    """The whole curriculum: (vae, [record of each stage]).
+
+    parents:  [(checkpoint, [TensorStats, ...]), ...]: one VAE for all of them
+    log:      called with the figures of each validation
+    start:    a trained VAE, which goes on in stage 2
+    """
+    gather(None)        # under torchrun: the processes meet
+    need(schedule.batch >= rank_and_size()[1], "--batch", "is smaller than the number of "
+         "processes", "raise it")
+    vae = copy.deepcopy(start) or VAE(config).start(generator_for(schedule.seed))
+    vae = vae.to(schedule.device)
+    config = vae.config
+    windows = Windows(parents, config, schedule)
+    peak = schedule.lr or LEARNING_RATES[config.init]
+    stages = []
+    try:
+        if not start:
+            run_stage(vae, windows, schedule, 1, peak, stages, log)
+            cut(vae, windows, schedule)
+        if config.true_ratio <= 1:
+            peak *= STAGE2_RATE
+        run_stage(vae, windows, schedule, 2, peak, stages, log)
+    except KeyboardInterrupt:           # Ctrl-C; a second one is not heard
+        need(stages, "training", "interrupted before its first check", "run it again")
+        stages[-1]["ended"] = "interrupted"
+        if len(stages) == 1 and not start:
+            cut(vae, windows, schedule)
+    return vae.eval(), stages
+
+
+def run_stage(vae, windows, schedule, stage, peak, stages, log):
+    """One stage, to its best held-out state; its record is appended to `stages`."""
+    steps = schedule.steps1 if stage == 1 else schedule.steps2
+    optimiser = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.95),
+                                  weight_decay=WEIGHT_DECAY)
+    picks = np.random.default_rng((schedule.seed, stage))       # equal in every process
+    noise = generator_for(schedule.seed, stage, rank_and_size()[0])
+    record = {"stage": stage, "steps": steps, "lr": peak, "objective": math.inf}
+    state = copy.deepcopy(vae.state_dict())
+    began = time.perf_counter()
+    bar = tqdm(total=steps, desc=f"stage {stage}", leave=False,
+               disable=schedule.quiet or None)
+    try:
+        for step in range(steps + 1):
+            if step % max(1, steps // CHECKS) == 0 or step == steps:
+                figures = validate(vae, windows, stage)
+                need(math.isfinite(figures["objective"]), "training", "the loss is infinite",
+                     "lower --lr, or use --dtype float32")
+                seconds = time.perf_counter() - began
+                log({"stage": stage, "step": step, "seconds": seconds, **figures})
+                bar.set_postfix(NMSE=f"{figures['nmse']:.1e}")
+                if figures["objective"] < record["objective"]:
+                    record.update(figures, best_step=step)
+                    state = copy.deepcopy(vae.state_dict())
+                record["seconds"] = seconds
+                if record not in stages:
+                    stages.append(record)
+            if step < steps:
+                rate = learning_rate(step, steps, peak)
+                train_step(vae, windows, schedule, stage, optimiser, rate, picks, noise)
+                bar.update()
+        record["ended"] = "all steps"
+    finally:
+        bar.close()
+        vae.load_state_dict(state)      # the best, not the last
+
+
+def learning_rate(step, steps, peak):
     """Linear warm-up, then paper: cosine to zero."""
-    ramp = max(1, round(warmup * steps))
-    done = max(0, step - ramp) / max(1, steps - ramp)       # of the way down, 0 to 1
-    return peak * min((step + 1) / ramp, 0.5 * (1 + math.cos(math.pi * done)))
+    ramp = max(1, round(WARMUP * steps))
+    if step < ramp:
+        return peak * (step + 1) / ramp
+    done = (step - ramp) / max(1, steps - ramp)         # of the way down, 0 to 1
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
-class Windows:
-    """All windows of the selected tensors of some checkpoints: numbered, and read when asked for,
-    so that files may be larger than memory.  parents: [(checkpoint, [TensorSlot, ...]), ...]"""
+def train_step(vae, windows, schedule, stage, optimiser, rate, picks, noise):
+    """One batch, one step of AdamW. Under torchrun each process takes its share of it."""
+    rank, size = rank_and_size()
+    chosen = picks.integers(len(windows.training), size=schedule.batch)[rank::size]
+    x_BTC, real_BTC = windows.read(windows.training[chosen])
+    bfloat16 = schedule.dtype == "bfloat16"
+    with torch.autocast(x_BTC.device.type, torch.bfloat16, enabled=bfloat16):
+        loss = stage_loss(vae, stage, x_BTC, real_BTC, noise)
+    optimiser.zero_grad(set_to_none=True)
+    loss.total.backward()
+    average_gradients(vae)
+    torch.nn.utils.clip_grad_norm_(vae.parameters(), CLIP)
+    optimiser.param_groups[0]["lr"] = rate
+    optimiser.step()
 
-    def __init__(self, parents, config, schedule):
-        self.C, self.T, self.device = config.chunk, config.tokens, schedule.device
-        self.tensors = [(checkpoint, slot) for checkpoint, slots in parents for slot in slots]
-        counts = [-(-slot.n_chunks(self.C) // self.T) for _, slot in self.tensors]
-        self.starts = [0, *itertools.accumulate(counts)]
-        # Held out by name and position, so in all parents at once: two experts of one base agree
-        # to a few per cent at the same position, and a window of one would give its twin away.
-        seeds = [[schedule.seed, zlib.crc32(slot.name.encode())] for _, slot in self.tensors]
-        draws = [np.random.default_rng(seed).random(n) for seed, n in zip(seeds, counts)]
-        order = np.random.default_rng(schedule.seed).permutation(self.starts[-1])
-        held = (np.concatenate(draws) < schedule.holdout)[order]
-        self.training = order if held.all() else order[~held]       # if one is empty: all windows
-        self.validation = self.read((order[held] if held.any() else order)[:VALIDATION_WINDOWS])
 
-    def read(self, numbers):
-        """(x_BTC standardised float32, real_BTC bool) of these windows."""
-        pairs = []
-        for number in numbers:
-            tensor = bisect.bisect(self.starts, number) - 1         # whose window it is
-            (checkpoint, slot), w = self.tensors[tensor], int(number) - self.starts[tensor]
-            flat_L = checkpoint.read(slot.name, w * self.T * self.C, (w + 1) * self.T * self.C)
-            pairs.append(to_windows(*chunk(standardise(flat_L, slot), self.C), self.T))
-        return [torch.cat(part).to(self.device) for part in zip(*pairs)]
+def stage_loss(vae, stage, x_BTC, real_BTC, noise):
+    """Stage 1: mse / 2. Stage 2: Eq. 1, with one sample of each code."""
+    real_BT = real_BTC.any(dim=-1)
+    if stage == 2:
+        posterior = vae.encode(x_BTC, real_BT)                          # q(z | w)
+        decoded_BTC = vae.decode(sample(posterior, noise), real_BT)     # p(w | z)
+        config = vae.config
+        return vae_loss(decoded_BTC, posterior, x_BTC, real_BTC, config.beta,
+                        config.true_ratio)
+    if vae.config.true_ratio > 1:                                       # past the bottleneck
+        decoded_BTC = vae.decode_stream(vae.encode_stream(x_BTC, real_BT), real_BT)
+    else:
+        decoded_BTC = vae.decode(vae.encode_mean(x_BTC, real_BT), real_BT)
+    mse = masked_mse(decoded_BTC, x_BTC, real_BTC)
+    return Loss(mse / 2, mse, torch.zeros(()))
 
 
 @torch.no_grad()
-def start_neck(vae, windows, batch):
-    """Between the stages: the neck starts in the principal directions of stage 1's latents."""
-    moments, chosen = Moments(), windows.training[:NECK_WINDOWS]
-    for numbers in np.array_split(chosen, -(-len(chosen) // batch)):
+def cut(vae, windows, schedule):
+    """Between the stages, at r > 1: the bottleneck takes the principal directions of stage
+    1's latents."""
+    if vae.config.true_ratio <= 1:
+        return
+    moments = Moments()
+    chosen = windows.training[:CUT_WINDOWS]
+    for numbers in np.array_split(chosen, -(-len(chosen) // schedule.batch)):
         x_BTC, real_BTC = windows.read(numbers)
         real_BT = real_BTC.any(dim=-1)
         moments.add(vae.encode_stream(x_BTC, real_BT)[real_BT].cpu())
-    vae.set_neck(moments.mean_Z.float(), moments.cov_ZZ)
-
-
-def stage_loss(vae, stage, x_BTC, real_BTC, generator):
-    """(loss, mse, kl): stage 1 mse / 2; stage 2 Eq. 1, with one sample of each code."""
-    real_BT = real_BTC.any(dim=-1)
-    if stage == 1 and vae.config.true_ratio > 1:                        # not through the neck
-        decoded_BTC = vae.decode_stream(vae.encode_stream(x_BTC, real_BT), real_BT)
-    else:
-        posterior = vae.encode(x_BTC, real_BT)                          # q(z | w)
-        z_BTZ = sample(posterior, generator) if stage == 2 else posterior.mu_BTZ
-        decoded_BTC = vae.decode(z_BTZ, real_BT)                        # p(w | z)
-    if stage == 1:
-        mse = masked_mse(decoded_BTC, x_BTC, real_BTC)
-        return Loss(mse / 2, mse, torch.zeros(()))                      # no KL
-    return vae_loss(decoded_BTC, posterior, x_BTC, real_BTC, vae.config.beta, vae.config.true_ratio)
+    vae.set_bottleneck(moments.mean_Z.float(), moments.cov_ZZ)
 
 
 @torch.no_grad()
 def validate(vae, windows, stage):
-    """Figures on held-out windows: `objective`, the stage's loss; `nmse` of the mean code; in stage
-    2 `kl` per latent number in nats, `sigma`, the mean posterior deviation, and `active`, the share
-    of latent numbers whose variance is above 0.01 (Burda et al. 2016)."""
+    """Figures on held-out windows: `objective`, the stage's loss; `nmse` of the mean code;
+    in stage 2 `kl` per latent number in nats, `sigma`, the mean posterior deviation, and
+    `active`, the share of latent numbers whose variance is above 0.01 (Burda et al. 2016).
+    """
     x_BTC, real_BTC = windows.validation
-    loss, mse, kl = stage_loss(vae, stage, x_BTC, real_BTC, torch.Generator().manual_seed(0))
-    figures = {"objective": loss, "nmse": mse}          # stage 1 has no more
+    loss = stage_loss(vae, stage, x_BTC, real_BTC, generator_for(0))
+    figures = {"objective": loss.total, "nmse": loss.mse}
     if stage == 2:
         real_BT = real_BTC.any(dim=-1)
         mu_BTZ, logvar_BTZ = vae.encode(x_BTC, real_BT)
         figures["nmse"] = masked_mse(vae.decode(mu_BTZ, real_BT), x_BTC, real_BTC)
-        figures |= {"kl": kl, "sigma": (0.5 * logvar_BTZ[real_BT]).exp().mean()}
-        figures["active"] = (mu_BTZ[real_BT].var(dim=0, correction=0) > 0.01).float().mean()
-    return {key: value.item() for key, value in figures.items()}        # numbers, for JSON
+        figures["kl"] = loss.kl
+        figures["sigma"] = (0.5 * logvar_BTZ[real_BT]).exp().mean()
+        variance_Z = mu_BTZ[real_BT].var(dim=0, correction=0)
+        figures["active"] = (variance_Z > 0.01).float().mean()
+    return {key: value.item() for key, value in figures.items()}        # for JSON
 
 
-def train_step(vae, windows, schedule, stage, optimiser, picks, generator):
-    """One batch, one step of AdamW. Under torchrun each process takes its part of the batch."""
-    rank, size = rank_and_size()
-    chosen = picks.integers(len(windows.training), size=schedule.batch)[rank::size]
-    x_BTC, real_BTC = windows.read(windows.training[chosen])
-    with torch.autocast(x_BTC.device.type, torch.bfloat16, enabled=schedule.dtype == "bfloat16"):
-        loss = stage_loss(vae, stage, x_BTC, real_BTC, generator)[0]    # in nats per weight
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()                             # float32, whatever the products were
-    for parameter in vae.parameters() if size > 1 else []:
-        if parameter.grad is not None:      # data-parallel: the mean of all processes' gradients
-            distributed.all_reduce(parameter.grad.div_(size))
-    torch.nn.utils.clip_grad_norm_(vae.parameters(), schedule.clip)
-    optimiser.step()        # AdamW
+class Windows:
+    """All windows of some tensors, numbered, and read when they are asked for: the files
+    may be larger than memory.  parents: as for train_vae."""
+
+    def __init__(self, parents, config, schedule):
+        self.C = config.chunk
+        self.T = config.tokens
+        self.device = schedule.device
+        self.tensors = [(checkpoint, stats) for checkpoint, many in parents for stats in many]
+        owner = []              # of each window: the number of its tensor,
+        position = []           # its place there,
+        held = []               # and whether it is held out
+        for number, (_, stats) in enumerate(self.tensors):
+            count = -(-stats.n_chunks(self.C) // self.T)
+            # Held out by layer, name and place, so in all parents at once: two experts of
+            # one base nearly agree there, and the one would give the other away.
+            key = zlib.crc32(f"{stats.place.layer} {stats.place.rest}".encode())
+            draws = np.random.default_rng([schedule.seed, key]).random(count)
+            owner.append(np.full(count, number))
+            position.append(np.arange(count))
+            held.append(draws < schedule.holdout)
+        self.owner = np.concatenate(owner)
+        self.position = np.concatenate(position)
+        held = np.concatenate(held)
+        order = np.random.default_rng(schedule.seed).permutation(len(held))
+        self.training = order[~held[order]]
+        validation = order[held[order]]
+        if len(self.training) == 0 or len(validation) == 0:     # too few to hold any out
+            self.training = order
+            validation = order
+        self.validation = self.read(validation[:VALIDATION_WINDOWS])
+
+    def read(self, numbers):
+        """(x_BTC standardised float32, real_BTC bool) of these windows."""
+        width = self.T * self.C
+        x = []
+        real = []
+        for number in numbers:
+            checkpoint, stats = self.tensors[self.owner[number]]
+            start = int(self.position[number]) * width
+            flat_L = checkpoint.read(stats.name, start, start + width)
+            chunks_NC, real_NC = chunk(standardise(flat_L, stats), self.C)
+            x_1TC, real_1TC = to_windows(chunks_NC, real_NC, self.T)
+            x.append(x_1TC)
+            real.append(real_1TC)
+        return torch.cat(x).to(self.device), torch.cat(real).to(self.device)
 
 
-def run_stage(vae, windows, schedule, stage, steps, peak, log):
-    """One stage, to its best held-out state, the start included: no training leaves a codec worse.
-    Returns its record; `ended`: converged, steps, or interrupted (Ctrl-C)."""
-    decay, warmup, rank = schedule.weight_decay, schedule.warmup, rank_and_size()[0]
-    optimiser = torch.optim.AdamW(vae.parameters(), peak, (0.9, 0.95), weight_decay=decay)
-    picks = np.random.default_rng((schedule.seed, stage))       # the same in every process
-    generator = generator_for(schedule.seed, stage, rank)       # noise of its own
-    best, state, ended, began = {}, None, "", time.perf_counter()
-    bar = tqdm(range(steps + 1), f"stage {stage}", leave=False, disable=schedule.quiet or None)
-    try:
-        for step in bar:
-            rate = optimiser.param_groups[0]["lr"] = learning_rate(step, steps, peak, warmup)
-            if step % max(1, steps // schedule.checks) == 0 or step == steps:
-                figures, seconds = validate(vae, windows, stage), time.perf_counter() - began
-                need(math.isfinite(figures["objective"]), "training", "infinite loss", "lower --lr")
-                log({"stage": stage, "step": step, "seconds": seconds, "lr": rate, **figures})
-                bar.set_postfix(NMSE=f"{figures['nmse']:.1e}", KL=f"{figures.get('kl', 0):.2f}")
-                if not best or figures["objective"] < best["objective"]:
-                    best, state = {**figures, "best_step": step}, copy.deepcopy(vae.state_dict())
-                if figures["nmse"] < CONVERGED or step == steps:
-                    ended = "converged" if figures["nmse"] < CONVERGED else "steps"
-                    break           # before the step: `best` has seen this state
-            train_step(vae, windows, schedule, stage, optimiser, picks, generator)
-    except KeyboardInterrupt:       # Ctrl-C: the best state so far is worth keeping
-        need(best, "training", "interrupted before its first check", "run it again")
-        ended = "interrupted"
-    vae.load_state_dict(state)              # the best, not the last
-    return {**best, "stage": stage, "steps": step, "lr": peak, "ended": ended, "seconds": seconds}
-
-
-def train_vae(parents, config, schedule=Schedule(), log=lambda record: None, start=None):
-    """The whole curriculum: (vae, [record of each stage]).  parents: as for Windows, with one VAE
-    for all.  start: a trained VAE, which goes on in stage 2.  An infinite loss is an error."""
-    gather(None)        # under torchrun: the processes meet
-    vae = copy.deepcopy(start or VAE(config, generator_for(schedule.seed))).to(schedule.device)
-    windows, stages = Windows(parents, vae.config, schedule), []
-    peak = schedule.lr or (8e-3 if vae.config.init == "random" and not start else 1e-4)
-    if not start:
-        stages.append(run_stage(vae, windows, schedule, 1, schedule.steps1, peak, log))
-        if vae.config.true_ratio > 1:
-            start_neck(vae, windows, schedule.batch)    # the cut from D to Z numbers
-        else:
-            peak *= STAGE2_RATE                         # nothing was cut off: to refine
-    if start or stages[0]["ended"] != "interrupted":
-        stages.append(run_stage(vae, windows, schedule, 2, schedule.steps2, peak, log))
-    vae.ready = True                # its codes mean something now
-    return vae.eval(), stages       # at its best
-
-
-def save_vae(path, vae, stages, **facts):
+def save_vae(path, vae, stages, force, **facts):
     """The VAE file. Wall times stay out of it: same inputs and seed, same bytes."""
-    record = [{key: value for key, value in stage.items() if key != "seconds"} for stage in stages]
-    write_tensors(path, *vae.to_file({"stages": record, **facts}))
+    record = [{k: v for k, v in stage.items() if k != "seconds"} for stage in stages]
+    write_tensors(path, *vae.to_file({"stages": record, **facts}), force)
 
 
 def describe_stage(record):
-    parts = ", ".join(f"{key} {record[key]:.4g}" for key in (
-        "nmse", "kl", "sigma", "active", "steps", "best_step", "seconds") if key in record)
-    return f"stage {record['stage']}: held-out {parts}; ended: {record['ended']}"
+    """A line for people on what a stage did."""
+    said = f"stage {record['stage']}: {record['steps']} steps, {record['seconds']:.0f} s, "
+    said += f"held-out NMSE {record['nmse']:.2g}"
+    if "kl" in record:
+        said += f", KL {record['kl']:.3g} nats and sigma {record['sigma']:.3g} per number"
+    return f"{said} (the best state, of step {record['best_step']}); {record['ended']}"
 
 
-# --- What both commands share ---------------------------------------------------------------------
-def gather(value):
-    """[value of process 0, of process 1, ...], in every process of a torchrun; alone, [value]."""
-    values = [value] * rank_and_size()[1]       # to be filled in
-    if len(values) > 1 and not distributed.is_initialized():    # a day: one has the largest tensor
-        distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
-        atexit.register(distributed.destroy_process_group)      # else an exit may abort
+# --- The command line, and what merge.py shares of it -----------------------------------
+def start_parser(name, description):
+    """A parser with the flags of both commands."""
+    parser = Parser(prog=name, description=description,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--select", type=regex, metavar="REGEX",
+        help="only tensors whose name it finds (floats of 2 or more dimensions)")
+    add("--seed", type=int, default=0, help="of everything random")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help=" ")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of products")
+    add("--force", action="store_true", help="overwrite an output (never an input)")
+    add("--quiet", action="store_true", help="no progress bars")
+    return parser
+
+
+def regex(value):
+    """The type of --select."""
     try:
-        if len(values) > 1:
-            distributed.all_gather_object(values, value)
-        return values
-    except RuntimeError:        # another process has gone, and has said why
-        raise SystemExit(1) from None
+        re.compile(value)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"is no pattern: {error}") from None
+    return value
 
 
 def pick_device(name):
-    """"auto", "cpu" or "cuda" -> a torch device; under torchrun each process takes its own GPU."""
-    found, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
-    need(found or name != "cuda", "--device cuda", "torch finds no CUDA device", "use --device cpu")
-    return f"cuda:{local % torch.cuda.device_count()}" if found and name != "cpu" else "cpu"
+    """"auto", "cpu" or "cuda" -> a torch device; under torchrun a GPU for each process."""
+    found = torch.cuda.is_available()
+    need(found or name != "cuda", "--device cuda", "torch finds no GPU", "use --device cpu")
+    if not found or name == "cpu":
+        return "cpu"
+    return f"cuda:{rank_and_size()[0] % torch.cuda.device_count()}"
 
 
-def regex(text):
-    try:        # argparse then names the flag
-        return re.compile(text).pattern
-    except re.error:
-        raise ValueError from None
-
-
-def start_parser(name, doc, texts, switches=""):
-    """(parser, its add) with the flags of both commands; --help prints the module's docstring."""
-    parser = Parser(prog=name, usage=argparse.SUPPRESS, description=doc,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = partial(parser.add_argument, help=argparse.SUPPRESS)
-    add("--select", type=regex)
-    add("--seed", type=int, default=0)
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    add("--dtype", default="float32", choices=("float32", "bfloat16"))
-    for flag in texts.split():
-        add("--" + flag)
-    for flag in ["force", "quiet", *switches.split()]:
-        add("--" + flag, action="store_true")
-    if rank_and_size()[0]:      # under torchrun the first process speaks for all
-        sys.stdout = open(os.devnull, "w")
-        parser.set_defaults(quiet=True)
-    return parser, add
+FLAGS = {
+    "ratio": "r, weights per latent number", "chunk": "C, weights per chunk",
+    "tokens": "T, chunks per window", "width": "D, of the network",
+    "blocks": "of the encoder, and of the decoder", "heads": "of attention",
+    "beta": "weight of the KL", "steps1": "of stage 1", "steps2": "of stage 2",
+    "lr": "peak learning rate; 0: 8e-3 for random, 1e-4 for pca",
+    "batch": "windows per step", "holdout": "share of windows to validate on"}
 
 
 def parse(argv):
     """(arguments, VAEConfig, Schedule)."""
-    parser, add = start_parser("train.py", __doc__, "log")
-    add("checkpoints", nargs="+")
-    add("-o", "--output", default="vae.safetensors")
-    add("--init", default="pca")
-    add("--width", type=int, default=argparse.SUPPRESS)     # as large as --chunk needs
-    for name in "chunk tokens blocks heads ratio beta steps1 steps2 lr batch holdout".split():
-        default = getattr(VAEConfig, name, None) or getattr(Schedule, name)
-        add(f"--{name}", type=type(default), default=default)
-    a = parser.parse_intermixed_args(argv)
-    pairs = 2 * max(1, a.heads)         # for each head's rotation
-    roomy = -(-max(VAEConfig.width, a.chunk) // pairs) * pairs      # room for a chunk
-    given = {"width": roomy, **vars(a), "device": pick_device(a.device)}
-    if a.init not in ("pca", "random"):
+    parser = start_parser("train.py", "Train a VAE on checkpoints, in two stages.")
+    add = parser.add_argument
+    add("checkpoints", nargs="+", metavar="CHECKPOINT", help="files or folders")
+    add("-o", "--output", default="vae.safetensors", help="the VAE")
+    add("--log", help="a JSON line for each validation is appended to this file")
+    add("--init", default="random", help="the start: random, pca, or a VAE file to go on")
+    known = {field.name: field for field in (*fields(VAEConfig), *fields(Schedule))}
+    for name, what in FLAGS.items():
+        add(f"--{name}", type=known[name].type, default=known[name].default, help=what)
+    a = parser.read(argv)
+    given = vars(a) | {"device": pick_device(a.device)}
+    if a.init not in ("random", "pca"):
         given["init"] = VAEConfig.init
         if any(given[field.name] != field.default for field in fields(VAEConfig)):
             parser.error("--init FILE brings its network: drop the network's flags")
     try:
-        return [a, *(kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given})
-                     for kind in (VAEConfig, Schedule))]
+        config = VAEConfig(**{f.name: given[f.name] for f in fields(VAEConfig)})
+        schedule = Schedule(**{f.name: given[f.name] for f in fields(Schedule)})
     except ValueError as error:
         parser.error(str(error))
+    return a, config, schedule
 
 
 def main(argv=None):
     a, config, schedule = parse(argv)
-    codec = None if a.init in ("pca", "random") else Codec.load(a.init)
-    checkpoints = [Checkpoint(path) for path in a.checkpoints]
-    inputs = [file for reader in [*checkpoints, *filter(None, [codec])] for file in reader.files]
-    check_output(a.output, inputs, a.force)
-    if a.log:       # it may exist: it is appended to
-        check_output(a.log, [*inputs, a.output], force=True)
+    start = None
+    inputs = []
+    if a.init not in ("random", "pca"):
+        need(os.path.exists(a.init), a.init, "no such file", "--init takes random, pca or a "
+             "VAE file")
+        codec = Codec.load(a.init)
+        start = codec.vae
+        inputs += codec.files
     parents = []
-    for checkpoint in checkpoints:
+    for path in a.checkpoints:
+        checkpoint = Checkpoint(path)
+        inputs += checkpoint.files
         entries = [e for e in checkpoint.entries.values() if is_selected(e, a.select)]
-        need(entries, checkpoint.path, "no tensor is selected", "change --select")
+        need(entries, path, "no tensor is selected", "change --select")
         parents.append((checkpoint, [measure(checkpoint, entry.name) for entry in entries]))
-        print(f"{checkpoint.path}: {len(entries)} tensors")
-    first = rank_and_size()[0] == 0     # under torchrun only the first process writes
-    with open(a.log if a.log and first else os.devnull, "a") as stream:
+        say(f"{path}: {len(entries)} tensors")
+    check_output(a.output, inputs, a.force)
+    first = rank_and_size()[0] == 0         # under torchrun only the first process writes
+    lines = open(os.devnull, "w")
+    if a.log and first:
+        check_output(a.log, [*inputs, a.output], force=True, flag="--log")
+        for file in inputs:                 # it is appended to in place: a hard link is read
+            same = os.path.exists(a.log) and os.path.samefile(file, a.log)
+            need(not same, a.log, f"is the input {file}", "choose another --log")
+        lines = open(a.log, "a", encoding="utf-8")
+    with lines:
         vae, stages = train_vae(parents, config, schedule, lambda record: print(
-            json.dumps(record), file=stream, flush=True), codec and codec.vae)
-    print(*map(describe_stage, stages), sep="\n")
+            json.dumps(record), file=lines, flush=True), start)
+    say(*map(describe_stage, stages))
     if first:
-        save_vae(a.output, vae, stages, trained_on=[*map(os.path.basename, a.checkpoints)],
-                 select=a.select, schedule=asdict(schedule))
-        print(f"wrote {a.output}: r = {vae.config.true_ratio:g}")
+        names = [os.path.basename(os.path.normpath(path)) for path in a.checkpoints]
+        save_vae(a.output, vae, stages, a.force, trained_on=names, select=a.select,
+                 schedule=asdict(schedule))
+        say(f"wrote {a.output}: r = {vae.config.true_ratio:g}")
     if stages[-1]["nmse"] > MAX_NMSE:
-        print(f"note: no merge will take it, as its NMSE is above {MAX_NMSE:g}: lower --ratio?")
-    return 130 if stages[-1]["ended"] == "interrupted" else 0       # as shells expect
+        say(f"warning: merge.py refuses a codec whose NMSE is above {MAX_NMSE:g}: train for "
+            "longer, or at a lower --ratio", stream=sys.stderr)
+    if stages[-1]["ended"] == "interrupted":
+        return 130                          # as shells expect
+    return 0
+
+
+# --- Under torchrun: several processes, one result. Nothing is read at import. ----------
+def rank_and_size():
+    """(number of this process, of all): (0, 1) unless a launcher has set both."""
+    try:
+        rank = int(os.environ["RANK"])
+        size = int(os.environ["WORLD_SIZE"])
+    except (KeyError, ValueError):
+        return 0, 1
+    return rank, max(1, size)
+
+
+def gather(value):
+    """[value of process 0, of process 1, ...], in every process; alone, [value]."""
+    size = rank_and_size()[1]
+    if size == 1:
+        return [value]
+    values = [None] * size
+    try:
+        if not distributed.is_initialized():
+            # Processes may wait for each other for long: one of them has the largest tensor.
+            distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
+            atexit.register(distributed.destroy_process_group)      # an exit may abort
+        distributed.all_gather_object(values, value)
+    except ValueError as error:         # the launcher's environment is not whole
+        need(False, "torchrun", " ".join(str(error).split()), "unset RANK and WORLD_SIZE")
+    except RuntimeError:                # another process has gone, and has said why
+        raise SystemExit(1) from None
+    return values
+
+
+def average_gradients(vae):
+    """Data parallel: the mean of all processes' gradients."""
+    size = rank_and_size()[1]
+    for parameter in vae.parameters():
+        if size > 1 and parameter.grad is not None:
+            distributed.all_reduce(parameter.grad.div_(size))
 
 
 if __name__ == "__main__":
