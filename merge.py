@@ -304,12 +304,13 @@ def measure_task(models, task):
         return task
     if task.action == "averaged" and all(
             equal(models[0], task.name, models[k], there) for k, there in task.parents):
-        return replace(task, action="copied", why="equal in all")   # a mask of -inf, say
+        # Nothing is to be averaged; and a mask may well hold -inf.
+        return replace(task, action="copied", why="equal in all", parents=task.parents[:1])
     stats = tuple(measure(models[k], there) for k, there in task.parents)
     if task.action == "averaged" or not stats[0].constant:
         return replace(task, stats=stats)
     if any(each.shape != stats[0].shape for each in stats):
-        return replace(task, action="copied", why="constant")
+        return replace(task, action="copied", why="constant", parents=task.parents[:1])
     if all(each.constant for each in stats):        # there is no pattern for a codec
         return replace(task, stats=stats, action="averaged")
     return replace(task, stats=stats)
@@ -807,7 +808,8 @@ def main(argv=None):
             say(f"note: {model.path} is read by its index, without its model.safetensors")
     along = check_outputs(a, models, codecs)
     run, warnings = plan_run(a, models, codecs)
-    say(*[f"warning: {warning}" for warning in warnings], stream=sys.stderr)
+    for warning in warnings:
+        say(f"warning: {warning}", stream=sys.stderr)
     if a.dry_run:
         print_plan(run)
         print_pairs(run)
