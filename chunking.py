@@ -397,11 +397,11 @@ def refuse_quantised(entries, folder):
         beside = name in scaled or name.rpartition(".")[0] in scaled
         need(not (packed and beside), entry.file,
              f"is quantised: {entry.dtype} beside its scales", ORIGINAL, name)
-    config = Path(folder, "config.json")
-    if config.is_file():
-        # With {} or null it is not quantised.
-        said = re.search(rb'"quantization_config"\s*:\s*\{\s*"', config.read_bytes())
-        need(not said, config, "says that the checkpoint is quantised", ORIGINAL)
+    # config.json and hf_quant_config.json say so as well. With {} or null they do not.
+    said = rb'"(quantization|compression)(_config)?"\s*:\s*\{\s*"'
+    for config in Path(folder).glob("*config.json"):
+        need(not re.search(said, config.read_bytes()), config,
+             "says that the checkpoint is quantised", ORIGINAL)
 
 
 def locate(path):
