@@ -1,8 +1,8 @@
 """chunking.py: a tensor <-> standardised chunks, and the files around them.
                                                                     (read second)
 
-    file --read--> flat_L --standardise--> x_L --chunk--> chunks_NC --to_windows--> x_BTC
-    file <--put-- flat_L <-unstandardise- x_L <-unchunk- chunks_NC <-from_windows- x_BTC
+    file -read-> flat_L --standardise--> x_L --chunk--> chunks_NC --to_windows--> x_BTC
+    file <-put- flat_L <-unstandardise- x_L <-unchunk- chunks_NC <-from_windows- x_BTC
 
 Every arrow has its inverse beside it. Paper: Sec. 3.2, "layer-aware chunking".
 
@@ -39,15 +39,17 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-# Weights that are read at a time: 1 MB in float32, so that a piece stays in the cache of
-# a core while it is converted, standardised and encoded.
+# Weights that are read at a time: 1 MB in float32, so that a piece stays in the cache
+# of a core while it is converted, standardised and encoded.
 PIECE = 1 << 18
 
 
-# --- Names: where a tensor sits in its model --------------------------------------------
-# All that is known of architectures is this table: a fork adds a line, not a branch. The
-# pattern is searched in the dotted name behind the layer's number, without `weight` or
-# `bias`; the first match wins, so that special names stand before general ones.
+# --- Names: where a tensor sits in its model ------------------------------------------
+# All that is known of architectures is this table: a fork adds a line, not a branch.
+# The pattern is searched in the dotted name behind the layer's number, without `weight`
+# or `bias`; the first match wins, so that special names stand before general ones.
+# `wo` is the output of attention in one model and of the MLP in another: behind `att`
+# it is the one, otherwise the other.
 # Covered: Llama, BERT, GPT-2, GPT-NeoX, T5, ViT, torch.nn.
 ROLES = [
     ("norm", r"norm|(^|\.)ln_?\d|(^|\.)ln_f"),
@@ -62,9 +64,10 @@ ROLES = [
     ("up", r"(up_proj|w3|wi_1|wi|intermediate\.dense|c_fc|fc1|lin1|dense_h_to_4h)$"),
     ("down", r"(down_proj|w2|wo|output\.dense|c_proj|fc2|lin2|dense_4h_to_h)$"),
     ("head", r"lm_head|embed_out|(^|\.)score$|classifier"),
-    ("embed", r"embed|(^|\.)wte$|(^|\.)wpe$|^shared$"),                 # words, positions
+    ("embed", r"embed|(^|\.)wte$|(^|\.)wpe$|^shared$"),       # of words, of positions
 ]
-# Dotted parts that a training framework puts around a module. They say nothing about it.
+# Dotted parts that a training framework puts around a module, anywhere in a name. They
+# say nothing about it.  Example: 'module.h.0._orig_mod.attn' is 'h.0.attn'.
 WRAPPERS = (r"(?<![^.])(module|_orig_mod|_forward_module|_fsdp_wrapped_module|"
             r"_checkpoint_wrapped_module)\.")
 # A name with a layer: what stands before the number, the number, what stands behind it.
@@ -116,7 +119,10 @@ def role_of(rest):
 
 def parse_names(names):
     """{name: Place} of one model. Where no name has a layer otherwise, a number at its
-    very beginning is one (a torch.nn.Sequential: '0.weight', '2.weight')."""
+    very beginning is one.
+
+    Example:  a torch.nn.Sequential, '0.weight' and '2.weight': layers 0 and 2
+    """
     places = {name: parse_name(name) for name in names}
     if all(place.layer is None for place in places.values()):
         places = {name: parse_name(name, FIRST) for name in names}
@@ -125,7 +131,7 @@ def parse_names(names):
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a checkpoint, without its numbers."""
+    """One tensor of a checkpoint, without its numbers: all that a header says of it."""
     name: str
     dtype: torch.dtype
     shape: tuple
@@ -144,13 +150,13 @@ class Entry:
 
 
 def is_selected(entry, pattern=None):
-    """Whether a tensor is encoded.
+    """Whether a tensor is encoded, to be merged in latent space.
 
     paper:    attention and MLP (Table 6); norms and biases are left out (Sec. 3.2)
     ours:     floats of two or more dimensions inside numbered layers. Norms and biases
               are vectors; biases of fused experts have two dimensions and are in; a
-              `bias` of more (GPT-2's causal mask) is no weight. With a pattern: all such
-              floats whose name it finds, in a layer or not
+              `bias` of more (GPT-2's causal mask) is no weight. With a pattern: all
+              such floats whose name it finds, in a layer or not
     """
     dimensions = len(entry.shape)
     mask = entry.name.endswith("bias") and dimensions > 2
@@ -161,13 +167,14 @@ def is_selected(entry, pattern=None):
     return entry.place.layer is not None
 
 
-# --- Statistics: the record that makes chunks invertible --------------------------------
+# --- Statistics: the record that makes chunks invertible ------------------------------
 @dataclass(frozen=True)
 class TensorStats(Entry):
     """An entry with the statistics that turn its chunks back into weights.
 
-    One mean and one deviation for a whole tensor: a unit for each row would need as many
-    numbers as it has rows, and rows of two models could not share them.
+    ours:     one mean and one deviation for a whole tensor. The codec is trained on
+              weights of mean 0 and std 1, and can then carry tensors of any spread: in
+              experiments/models/base, 0.03 (v_proj) to 0.26 (the embedding)
     """
     mean: float = 0.0       # of the raw weights
     std: float = 0.0        # their standard deviation (1/n)
@@ -209,14 +216,14 @@ def measure(checkpoint, name):
         m2 += variance.item() * n_piece + delta * delta * start * n_piece / stop
         mean += delta * n_piece / stop
     std = math.sqrt(m2 / max(1, entry.numel))
-    # All are equal. The bound allows for the rounding of their sum: each step of it adds
-    # up to 2^-53 = 1e-16 of the mean.
+    # Then all are equal. The bound allows for the rounding of the mean, which each step
+    # may move by 2^-53 = 1e-16 of itself.
     if std <= 1e-12 * abs(mean):
         std = 0.0
-    # float32 ends at 3e38, and squares and sums of weights must fit as well. A NaN fails
-    # every comparison, and an Inf this one.
-    need(std + abs(mean) < 1e30, entry.file, "holds NaN or Inf, or numbers too large for "
-         "float32", "repair, rescale or re-export the checkpoint", name)
+    # float32 ends at 3e38, and sums of many weights must fit as well. A NaN among the
+    # weights makes both a NaN, which fails every comparison; an Inf fails this one.
+    need(std + abs(mean) < 1e30, entry.file, "holds NaN or Inf, or numbers too large "
+         "for float32", "repair, rescale or re-export the checkpoint", name)
     return TensorStats(**vars(entry), mean=mean, std=std)
 
 
@@ -234,15 +241,20 @@ def pool(parents):
 
 
 def wide(dtype):
-    """The arithmetic of a stored dtype: float64 keeps its own, all others take float32."""
+    """The arithmetic of a stored dtype: float64 keeps its own, others take float32."""
     if dtype == torch.float64:
         return torch.float64
     return torch.float32
 
 
 def standardise(flat_L, stats):
-    """x = (w - mean) / scale, float32 (paper: weights are standardised first). The mean
-    is taken off before float64 weights are rounded: a small spread survives."""
+    """x = (w - mean) / scale, in float32.
+
+    paper:    weights are standardised before they are cut into chunks
+    ours:     the mean is taken off before float64 weights are rounded to float32. At
+              mean 1 and std 1e-9 the other order would leave nothing: float32 has
+              steps of 1e-7 there
+    """
     wide_L = flat_L.to(wide(flat_L.dtype))
     return ((wide_L - stats.mean) / stats.scale).float()
 
@@ -253,23 +265,26 @@ def unstandardise(x_L, stats):
 
 
 def cast(flat_L, entry):
-    """The one rounding to the stored dtype. A value that does not fit is an error, never
-    an Inf.  Example: 70000 in float16, which ends at 65504."""
+    """The one rounding to the stored dtype. A value that does not fit is an error,
+    never an Inf.  Example: 70000 in float16, which ends at 65504."""
     result_L = flat_L.to(entry.dtype)
-    # One sum shows every NaN and Inf, in half the time of a look at each weight. It does
-    # not overflow by itself: weights are below 1e30, and float64 ends at 1e308.
+    # One sum shows every NaN and Inf, in half the time of a look at each weight. It
+    # does not overflow by itself: weights are below 1e30, and float64 ends at 1e308.
     need(result_L.double().sum().isfinite(), "result", f"does not fit {entry.dtype}",
          "lower --lam, or store it wider", entry.name)
     return result_L
 
 
-# --- Chunks and windows (paper: Sec. 3.2) -----------------------------------------------
+# --- Chunks and windows (paper: Sec. 3.2) ---------------------------------------------
 def chunk(flat_L, C):
     """Cut a flattened tensor into chunks.
 
     paper:    w in R^L, padded with zeros to L_p = ceil(L / c) c, cut into n = L_p / c
               chunks
     Returns:  chunks_NC, and real_NC bool (1 = weight, 0 = padding); N = 0 if L = 0
+    Example:  L = 7, C = 4: N = 2 chunks, one number of padding (see the top)
+    ours:     rows of a matrix follow one another, so that a chunk holds neighbours of
+              one row, the weights of one output. A row of 576 is 9 chunks of 64
     """
     L, = flat_L.shape
     N = -(-L // C)                                                  # ceil(L / C)
@@ -293,21 +308,22 @@ def to_windows(chunks_NC, real_NC, T):
               windows straddle tensors
     """
     N, C = chunks_NC.shape
-    fill = (0, 0, 0, -N % T)                            # B T - N chunks, behind the last
+    fill = (0, 0, 0, -N % T)                        # B T - N chunks, behind the last
     x_NC = F.pad(chunks_NC, fill)
     real_NC = F.pad(real_NC, fill)
-    return x_NC.view(-1, T, C), real_NC.view(-1, T, C)              # (N, C) -> (B, T, C)
+    return x_NC.view(-1, T, C), real_NC.view(-1, T, C)          # (N, C) -> (B, T, C)
 
 
 def from_windows(x_BTC, N):
     """The inverse, for weights (last axis C) as for latents (last axis Z)."""
-    return x_BTC.reshape(-1, x_BTC.shape[-1])[:N]                   # (B, T, C) -> (N, C)
+    return x_BTC.reshape(-1, x_BTC.shape[-1])[:N]               # (B, T, C) -> (N, C)
 
 
-# === Files. From here on nothing is specific to the paper. ==============================
+# === Files. From here on nothing is specific to the paper. ===========================
 class CheckpointError(ValueError):
-    """What a file, the data or the disk is to blame for, as one line: file, tensor, what
-    is wrong, what to do."""
+    """What a file, the data or the disk is to blame for, as one line:
+    FILE: tensor 'NAME': what is wrong; fix: what to do. Other exceptions are our own
+    faults, and keep their traceback."""
 
     def __init__(self, file, what, fix, tensor=None):
         if tensor is not None:
@@ -317,6 +333,7 @@ class CheckpointError(ValueError):
         super().__init__(repr(line)[1:-1])
 
 
+# What to do, where several errors need the same.
 AGAIN = "the file is damaged or incomplete: fetch or write it again"
 ORIGINAL = "use the original 16- or 32-bit checkpoint"
 
@@ -375,9 +392,9 @@ def read_header(path):
                 code = record.get_dtype()
                 need(code in DTYPES, path, f"dtype {code} is not supported",
                      "load it and save it as float32", name)
-                entry = Entry(name, DTYPES[code], tuple(record.get_shape()), path, start)
-                entries[name] = entry
-                start += entry.nbytes
+                entries[name] = Entry(name, DTYPES[code], tuple(record.get_shape()),
+                                      path, start)
+                start += entries[name].nbytes
     except SafetensorError as error:
         raise CheckpointError(path, f"no safetensors file: {error}", AGAIN) from None
     need(entries, path, "holds no tensors", "pass a checkpoint with weights")
@@ -386,7 +403,7 @@ def read_header(path):
 
 def refuse_quantised(entries, folder):
     """Integers or float8 beside their scales are no weights, whatever their names: a
-    merge of them would be noise.
+    weight is their product, and an average of the integers alone would be noise.
 
     Example:  'q_proj.weight' in float8 beside 'q_proj.weight_scale'; in bitsandbytes'
               files beside 'q_proj.weight.absmax', whose module is the weight itself
@@ -426,8 +443,8 @@ def locate(path):
          "no model",
          "fold it: python experiments/tools/lora.py fold BASE ADAPTER -o EXPERT")
     held = ", ".join(sorted(os.listdir(path))[:5])
-    need(len(found) == 1, path, f"holds {len(found)} .safetensors files, not one: {held}",
-         "pass one of them or an index; pickles must be converted")
+    need(len(found) == 1, path, f"holds {len(found)} .safetensors files, not one: "
+         f"{held}", "pass one of them or an index; pickles must be converted")
     return join(path, found[0])
 
 
@@ -435,9 +452,13 @@ def read_shards(file):
     """{path: names of the tensors that are read from it} of an index, or of a weights
     file, which stands for itself: no names, as all of them are read.
 
-    An index that none of its shards is beside gives {}. A shard may lie in a sub-folder,
-    but not outside the index's folder: what was downloaded must not make us read other
-    files.
+    A stale index, of whose shards none is there, gives {}. A shard may lie in a
+    sub-folder, but not outside the folder of the index: what was downloaded must not
+    make us read other files.
+
+    Example:  'weight_map': {'a': '1.safetensors', 'b': '2.safetensors',
+              'c': '1.safetensors'}  ->  {'.../1.safetensors': {'a', 'c'},
+              '.../2.safetensors': {'b'}}
     """
     if not file.endswith(".json"):
         return {file: set()}
@@ -447,8 +468,9 @@ def read_shards(file):
         weight_map = json.loads(Path(file).read_bytes())["weight_map"]
         for name, shard in weight_map.items():
             shards.setdefault(abspath(join(folder, shard)), set()).add(name)
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(file, f"no index with a weight_map: {error}",
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as bad:
+        # No JSON, no weight_map, no map, or a shard that is no text.
+        raise CheckpointError(file, f"no index with a weight_map: {bad}",
                               AGAIN) from None
     if not any(map(isfile, shards)):
         return {}
@@ -462,10 +484,13 @@ STOP = threading.Event()    # set to give a run up: `read` then raises in its th
 
 
 class Checkpoint:
-    """A checkpoint opened for reading: a .safetensors file, an index of shards, a folder.
+    """A checkpoint opened for reading: a .safetensors file, an index of shards, or a
+    folder. Opening reads headers only; weights are read when they are asked for.
 
-    entries: {name: Entry}, in the order of `in_order`.  files: all that is read.
-    folder: of the model, or None for a file.            metadata: of the last header.
+    entries:  {name: Entry}, in the order of `in_order`
+    files:    all files that are read, the index among them
+    folder:   of the model, or None for a file
+    metadata: of the last header; a model's says little, a VAE's holds its configuration
     """
 
     folder = None
@@ -492,8 +517,12 @@ class Checkpoint:
         self._lock = threading.Lock()       # a handle has one position for all threads
 
     def read(self, name, start=0, stop=None):
-        """Elements [start, stop) of the flattened tensor, in the stored dtype, as a copy
-        that the caller may write to: (stop - start,)."""
+        """Elements [start, stop) of the flattened tensor, in the stored dtype, as a
+        copy that the caller may write to: (stop - start,), less beyond the end.
+
+        Not by a memory map: what is read is counted, so that a file that shrinks while
+        the run goes on is an error with a name, and not the end of the process.
+        """
         if STOP.is_set():
             raise InterruptedError          # the run was given up
         entry = self.entries[name]
@@ -504,7 +533,8 @@ class Checkpoint:
         with self._lock:
             file.seek(entry.start + wanted.start * entry.dtype.itemsize)
             got = file.readinto(data)
-        need(got == len(data), entry.file, "shrank while it was read", "run again", name)
+        need(got == len(data), entry.file, "shrank while it was read", "run it again",
+             name)
         return piece_L
 
     def read_tensor(self, name):
@@ -535,11 +565,16 @@ class StateDict(Checkpoint):
         return flat_L.to("cpu", copy=True)
 
 
-# --- Writing. The library's save_file wants all tensors in memory at once. --------------
+# --- Writing. The library's save_file wants all tensors in memory at once. ------------
 def make_file(path, entries, metadata):
-    """A new file for the names, dtypes and shapes of these entries: its header, and room
-    for the numbers. Wide dtypes come first: then every tensor starts at a multiple of its
-    dtype's size, as readers that map a file into memory want it."""
+    """A new file for the names, dtypes and shapes of these entries: its header, and
+    room for the numbers.
+
+    Wide dtypes come first: then every tensor starts at a multiple of its dtype's size,
+    as readers that map a file into memory want it.
+    Example:  float32 [3] and float16 [5] take bytes 0 to 12 and 12 to 22; the other way
+              round, the float32 would start at 10
+    """
     header = {"__metadata__": dict(metadata, format="pt")}
     end = 0
     for entry in sorted(entries, key=lambda entry: -entry.dtype.itemsize):
@@ -559,6 +594,7 @@ def make_file(path, entries, metadata):
 class Output:
     """A safetensors file of known layout, open for writing. Pieces come in any order,
     from any thread or process, each element exactly once. `create` checks and names it.
+    So a merge holds a few pieces in memory, however large the model is.
     """
 
     def __init__(self, path):
@@ -566,8 +602,10 @@ class Output:
         self.path = path
         self.entries, _ = read_header(path)     # the library says what is where
         self.written = []                       # elements of each piece
+
     def put(self, name, start, piece_L):
-        """Elements [start, start + len(piece_L)) of a flattened tensor, in its dtype."""
+        """Elements [start, start + len(piece_L)) of a flattened tensor, in the stored
+        dtype. The inverse of Checkpoint.read."""
         data = piece_L.view(torch.uint8).numpy()            # the same memory, as bytes
         # A handle of its own: no shared position, and nothing is open at the renaming.
         with open(self.path, "r+b") as file:
@@ -579,7 +617,8 @@ class Output:
         """The file is whole: by count, and its header as it was made."""
         held, _ = read_header(self.path)
         whole = sum(entry.numel for entry in held.values())
-        need(sum(self.written) == whole and held == self.entries, self.path, "was not written completely", "run it again")
+        need(sum(self.written) == whole and held == self.entries, self.path,
+             "was not written completely", "run it again")
 
 
 @contextlib.contextmanager
@@ -599,7 +638,7 @@ def appear(path, force=False):
             try:
                 yield new
                 if force and isdir(path):
-                    os.rename(path, old)    # killed here, a run leaves both of them whole
+                    os.rename(path, old)    # killed here, a run leaves both whole
                 rename(new, path, force)
             finally:
                 if isdir(old) and not lexists(path):
@@ -620,8 +659,8 @@ def rename(new, path, force):
     try:
         take(new, path)
     except OSError:
-        need(not lexists(path), path, "was made by another program meanwhile, or belongs "
-             "to another user", "choose another -o, or pass --force")
+        need(not lexists(path), path, "was made by another program meanwhile, or "
+             "belongs to another user", "choose another -o, or pass --force")
         os.replace(new, path)               # a file system that knows no links
 
 
@@ -654,35 +693,40 @@ def check_output(path, others, force, flag="-o", folder=None):
               lie in it or hold it
     folder:   the files of a result folder; None: the result is a file
     """
-    real = Path(realpath(path))
+    real = Path(realpath(path))     # links are followed: two names may be one file
     fix = f"choose another {flag}"
     for other in others:
-        # Where it lies, and where it is said to lie (a cache may be all links).
-        said = join(realpath(dirname(other)), basename(other))
-        for where in (Path(realpath(other)), Path(said)):
+        # Where it lies, and where it is said to lie: the files of a downloaded model
+        # may all be links into a cache.
+        said = Path(realpath(dirname(other)), basename(other))
+        for where in (Path(realpath(other)), said):
             within = where.is_relative_to(real) or real.is_relative_to(where)
             need(not within, path, f"and {other} are in each other's way", fix)
-    usable = isfile
+    fits = isfile
     if folder is not None:
-        usable = isdir
-    need(usable(real) or not exists(real), path, "a file does not replace a folder or a "
+        fits = isdir
+    need(fits(real) or not exists(real), path, "a file does not replace a folder or a "
          "device, nor a folder a file", fix)
     held = {str(p.relative_to(real)) for p in real.rglob("*") if not p.is_dir()}
     foreign = sorted(held - set(folder or []))
     need(not foreign, path, f"the folder also holds {foreign[:5]}", "move that")
-    need(force or not exists(real), path, "the output exists", "choose another path, or pass --force")
-    parent = join(dirname(real), "")    # with a slash at its end: no file
+    need(force or not exists(real), path, "the output exists",
+         "choose another path, or pass --force")
+    parent = join(real.parent, "")      # with a slash at its end: no file
     need(os.access(parent, os.W_OK), path, "its folder is missing or not writable", fix)
 
 
-# --- What all commands share: how they read, speak and fail -----------------------------
+# --- What all commands share: how they read, speak and fail ---------------------------
 class Parser(argparse.ArgumentParser):
     """argparse with this project's contract: one line on stderr, exit code 2."""
 
     def read(self, argv):
-        """The arguments; options and files in any order. Nothing is abbreviated: a later
-        flag could change its meaning. An empty value is an unset shell variable, and
-        never means "not given"."""
+        """The arguments; options and files in any order.
+
+        Nothing is abbreviated: `--lam` must not change its meaning when `--lamp` is
+        added. An empty value is an unset shell variable (`--vae "$VAE"`), and never
+        means "not given".
+        """
         self.allow_abbrev = False
         found = self.parse_intermixed_args(argv)
         if "" in vars(found).values():
@@ -695,7 +739,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def say(*lines, stream=None):
-    """Print lines. A reader that has gone (`| head`) is no error; the work goes on."""
+    """Print lines, for commands; library functions print nothing. A reader that has
+    gone (`| head`) is no error; the work goes on."""
     try:
         print(*lines, sep="\n", file=stream, flush=True)
     except OSError as error:
@@ -706,8 +751,8 @@ def say(*lines, stream=None):
 
 
 def interrupt(number, frame):
-    """The first signal unwinds the run, so that `appear` cleans up; later ones must not
-    disturb it at that."""
+    """The first signal unwinds the run as an exception, so that `appear` cleans up, and
+    a training keeps its best state. Later ones must not disturb it at that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if number == signal.SIGINT:
@@ -716,9 +761,12 @@ def interrupt(number, frame):
 
 
 def command(run):
-    """Run a command's main, and return its exit code. What a file, a disk or the data
-    can cause is one line on stderr and code 1; 130 interrupted, 143 terminated. Any other
-    exception is a fault of this program, and keeps its traceback."""
+    """Run a command's main, and return its exit code: 0 done, 1 what a file, a disk or
+    the data caused, as one line on stderr; 130 interrupted, 143 terminated. Any other
+    exception is a fault of this program, and keeps its traceback.
+
+    130 and 143 are what shells expect: 128 and the number of the signal.
+    """
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
     for name in ("stdout", "stderr"):
