@@ -705,13 +705,12 @@ def check_output(path, others, force, flag="-o", folder=None):
     fits = isfile
     if folder is not None:
         fits = isdir
-    need(fits(real) or not exists(real), path, "a file does not replace a folder or a "
-         "device, nor a folder a file", fix)
+    need(fits(real) or not exists(real), path, "a regular file does not replace a folder "
+         "or a device, nor a folder a file", fix)
     held = {str(p.relative_to(real)) for p in real.rglob("*") if not p.is_dir()}
     foreign = sorted(held - set(folder or []))
     need(not foreign, path, f"the folder also holds {foreign[:5]}", "move that")
-    need(force or not exists(real), path, "the output exists",
-         "choose another path, or pass --force")
+    need(force or not exists(real), path, "the output exists", fix + ", or pass --force")
     parent = join(real.parent, "")      # with a slash at its end: no file
     need(os.access(parent, os.W_OK), path, "its folder is missing or not writable", fix)
 
