@@ -328,9 +328,8 @@ class CheckpointError(ValueError):
     def __init__(self, file, what, fix, tensor=None):
         if tensor is not None:
             what = f"tensor '{tensor}': {what}"
-        line = f"{file}: {what}; fix: {fix}"
         # A name may hold line breaks and control characters: repr shows them as codes.
-        super().__init__(repr(line)[1:-1])
+        super().__init__(repr(f"{file}: {what}; fix: {fix}")[1:-1])
 
 
 # What to do, where several errors need the same.
@@ -577,7 +576,8 @@ def make_file(path, entries, metadata):
     """
     header = {"__metadata__": dict(metadata, format="pt")}
     end = 0
-    for entry in sorted(entries, key=lambda entry: -entry.dtype.itemsize):
+    # By dtype, then by name: the order of the library's own writer.
+    for entry in sorted(entries, key=lambda e: (-e.dtype.itemsize, e.name)):
         start = end
         end += entry.nbytes
         header[entry.name] = {"dtype": DTYPE_NAMES[entry.dtype],
@@ -606,11 +606,10 @@ class Output:
     def put(self, name, start, piece_L):
         """Elements [start, start + len(piece_L)) of a flattened tensor, in the stored
         dtype. The inverse of Checkpoint.read."""
-        data = piece_L.view(torch.uint8).numpy()            # the same memory, as bytes
         # A handle of its own: no shared position, and nothing is open at the renaming.
         with open(self.path, "r+b") as file:
             file.seek(self.entries[name].start + start * piece_L.dtype.itemsize)
-            file.write(data)
+            file.write(piece_L.view(torch.uint8).numpy())       # as bytes
         self.written.append(len(piece_L))
 
     def check(self):
@@ -705,12 +704,13 @@ def check_output(path, others, force, flag="-o", folder=None):
     fits = isfile
     if folder is not None:
         fits = isdir
-    need(fits(real) or not exists(real), path, "a regular file does not replace a folder "
-         "or a device, nor a folder a file", fix)
+    need(fits(real) or not exists(real), path, "a regular file does not replace a "
+         "folder or a device, nor a folder a file", fix)
     held = {str(p.relative_to(real)) for p in real.rglob("*") if not p.is_dir()}
     foreign = sorted(held - set(folder or []))
     need(not foreign, path, f"the folder also holds {foreign[:5]}", "move that")
-    need(force or not exists(real), path, "the output exists", fix + ", or pass --force")
+    need(force or not exists(real), path, "the output exists",
+         fix + ", or pass --force")
     parent = join(real.parent, "")      # with a slash at its end: no file
     need(os.access(parent, os.W_OK), path, "its folder is missing or not writable", fix)
 
