@@ -4,8 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +14,7 @@ from torch.distributions import Normal, kl_divergence
 
 import chunking as ck
 import train
-from conftest import ROOT, generator, llama_tensors, relative, save
+from conftest import generator, llama_tensors, save, two_processes
 from lsmerge import Codec
 from vae import VAE, VAEConfig
 
@@ -198,7 +196,7 @@ def test_a_warm_start_is_never_left_worse(models):
         config, log = replace(WARM, ratio=ratio), []
         start, stages = fit(models["a"], config, steps1=0, steps2=0)
         assert stages[1]["nmse"] < bound
-        end, stages = fit(models["a"], config, steps1=0, steps2=4, lr=0.5, log=log)
+        end, stages = fit(models["a"], config, steps1=0, steps2=4, lr=0.1, log=log)
         assert log[-1]["objective"] > log[1]["objective"]
         assert stages[1]["best_step"] == 0 and equal(start, end)
 
@@ -464,28 +462,19 @@ def test_half_a_launcher_is_one_line(models, tmp_path, monkeypatch, capsys):
 def test_two_processes_train_as_one(models, tmp_path):
     """torchrun splits each batch: the same figures, up to the order of sums and, in stage
     2, the draws. What either prints and writes, it writes once."""
-    flags = ["--lr", "1e-3", "--steps1", "12", "--steps2", "4", "--quiet", "--ratio", "2"]
-    flags = [*map(str, FLAGS), *flags]
-    # "--": torchrun would take --log for an abbreviation of a flag of its own
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
-    logs = {}
-    for name, start in {"one": [], "two": torchrun}.items():
-        line = [sys.executable, *start, ROOT / "train.py", models["a"], *flags, "-o",
-                tmp_path / name, "--log", tmp_path / f"{name}.jsonl"]
-        if start:
-            done = subprocess.run(line, check=True, capture_output=True, text=True)
-            assert done.stdout.count("wrote") == 1
-        else:       # in this process: torch takes seconds to import
-            assert run(*line[2:]) == 0
-        logs[name] = logged(tmp_path / f"{name}.jsonl")
-    assert len(logs["one"]) == len(logs["two"]) == 13 + 5
-    for one, two in zip(logs["one"], logs["two"]):
+    flags = [models["a"], "--lr", "1e-3", "--steps1", 12, "--steps2", 4, "--ratio", 2, *FLAGS]
+    assert run(*flags, "-o", tmp_path / "one", "--log", tmp_path / "one.jsonl") == 0
+    flags += ["-o", tmp_path / "two", "--log", tmp_path / "two.jsonl"]
+    codes, said, errors = two_processes(tmp_path / "said", *flags, main=train.main)
+    assert codes == [0, 0], errors
+    assert [text.count("wrote") for text in said] == [1, 0]
+    ones, twos = logged(tmp_path / "one.jsonl"), logged(tmp_path / "two.jsonl")
+    assert len(ones) == len(twos) == 13 + 5
+    for one, two in zip(ones, twos):
         for key in ("objective", "nmse"):
             # stage 2 has taken a few steps along gradients of other draws
             near = 1e-4 if one["stage"] == 1 or one["step"] == 0 else 0.05
             assert one[key] == pytest.approx(two[key], rel=near)
-    found = sorted(path.name for path in tmp_path.iterdir())
-    assert found == ["one", "one.jsonl", "two", "two.jsonl"]
     assert load(tmp_path / "two")[0].config == load(tmp_path / "one")[0].config
 
 
