@@ -287,7 +287,6 @@ BROKEN = {          # changes to tensors, configuration, record; words of the li
     "a tensor is missing": ({NAME: None}, FACTS, RECORD, NAME),
     "one too many": ({"extra": torch.ones(1)}, FACTS, RECORD, "extra"),
     "another shape": ({NAME: torch.ones(3, 8)}, FACTS, RECORD, r"\[3, 8\]"),
-    "integers": ({NAME: torch.ones(16, 8, dtype=torch.int32)}, FACTS, RECORD, ""),
     "NaN": ({NAME: torch.full((16, 8), math.nan)}, FACTS, RECORD, "NaN"),
     "no configuration": ({}, {}, RECORD, "train.py"),
     "a configuration of null": ({}, None, RECORD, "train.py"),
