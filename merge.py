@@ -192,6 +192,9 @@ def tie(target, tasks):
     outside.sort(key=lambda task: (task.action == "copied", task.place.role != "embed"))
     leaders = []
     for task in outside:
+        some_L = target.read(task.name, 0, GLANCE).float()
+        if torch.all(some_L == some_L[:1]):     # zeros, say: equal to others by accident
+            continue
         twins = [n for n in leaders if equal(target, task.name, target, tasks[n].name)]
         if twins:
             leader = tasks[twins[0]]
@@ -304,12 +307,13 @@ def measure_task(models, task):
         return task
     if task.action == "averaged" and all(
             equal(models[0], task.name, models[k], there) for k, there in task.parents):
-        return replace(task, action="copied", why="equal in all")   # a mask of -inf, say
+        # Nothing is to be averaged; and a mask may well hold -inf.
+        return replace(task, action="copied", why="equal in all", parents=task.parents[:1])
     stats = tuple(measure(models[k], there) for k, there in task.parents)
     if task.action == "averaged" or not stats[0].constant:
         return replace(task, stats=stats)
     if any(each.shape != stats[0].shape for each in stats):
-        return replace(task, action="copied", why="constant")
+        return replace(task, action="copied", why="constant", parents=task.parents[:1])
     if all(each.constant for each in stats):        # there is no pattern for a codec
         return replace(task, stats=stats, action="averaged")
     return replace(task, stats=stats)
@@ -370,7 +374,11 @@ def round_trip(run, task):
         errors.append(((decoded_L - flat_L.double()) / stats.scale).square())
         squares.append(unit[unit != 0].square().median().item())    # 0: pruned weights
     typical = max(squares)
-    return [(error.mean().item(), error.median().item() / typical) for error in errors]
+    noise = 0.0
+    if run.samples:         # the mean of K draws, each with the posterior's variance: near beta
+        noise = run.codecs[0].vae.config.beta / run.samples
+    return [(error.mean().item(), (error.median().item() + noise) / typical)
+            for error in errors]
 
 
 def check_codec(run):
@@ -807,7 +815,8 @@ def main(argv=None):
             say(f"note: {model.path} is read by its index, without its model.safetensors")
     along = check_outputs(a, models, codecs)
     run, warnings = plan_run(a, models, codecs)
-    say(*[f"warning: {warning}" for warning in warnings], stream=sys.stderr)
+    for warning in warnings:
+        say(f"warning: {warning}", stream=sys.stderr)
     if a.dry_run:
         print_plan(run)
         print_pairs(run)
