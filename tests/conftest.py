@@ -6,7 +6,9 @@ import socket
 import time
 import traceback
 
-os.environ["OMP_NUM_THREADS"] = "1"     # before torch: threads would not survive a fork
+# Before torch: neither a pool of threads nor MKL's record of who owns which memory would
+# survive a fork.
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_DISABLE_FAST_MM": "1"}
 import sys
 from pathlib import Path
 
@@ -74,7 +76,8 @@ def models(tmp_path_factory):
     import train
     import vae
     folder = tmp_path_factory.mktemp("models")
-    paths = {name: folder / f"{name}.safetensors" for name in [*MODELS, "b", "vae", "lossy"]}
+    names = [*MODELS, "b", "vae", "lossy"]
+    paths = {name: folder / f"{name}.safetensors" for name in names}
     for name, options in MODELS.items():
         save(paths[name], llama_tensors(**options))
     save(paths["b"], relative(llama_tensors(**MODELS["a"]), 2))

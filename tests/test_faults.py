@@ -262,7 +262,7 @@ def test_a_value_that_would_spoil_the_result(box, capsys, case, side):
     ones = {n: torch.ones(t.shape) for n, t in tensors.items()}
     tensors[name].view(-1)[at] = number
     bad, other = box.save(tensors), box.save(ones, "good.safetensors")
-    words = [bad, repr(name), "NaN or Inf" if not math.isfinite(number) else "too large"]
+    words = [bad, repr(name), *["NaN or Inf"] * (not math.isfinite(number))]
     way = [bad, other] if side == "target" else [other, bad]
     capsys.readouterr()
     before = snapshot(box.folder)
@@ -421,7 +421,8 @@ def test_an_index_says_what_is_read_from_where_and_no_more(box, change, capsys):
         change(folder)
     expected = good(box.a, box.b, out=box.out)
     assert equal(good(folder, box.b, out=out), expected)
-    assert ("not used" in capsys.readouterr().out) == (change is beside_a_single_file)
+    assert ("without its model.safetensors" in capsys.readouterr().out) == (
+        change is beside_a_single_file)
     if change is not in_one_file_since:
         assert equal(good(folder / INDEX, box.b, out=out), expected)
     swapped = good(box.b, box.a, out=box.out)
@@ -503,7 +504,7 @@ OUTPUTS = {
         [box.a, box.b, "--init", "random", "--save-vae", box.a], [box.a]),
     "no folder for it": into("x/m.safetensors", "x/m.safetensors", "its folder"),
     "no folder for the report": report("x/r.json"),
-    "a file for a folder": into("a.safetensors/m.safetensors", "its folder"),
+    "a file for a folder": into("a.safetensors/m.safetensors", "m.safetensors"),
     "is a folder": into("out", "does not replace a folder"),
     "a folder where a file is": file_for_a_folder,
     "a folder from a file": lambda box: (
@@ -753,29 +754,38 @@ def test_two_runs_into_one_output(box, log, kind, force):
     assert not list(box.out.parent.glob(".lsmerge-*"))
 
 
-ODD = {"not UTF-8": b"\xff", "no ASCII": "mergé".encode(), "a line break": b"a\nb"}
+LETTERS = {"not UTF-8": os.fsdecode(b"\xff"), "no ASCII": "mergé", "a line break": "a\nb"}
 
 
-@pytest.mark.parametrize("case", ODD)
+@pytest.mark.parametrize("case", LETTERS)
 def test_a_path_that_is_no_plain_text(box, log, case):
-    """As output folder, target, source, VAE and report, where the terminal knows ASCII
-    only; the card and the header are UTF-8."""
-    odd = os.fsdecode(os.fsencode(box.folder) + b"/" + ODD[case])
-    os.makedirs(odd)
-    os.rename(box.shards(), f"{odd}/model")
-    for name in ("b", "vae"):
-        os.rename(box.folder / f"{name}.safetensors", f"{odd}/{name}{os.path.basename(odd)}")
-    source, vae = (f"{odd}/{name}{os.path.basename(odd)}" for name in ("b", "vae"))
-    out = f"{odd}/{os.path.basename(odd)}"
+    """As output folder and report, target, source and VAE (not the first case: the library
+    opens text only), where the terminal knows ASCII only; the card is UTF-8."""
+    odd = f"{box.folder}/{LETTERS[case]}"
+    target, source, vae, out = box.shards(), box.b, box.vae, f"{odd}-out"
+    if case != "not UTF-8":
+        os.mkdir(odd)
+        target, source, vae = (shutil.move(path, f"{odd}/{LETTERS[case]}{number}")
+                               for number, path in enumerate((target, source, vae)))
 
     def prepare():
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(encoding="ascii", errors="strict")
-    way = [f"{odd}/model", source, "--vae", vae, "-o", out, "--report", f"{odd}/r.json"]
+    way = [target, source, "--vae", vae, "-o", out, "--report", f"{odd}.json"]
     assert ended(forked(log, way, prepare)) == 0, said(log)
     assert open(f"{out}/README.md", encoding="utf-8").read()
-    assert json.loads(open(f"{odd}/r.json", encoding="utf-8").read())["codec"]
-    assert ck.Checkpoint(out).metadata["lsmerge.codec"] and not said(log)
+    assert json.loads(open(f"{odd}.json", encoding="utf-8").read())["codec"]
+    assert "model.safetensors" in os.listdir(out) and not said(log)
+
+
+@pytest.mark.parametrize("way", ["target", "vae", "output"])
+def test_a_path_that_the_library_cannot_open(box, capsys, way):
+    """Bytes that are no text: one line, before any work."""
+    odd = made(type(box.folder)(f"{box.folder}/{LETTERS['not UTF-8']}"))
+    arguments = {"target": [shutil.copyfile(box.a, odd / "a"), box.b],
+                 "vae": [box.a, box.b, "--vae", shutil.copyfile(box.vae, odd / "v")],
+                 "output": [box.a, box.b, "-o", odd / "m"]}[way]
+    check_fault(box, capsys, arguments, ["UTF-8"])
 
 
 def into_nothing(kind):
@@ -914,6 +924,7 @@ def test_a_folder_gives_a_folder(box, capsys):
     for name in (*along, *behind, *silent[:3]):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(along.get(name, b"x"))
+    (folder / "checkpoint-1/config.json").write_text('{"model_type": "llama"}')
     old = box.old_folder("config.json", "tokenizer.json", "README.md")
     got = good(folder, box.b, out=old)
     assert equal(got, good(box.a, box.b, out=box.out))
