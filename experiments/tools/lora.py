@@ -17,6 +17,10 @@ ours:  experts are merged as whole models, which is all that merge.py knows: the
        nothing (our Table 3 measures it).
 Left out on purpose: whatever is more than W + s B A (DoRA, PiSSA, biases, embeddings,
        convolutions, saved modules). It is refused by name.
+
+Straight down: names (which tensor of a file is which module of PEFT's model), what a
+base says about its matrices, the adapter's two files, fold, extract, the command. The
+arithmetic is in `folded` (a sum) and `best_factors` (a singular value decomposition).
 """
 import json
 import math
@@ -54,9 +58,10 @@ NOISE = 2e-6
 def pair_names(wanted, names, fits):
     """{name wanted: the one of `names` that is the same tensor}.
 
-    Equal names first. The others take the nearest name that is left; of several that
-    are equally near, the only one whose shape fits: fits(name wanted, name). A name
-    that stays ambiguous, or that two want, has no partner.
+    Equal names first. The others take the nearest name that is left: as many parts in
+    common as can be. Of several that are equally near they take the only one whose
+    shape fits: fits(name wanted, name). A name that stays ambiguous, or that two want,
+    has no partner.
 
     ours:     align.pair_names finds relatives; here both must be of one model. Names
               on disk and in memory differ in front of the layer's number: there
@@ -73,6 +78,7 @@ def pair_names(wanted, names, fits):
     for name in wanted:
         if name in pairs:
             continue
+        # Parts in one of the two only, for each name that it can be.
         key, parts = take_apart(name)
         distances = {}
         for other, others in groups.get(key, []):
@@ -124,6 +130,10 @@ def linear_modules(base):
     today: GPT-2's `h.0` is `transformer.h.0`, ViT's `attention.query` is `q_proj`, and
     what was linear once may be one tensor of all experts. So it is asked, in its
     version 5, if the base has a config.json. (PEFT asks the same functions.)
+
+    ours:     without it, names are those of the file, and a note says so: extract runs
+              with the six packages of the core alone.
+    Example:  {'h.0.mlp.c_fc.weight': 'transformer.h.0.mlp.c_fc', ...}, without wte
     """
     if not model_config(base).get("architectures"):
         return None
@@ -143,6 +153,7 @@ def linear_modules(base):
         transformers.logging.set_verbosity(loudness)
     except Exception:       # not installed, too old or too new, a model of its own code
         return None
+    # PEFT's own table says which models name their experts as Mixtral or Qwen2 do.
     family = {"mixtral": "mixtral", **FAMILIES}.get(config.model_type)
     refused = PEFT_REFUSES.get(family) or PEFT_REFUSES.get(config.model_type, ())
     linear = {}
@@ -200,6 +211,8 @@ def is_transposed(base, name):
              have more outputs than inputs.
     differs: PEFT's configuration has one flag for all, fan_in_fan_out. It holds what
              was true for the last matrix, and is not asked.
+    Example: GPT-2: c_attn (768, 2304), so c_proj (768, 768) is transposed; its square
+             classifier is not, as it has no such name. GPTBigCode: (2304, 768), so not.
     """
     if not CONV1D.search(name):
         return False
@@ -218,8 +231,12 @@ def is_linear(entry):
 
 
 def tied_to(base, name):
-    """The embedding that a head repeats bit for bit; None if there is none. A loader
-    may then read the embedding alone, and drop what stands in the head."""
+    """The embedding that a head repeats bit for bit; None if there is none.
+
+    ours:  a loader may then read the embedding alone, and drop what stands in the head:
+           what is added to it would be lost. config.json may say that it is no such
+           head (tie_word_embeddings: false); what else it says depends on the version.
+    """
     untied = model_config(base).get("tie_word_embeddings") is False
     entry = base.entries[name]
     if untied or entry.place.layer is not None:
@@ -329,7 +346,12 @@ class Adapter:
             self.added[f"{module}.weight"] = self._factors(module, pair)
 
     def _factors(self, module, pair):
-        """The factors of one module, checked, and s."""
+        """The factors of one module, checked, and s.
+
+        Equation:  s = alpha / r;  alpha / sqrt(r) under use_rslora (Kalajdzievski 2023)
+        Source:    PEFT: r and alpha may differ by module, in rank_pattern and
+                   alpha_pattern
+        """
         name = next(iter(pair.values())).name
         need(len(pair) == 2, self.path, "its other factor is missing", tensor=name)
         rank = by_pattern(self.ranks, module, self.config.get("r"))
@@ -370,8 +392,13 @@ def read_config(path):
 
 
 def read_patterns(config, key, path):
-    """[(compiled pattern, value), ...] of rank_pattern or alpha_pattern. PEFT's rule: a
-    pattern matches whole dotted parts at the end of a module's name."""
+    """[(compiled pattern, value), ...] of rank_pattern or alpha_pattern.
+
+    Source:   PEFT's rule: the first pattern that matches whole dotted parts at the end
+              of a module's name
+    Example:  'self_attn.q_proj' matches 'model.layers.0.self_attn.q_proj'; 'proj' does
+              not
+    """
     table = config.get(key) or {}
     need(isinstance(table, dict), path, f"{key} is no table of regular expressions")
     patterns = []
@@ -404,8 +431,13 @@ def short(value):
 
 # --- fold: adapter -> checkpoint ------------------------------------------------------
 class Fold:
-    """A base and an adapter of it, opened.  base: a path, or what is open already (a
-    Checkpoint, a StateDict).  changes: {tensor of the base: Factors}"""
+    """A base and an adapter of it, opened, and what is added to what.
+
+    base:     a path, or what is open already (a Checkpoint, a StateDict)
+    changes:  {tensor of the base: Factors}
+    Raises:   CheckpointError where the adapter is of another base, where it holds more
+              than factors, or where a sum would be lost (a tied head)
+    """
 
     def __init__(self, base, adapter):
         if not hasattr(base, "entries"):
@@ -433,8 +465,9 @@ class Fold:
                 if own not in pairs.values():
                     pairs.setdefault(f"{module}.weight", own)
         for name in wanted:
+            fix = f"{OTHER_BASE}; a tied head has none"
             need(name in pairs, self.adapter.path, f"{base.path} has no such tensor, "
-                 "or several that it may be", f"{OTHER_BASE} (no tied head has one)", name)
+                 "or several that it may be", fix, name)
         return {name: pairs[name] for name in wanted}
 
     def _turns(self, name, own):
@@ -453,7 +486,8 @@ class Fold:
         return entry.shape == (inputs, outputs)
 
     def _check_copies(self):
-        """What the adapter holds of the base itself must say nothing new."""
+        """What the adapter holds of the base itself must say nothing new. PEFT saves a
+        head and an embedding that are targeted, and both where tokens were added."""
         base = self.base
         copies = self.adapter.copies
         for name, own in self._find(copies).items():
@@ -592,6 +626,7 @@ class Pair:
     modules:   {tensor of the base: name of the linear map that PEFT looks for}
     guessed:   whether these names are only those of the file
     skipped:   {why: [tensor, ...]} that is not extracted
+    Raises:    CheckpointError where two matrices of one name differ in shape
     """
 
     def __init__(self, model, base):
@@ -616,14 +651,11 @@ class Pair:
                  f"{[*ours[other].shape]}, the base {[*theirs[name].shape]}",
                  OTHER_BASE, other)
             self.skip("as the vocabularies differ in size", name)
-        # In one file only: a head, masks, buffers, but no matrix of a layer.
+        # In one file only: heads, buffers, layers that predict further tokens.
         here = set(found.values())
         for one, paired in ((self.model, here), (self.base, found)):
-            for name, entry in one.entries.items():
+            for name in one.entries:
                 if name not in paired:
-                    outside = entry.place.layer is None
-                    need(outside or not is_linear(entry), one.path,
-                         "the other has no such tensor", OTHER_BASE, name)
                     self.skip(f"as only {called(one.path)} has it", name)
         self.modules = linear_modules(self.base)
         self.guessed = self.modules is None
@@ -664,9 +696,10 @@ def best_factors(delta, rank):
     Args:      delta (outputs, inputs) float64
     Returns:   A (R, inputs), B (outputs, R), float64, and |delta - B A|^2; zeros beyond
                the number of singular values
+    Example:   singular values 12, 4, 3 at rank 1: what is left is 4^2 + 3^2
     """
     outputs, inputs = delta.shape
-    U, S, Vt = torch.linalg.svd(delta, full_matrices=False)
+    U, S, Vt = torch.linalg.svd(delta, full_matrices=False)     # S from large to small
     kept = min(rank, len(S))
     root = S[:kept].sqrt()
     A = delta.new_zeros(rank, inputs)
