@@ -845,8 +845,8 @@ def parse(argv):
     parser = Parser(prog="lora.py", description="LoRA adapters to whole checkpoints, "
                     "and back (PEFT's rules). fold: BASE ADAPTER; extract: MODEL BASE.")
     parser.add_argument("verb", choices=["fold", "extract"])
-    parser.add_argument("first", metavar="BASE|MODEL")
-    parser.add_argument("second", metavar="ADAPTER|BASE",
+    parser.add_argument("base_or_model", metavar="BASE|MODEL")
+    parser.add_argument("adapter_or_base", metavar="ADAPTER|BASE",
                         help="an adapter is a folder as PEFT saves it")
     parser.add_argument("--rank", type=int, metavar="R",
                         help="extract: of every matrix")
@@ -863,16 +863,18 @@ def parse(argv):
 
 def main(argv=None):
     a = parse(argv)
+    one = a.base_or_model
+    other = a.adapter_or_base
     warning = None
     if a.verb == "fold":
-        record = fold(a.first, a.second, a.output, a.force, a.quiet)
-        say(f"added s B A to {record['folded']} matrices of {a.first}")
+        record = fold(one, other, a.output, a.force, a.quiet)
+        say(f"added s B A to {record['folded']} matrices of {one}")
     else:
-        record = extract(a.first, a.second, a.rank, a.output, a.force, a.quiet)
+        record = extract(one, other, a.rank, a.output, a.force, a.quiet)
         lost = percent(record["lost"])
         name, share, own = record["worst"]
         say(f"rank {a.rank}, {record['matrices']} matrices: lost {lost} of the "
-            f"difference between {a.first} and {a.second} (Frobenius norm)",
+            f"difference between {one} and {other} (Frobenius norm)",
             f"largest loss: {percent(share)} in {name}, {percent(own)} of its own")
         if record["lost"] > MUCH:
             warning = f"lost {lost} of the difference: raise --rank, or keep the model"
