@@ -82,7 +82,9 @@ def pair_names(wanted, names, fits):
         key, parts = take_apart(name)
         distances = {}
         for other, others in groups.get(key, []):
-            if parts <= others or others <= parts:      # else another part of the model
+            # {'layers'} and {'language_model', 'layers'} may be one, with distance 1;
+            # {'encoder', 'block'} and {'decoder', 'block'} are two parts of a model.
+            if parts <= others or others <= parts:
                 distances[other] = len(parts ^ others)
         least = min(distances.values(), default=None)
         nearest = [other for other in distances if distances[other] == least]
@@ -91,7 +93,7 @@ def pair_names(wanted, names, fits):
         if len(nearest) == 1:
             claims.setdefault(nearest[0], []).append(name)
     for other, claimants in claims.items():
-        if len(claimants) == 1:
+        if len(claimants) == 1:         # unique from both sides
             pairs[claimants[0]] = other
     return pairs
 
@@ -145,7 +147,9 @@ def linear_modules(base):
         from transformers.pytorch_utils import Conv1D
         loudness = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()
-        with warnings.catch_warnings(), torch.device("meta"):       # takes no memory
+        # On the device `meta` tensors have shapes and no numbers: a model of any size
+        # is built in a second or two. Code that comes with a model is not run.
+        with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
             config = transformers.AutoConfig.from_pretrained(
                 base.folder, trust_remote_code=False)
@@ -158,9 +162,12 @@ def linear_modules(base):
     refused = PEFT_REFUSES.get(family) or PEFT_REFUSES.get(config.model_type, ())
     linear = {}
     for module, kind in model.named_modules():
+        # Not isinstance: a subclass may use its weight in a way of its own, as the
+        # output map of torch's MultiheadAttention does; a factor beside it is dead.
         known = type(kind) in (torch.nn.Linear, Conv1D)
         if known and module.rpartition(".")[2] not in refused:
             linear[f"{module}.weight"] = module
+    # How transformers turns the names of a file into those of its model.
     steps = get_model_conversion_mapping(model)
     converters = [step for step in steps if isinstance(step, WeightConverter)]
     renamings = [step for step in steps if not isinstance(step, WeightConverter)]
@@ -295,7 +302,11 @@ FACTOR = re.compile(r"(.+)\.lora_(A|B)(\.default)?\.weight")
 
 
 class Factors(NamedTuple):
-    """What an adapter adds to one matrix: s B A, or its transpose."""
+    """What an adapter adds to one matrix: s B A, or its transpose.
+
+    Source:  Hu et al. 2022: h = W x + s B A x, so B A has the shape (outputs, inputs)
+             that a linear map of torch stores; to Conv1D's W^T, (B A)^T is added
+    """
     A: Entry        # (r, inputs)
     B: Entry        # (outputs, r)
     s: float
@@ -311,6 +322,12 @@ class Adapter:
     added:   {tensor of the model in which PEFT trained it: Factors}
     copies:  {tensor of that model: Entry of the adapter}, what PEFT saved of the base
              itself: a head or an embedding that was targeted or resized
+    Example: of a file with these three tensors
+                 base_model.model.lm_head.lora_A.weight            (8, 64)
+                 base_model.model.lm_head.lora_B.weight            (100, 8)
+                 base_model.model.lm_head.base_layer.weight        (100, 64)
+             the first two are added['lm_head.weight'], the third is its copy
+    Raises:  CheckpointError, by name, for what is more than W + s B A
     """
 
     def __init__(self, folder):
@@ -326,6 +343,8 @@ class Adapter:
         pairs = {}          # module -> {"A": Entry, "B": Entry}
         self.copies = {}
         for name, entry in self.file.entries.items():
+            # PEFT wraps the model twice: LoraModel has it as `model`, and PeftModel
+            # has that as `base_model`.
             inner = re.sub(r"^(base_model\.model\.)+", "", name)
             factor = FACTOR.fullmatch(inner)
             if factor:
@@ -356,8 +375,9 @@ class Adapter:
         need(len(pair) == 2, self.path, "its other factor is missing", tensor=name)
         rank = by_pattern(self.ranks, module, self.config.get("r"))
         alpha = by_pattern(self.alphas, module, self.config.get("lora_alpha"))
+        # Not isinstance: True is an int, too. The limit refuses NaN, Inf and integers
+        # of hundreds of digits, which no float can hold.
         usable = type(rank) is int and rank > 0 and type(alpha) in (int, float)
-        # The limit refuses NaN, Inf and integers beyond all floats as well.
         need(usable and 0 < abs(alpha) < 1e30, self.config_file,
              f"r {short(rank)} or lora_alpha {short(alpha)} is not a usable number",
              tensor=name)
@@ -381,6 +401,7 @@ def read_config(path):
     kind = config.get("peft_type")
     start = config.get("init_lora_weights")
     need(kind == "LORA", path, f"the adapter is a {short(kind)}, not a LORA", PLAIN)
+    # What is unset is false, null or empty there: {"use_dora": false}.
     foreign = [key for key, value in config.items() if value and key not in HARMLESS]
     if config.get("bias") not in (None, "none"):
         foreign.append("bias")
@@ -460,7 +481,9 @@ class Fold:
             return sorted(base.entries[own].shape) == sorted(wanted[name].shape)
 
         pairs = pair_names(wanted, base.entries, fits)
-        if len(pairs) < len(wanted):    # names that transformers has changed altogether
+        if len(pairs) < len(wanted):
+            # Names that transformers has changed altogether (ViT, GPT-NeoX's head).
+            # What it adds can only turn a refusal into a result.
             for own, module in (linear_modules(base) or {}).items():
                 if own not in pairs.values():
                     pairs.setdefault(f"{module}.weight", own)
@@ -524,11 +547,12 @@ def folded(plan, name):
     if factors.transposed:
         left, right = right.T, left.T               # (B A)^T = A^T B^T
     rows, columns = entry.shape
+    # Some rows at a time: the product is never whole in memory.
     for first, last in spans(rows, max(1, PIECE // columns)):
         start = first * columns
         piece = base.read(name, start, last * columns)
         check_finite(piece, entry.file, name)
-        product = factors.s * (left[first:last] @ right).reshape(-1)
+        product = factors.s * (left[first:last] @ right).reshape(-1)    # as piece is
         total = piece.double() + product
         result = total.to(entry.dtype)
         check_finite(result, plan.adapter.path, name,
@@ -590,6 +614,7 @@ def fold(base, adapter, output, force=False, quiet=True):
                 file.put(name, start, piece)
                 rounding += squares[0]
                 added += squares[1]
+    # Where every B is zero, nothing is added and nothing rounded: 0 / 1e-300 is 0.
     share = math.sqrt(rounding / max(added, 1e-300))
     notes = fold_notes(plan, share)
     return {"folded": len(plan.changes), "rounding": share, "notes": notes}
@@ -645,6 +670,7 @@ class Pair:
             if fits(name, other):
                 self.partners[name] = other
                 continue
+            # Tokens were added: an embedding, a head or its bias has more rows.
             vocabulary = theirs[name].shape[1:] == ours[other].shape[1:]
             outside = theirs[name].place.layer is None
             need(vocabulary and outside, self.model.path, f"has shape "
@@ -731,6 +757,8 @@ def factorise(pair, rank, quiet=True):
         if square == 0:
             continue
         linear = name in pair.modules
+        # Noise has full rank: its best factors would hold next to nothing of it, and
+        # the matrix would be called the worst.
         if linear and square <= NOISE ** 2 * size:
             pair.skip("as the two differ by no more than rounding", name)
             continue
@@ -752,6 +780,7 @@ def factorise(pair, rank, quiet=True):
         losses[name] = (rest, square)
     need(factors, pair.model.path, "no matrix of a linear map differs from the base's "
          "by more than rounding", "pass another model, or another base")
+    # Squares of parts that do not overlap add up.
     lost = outside + sum(rest for rest, _ in losses.values())
     whole = outside + sum(square for _, square in losses.values())
     worst = max(losses, key=losses.get)
@@ -777,7 +806,8 @@ def extract(model, base, rank, output, force=False, quiet=True):
     record["notes"] = extract_notes(pair, record)
     config = peft_config(pair, rank, factors)
     facts = {"lsmerge.model": called(model), "lsmerge.lost": f"{record['lost']:.6g}"}
-    with appear(output, force) as folder:       # all of it or nothing
+    # All of it or nothing: an old adapter stays until the new one takes its name.
+    with appear(output, force) as folder:
         os.mkdir(folder)
         write_tensors(os.path.join(folder, WEIGHTS), factors, facts)
         text = json.dumps(config, indent=2) + "\n"
