@@ -793,7 +793,7 @@ def merge(run, along):
     clock = [time.perf_counter()]
     run = replace(run, tasks=parallel_map(partial(measure_task, run.models), run, "read"))
     clock.append(time.perf_counter())
-    if run.a.init:
+    if run.a.init and any(task.action == "encoded" for task in run.tasks):
         run = replace(run, codecs=train_codec(run))
     gates, trip = check_codec(run)
     clock.append(time.perf_counter())
