@@ -1,8 +1,8 @@
-"""Tiny checkpoints with Llama's names, written by the safetensors library itself (an independent
-writer). Small for testing."""
+"""Tiny checkpoints with Llama's names, written by the safetensors library itself (an
+independent writer). Small for testing."""
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"     # before torch: a pool of threads would not survive a fork
+os.environ["OMP_NUM_THREADS"] = "1"     # before torch: threads would not survive a fork
 import sys
 from pathlib import Path
 
@@ -11,13 +11,18 @@ import torch
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments"), str(ROOT / "experiments/tools")]
 torch.set_num_threads(1)    # the matrices here are tiny: a second thread only waits
 
 
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 def llama_tensors(seed, hidden=64, layers=2, mlp=96, vocab=40, dtype=torch.float32, kv=None):
-    """A state dict with Hugging Face's names. The spread differs by role, as in real models."""
-    g = torch.Generator().manual_seed(seed)
+    """A state dict with Hugging Face's names. The spread differs by role, as in real
+    models."""
+    g = generator(seed)
 
     def w(*shape, std=0.05, mean=0.0):
         return (mean + torch.randn(*shape, generator=g) * std).to(dtype)
@@ -38,28 +43,48 @@ def llama_tensors(seed, hidden=64, layers=2, mlp=96, vocab=40, dtype=torch.float
     return tensors
 
 
-MODELS = {"a": dict(seed=1), "b": dict(seed=2), "half": dict(seed=3, dtype=torch.bfloat16),
+def relative(tensors, seed, part=0.3):
+    """A fine-tune: every float moved by a share of its own spread."""
+    g = generator(seed)
+    moved = {}
+    for name, w in tensors.items():
+        noise = torch.randn(w.shape, generator=g).to(w.dtype)
+        moved[name] = w + part * w.std(correction=0) * noise
+    return moved
+
+
+def save(path, tensors):
+    save_file(tensors, path, {"format": "pt"})
+    return path
+
+
+MODELS = {"a": dict(seed=1), "half": dict(seed=3, dtype=torch.bfloat16),
           "big": dict(seed=4, hidden=96, layers=3, mlp=160, kv=48)}
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Paths: a, b (one shape, float32), half (the same shape in bfloat16), big (deeper and wider),
-    vae (r = 1, untrained)."""
-    folder = tmp_path_factory.mktemp("models")
-    paths = {name: folder / f"{name}.safetensors" for name in [*MODELS, "vae"]}
-    for name, options in MODELS.items():
-        save_file(llama_tensors(**options), paths[name], {"format": "pt"})
+    """Paths: a; b, its relative (float32); half, a stranger of that shape (bfloat16); big,
+    a deeper and wider stranger; vae, exact at r = 1; lossy, PCA at r = 4, which loses
+    three quarters of white noise. Neither VAE is trained."""
     import train
-    no_steps = ["--steps1", "0", "--steps2", "0", "--quiet"]
-    files = map(str, [paths["a"], paths["b"], "-o", paths["vae"]])
-    assert train.main([*files, *no_steps]) == 0
+    import vae
+    folder = tmp_path_factory.mktemp("models")
+    paths = {name: folder / f"{name}.safetensors" for name in [*MODELS, "b", "vae", "lossy"]}
+    for name, options in MODELS.items():
+        save(paths[name], llama_tensors(**options))
+    save(paths["b"], relative(llama_tensors(**MODELS["a"]), 2))
+    exact = vae.VAE(vae.VAEConfig(blocks=0, init="pca")).start(vae.generator_for(0))
+    train.save_vae(paths["vae"], exact, [], False, trained_on=["nothing"])
+    flags = "--init pca --blocks 0 --ratio 4 --steps1 0 --steps2 0 --quiet"
+    files = [str(paths["a"]), "-o", str(paths["lossy"])]
+    assert train.main([*files, *flags.split()]) == 0
     return paths
 
 
 @pytest.fixture(autouse=True)
 def exact(monkeypatch, models):
-    """Where a test names no VAE, its codec is not the matter: an exact one is the fastest. (The
-    reference VAE is tried where it is named, and by the README's main command.)"""
+    """Where a test names no VAE, its codec is not the matter: an exact one is the fastest.
+    (The reference VAE is tried where it is named, and by the README's commands.)"""
     import merge
     monkeypatch.setattr(merge, "REFERENCE", str(models["vae"]))
