@@ -28,7 +28,7 @@ from scores import QUICK
 MEASURE = {**dict.fromkeys("2346", merging_tables.measure_merging),
            **dict.fromkeys("78", codec_tables.measure_codec)}
 SHOW = {"2": sections.table2, "3": sections.table3, "4": sections.table4, "6": sections.table6,
-        "7": sections.codec, "8": sections.codec}
+        "7": sections.table7, "8": sections.table8}
 
 
 def parse():

@@ -5,8 +5,10 @@ Out:   files in which each key of KEYS stands once: what is measured again repla
 Paper: none of it. Previous: evaluate.py. Next: scores.py.
 """
 import json
+import math
 import os
 import platform
+import statistics
 import subprocess
 from pathlib import Path
 
@@ -90,3 +92,36 @@ class Results:
         if name not in self.known:
             self.known[name] = read(Path(self.folder, f"{name}.jsonl")) if self.folder else []
         return self.known[name]
+
+
+def grouped(rows, *keys):
+    """{values of these keys: the rows that have them}"""
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(key) for key in keys), []).append(row)
+    return groups
+
+
+def over_seeds(differences):
+    """(mean, standard error) of one difference measured with several seeds.
+
+    Equation:  se^2 = (mean SE_text)^2 + var / S
+    """
+    means = [d["mean"] for d in differences]
+    text = statistics.mean(d.get("se_text", d.get("se")) for d in differences)
+    spread = statistics.variance(means) / len(means) if len(means) > 1 else 0.0
+    return statistics.mean(means), math.hypot(text, math.sqrt(spread))
+
+
+def cells(results, few=False):
+    """The merges across shapes and their controls. few: with chunks so long that a tensor has fewer
+    of them than a chunk has numbers."""
+    return [row for row in results.rows("figure4") if bool(row["few"]) == few]
+
+
+def curve(results, **fields):
+    """[(lambda, mean, standard error)]: difference to the target, the seeds of a control taken
+    together."""
+    rows = find(cells(results), **{"control": None, **fields})
+    return [(lam, *over_seeds([row["difference"]["base"] for row in rows if row["lam"] == lam]))
+            for lam in sorted({row["lam"] for row in rows} - {0.0})]
