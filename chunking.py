@@ -498,6 +498,20 @@ def check_output(path, inputs, force, folder=None):
     need(os.access(folder_of, os.W_OK), path, "its folder is missing or not writable", fix)
 
 
+def companions(folder):
+    """Files of a model folder that go with the weights, relative to it."""
+    kept = r"^[^.].*\.(json|txt|model|jinja|py)$|^(LICEN[CS]E|NOTICE)"
+    lost = r"index\.json$|^(optimizer|scheduler|trainer_state|adapter_config)"
+    names = [n for n in sorted(os.listdir(folder)) if re.search(kept, n) and not re.search(lost, n)]
+    return [n for n in names if os.path.isfile(os.path.join(folder, n))]
+
+
+def say(*lines):
+    """Print lines, for commands."""
+    for line in lines:
+        print(line)
+
+
 # --- What all commands share: how they fail -------------------------------------------------------
 class Parser(argparse.ArgumentParser):
     """argparse with this project's contract: one line on stderr, exit code 2."""
