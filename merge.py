@@ -179,10 +179,12 @@ def tie(target, tasks):
     """The tasks, with every matrix outside the layers that the target holds twice (an
     embedding and its redundant head) merged once; the other is a copy of the result."""
     leaders = []            # numbers of tasks that are merged
-    for task in sorted(tasks, key=lambda task: task.action == "copied"):
-        place, shape = target.entries[task.name].place, target.entries[task.name].shape
-        if place.layer is not None or len(shape) < 2:
-            continue
+    outside = [task for task in tasks if target.entries[task.name].place.layer is None
+               and len(target.entries[task.name].shape) > 1]
+    # What is merged leads what is copied, and the embedding its head.
+    outside.sort(key=lambda task: (task.action == "copied", "embed" not in
+                                   target.entries[task.name].place.role))
+    for task in outside:
         for n in leaders:
             if equal(target, task.name, target, tasks[n].name):
                 tasks[n] = replace(tasks[n], tied=(*tasks[n].tied, task.name))
@@ -228,19 +230,14 @@ def plan_run(a, models, codecs):
     kind, tasks = plan_tasks(models, a)
     n = len(models) - 1 - bool(a.base)          # sources proper
     share = 1 / (n + 1)
-    align = a.align
     warnings = []
     if kind == "cross-shape":
         warnings.append(f"shapes differ. {UNRELATED} If they are relatives, {MATCH} first")
         if a.operator == "lerp":
             share = 0.1 / n                     # paper: best from 0.05 to 0.2
-        if align == "auto":
-            align = "gaussian"
     else:
         need(not a.source_vae, a.source_vae, "is not needed: equal shapes share one VAE",
              "drop --source-vae")
-        if align == "auto":
-            align = "none"
     for k in range(1, n + 1):
         pairs = {}          # role -> [(target name, source name), ...]
         for task in tasks:
@@ -257,7 +254,7 @@ def plan_run(a, models, codecs):
     samples = a.samples
     if samples is None and kind == "self" and not a.roundtrip:
         samples = SAMPLES
-    alignment = ls.Alignment(align, a.control, a.epsilon or ot.EPSILON)
+    alignment = ls.Alignment(a.align, a.control, a.epsilon or ot.EPSILON)
     run = Run(a, models, kind, tasks, a.lam or [share] * n, alignment, samples or 0, codecs)
     return run, warnings
 
@@ -450,7 +447,8 @@ def merge_tensor(run, output, task):
 
 def distances(run, task, readers, coefficients, start, piece_L):
     """Squared distances of a merged piece, in float64: to the parents of its shape, by
-    index; "average": to what --space weight gives; "norm": the target's own square."""
+    index; "average": to what --space weight gives; "wanted": of that to the target; "norm": the
+    target's own square."""
     stop = start + len(piece_L)
     raw = {}
     for (k, _), stats, read in zip(task.parents, task.stats, readers):
@@ -460,6 +458,7 @@ def distances(run, task, readers, coefficients, start, piece_L):
     if run.kind == "same-shape":
         average_L = ls.combine(raw.values(), coefficients, task.stats[0])
         squares["average"] = squared(piece_L, average_L)
+        squares["wanted"] = squared(raw[0], average_L)
     squares["norm"] = squared(raw[0], torch.zeros(1))
     return squares
 
@@ -482,8 +481,11 @@ def recipe(run):
     codec = basename(normpath(a.vae or "trained here"))
     if a.space == "weight":
         codec = "none"
+    align = a.align
+    if align == "auto":
+        align = "gaussian" if run.kind == "cross-shape" else "none"
     return {"version": VERSION, "kind": run.kind, "operator": a.operator, "space": a.space,
-            "lambda": run.lam, "codec": codec, "align": run.alignment.method,
+            "lambda": run.lam, "codec": codec, "align": align,
             "control": a.control, "samples": run.samples, "seed": a.seed,
             "residual": a.residual, "select": a.select}
 
@@ -519,6 +521,7 @@ def make_report(run, gates, trip, results, seconds):
             "weights_encoded": weights["encoded"], "weights_total": sum(weights.values())},
         "distance": {
             "to_target": far.get(0), "to_average": far.get("average"),
+            "average_to_target": far.get("wanted"),
             "to_source": [far.get(k) for k in range(1, len(run.lam) + 1)]},
         "alignment": [record for _, records in results for record in records],
         "unpaired": [task.name for task in run.tasks if task.why == "met nobody"]}
@@ -586,7 +589,8 @@ def late_warnings(report, run):
         if moved + (rest or 0.0) > FAR:
             warnings.append(f"source {k} is {moved + rest:.2f} of the target's norm away. "
                             f"{UNRELATED}")
-    if (far["to_average"] or 0.0) > 0.7 * moved:
+    difference = far["average_to_target"] or 0.0
+    if 0 < difference < (far["to_average"] or 0.0) and run.a.vae != "exact":
         warnings.append("the codec's error exceeds the difference that was merged: add "
                         "--residual, or --vae exact")
     return warnings
