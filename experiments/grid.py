@@ -38,33 +38,32 @@ SPLITS = ("validation", "test")     # validation chooses, test reports; no contr
 
 
 # --- A relative in the target's order ---------------------------------------------------------
-def neighbours(layers, count):
+def neighbours(layers, numbers):
     """Every layer one off: the source's next one; after its last, the one before.
-    Example:  of 5 layers [0, None, 4] -> [1, None, 3]"""
-    moved = []
-    for i in layers:
-        if i is not None and i + 1 < count:
-            i = i + 1
-        elif i is not None:
-            i = i - 1
-        moved.append(i)
-    return moved
+
+    layers:   {number of a target layer: of its source layer, or None}
+    numbers:  of the source's layers
+    Example:  {0: 0, 1: None, 2: 4} of 5 layers -> {0: 1, 1: None, 2: 3}
+    """
+    beside = dict(zip(numbers, [*numbers[1:], numbers[-2]]))
+    return {mine: beside.get(theirs) for mine, theirs in layers.items()}
 
 
-def write_in_order(path, target, source, neighbour=False, base=None):
+def write_in_order(path, target, source, neighbour=False, like=None):
     """A relative of another shape, in the order of the target's hidden units, as tools/match.py
-    writes it. neighbour: every layer one off.  base: the match of this model serves."""
+    writes it. neighbour: every layer one off.  like: the model whose match serves (the source's
+    base); the source itself."""
     target = Checkpoint(target)
-    matched = match.open_layers(target, Checkpoint(base or source))
+    matched = match.open_layers(target, Checkpoint(like or source))
     brought = match.open_layers(target, Checkpoint(source))
     kinship = match.find_kinship(*matched)
     if neighbour:
-        layers = neighbours(kinship.layers, len(matched[1]))
-        kinship = kinship._replace(layers=layers)
+        beside = neighbours(kinship.layers, list(matched[1].numbers))
+        kinship = kinship._replace(layers=beside)
     units = match.match_units(*matched, kinship)
-    plan = match.plan_tensors(*brought, kinship, units)
+    orders, _ = match.plan_tensors(*brought, kinship, units)
     with create(path, target.entries.values()) as output:
-        match.write_matched(output, target, brought[1].checkpoint, plan)
+        match.write_matched(output, target, brought[1].checkpoint, orders)
     return path
 
 
