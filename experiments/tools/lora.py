@@ -1,104 +1,255 @@
 """lora.py: LoRA adapters to whole checkpoints, and back.
 
-    python experiments/lora.py fold BASE ADAPTER -o expert.safetensors
-    python experiments/lora.py extract MODEL BASE --rank 8 -o adapter/
+    python experiments/tools/lora.py fold BASE ADAPTER -o expert.safetensors
+    python experiments/tools/lora.py extract MODEL BASE --rank 8 -o adapter/
 
 In:    fold: a base and an adapter, a folder as PEFT saves it (adapter_config.json,
-       adapter_model.safetensors).  extract: a model, the base it was trained from, a rank.
-Out:   fold: W + s B A in the base's names, shapes and dtypes, with s = alpha / r (alpha / sqrt(r)
-       under use_rslora); a folder where BASE is one.  extract: the folder of an adapter whose B A
-       are, matrix by matrix, the nearest ones of that rank to MODEL - BASE.
+       adapter_model.safetensors).  extract: a model, the base it was trained from,
+       a rank.
+Out:   fold: W + s B A in the base's names, shapes and dtypes, with s = alpha / r
+       (alpha / sqrt(r) under use_rslora); a folder where BASE is one.  extract: an
+       adapter that PEFT loads, whose B A are, matrix by matrix, the nearest ones of
+       that rank to MODEL - BASE.
 Paper: Sec. 4, Table 3 merges ten LoRA experts (Hu et al. 2022); how, it does not say.
-ours:  experts are merged as whole models, which is all that merge.py knows: their products are
-       what counts. Factors of independent trainings have nothing in common, and the mean of ten B
-       times the mean of ten A is hardly more than nothing (our Table 3 measures it).
+ours:  experts are merged as whole models, which is all that merge.py knows: their
+       products are what counts. Factors of independent trainings have nothing in
+       common, and the mean of ten B times the mean of ten A is hardly more than
+       nothing (our Table 3 measures it).
 Left out on purpose: whatever is more than W + s B A (DoRA, PiSSA, biases, embeddings,
        convolutions, saved modules). It is refused by name.
 """
-import json, math, os, re, shutil, sys, tempfile
+import argparse, json, math, os, re, shutil, sys, warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from chunking import (AGAIN, PIECE, Checkpoint, CheckpointError, Parser, check_output, command,
-                      create, is_selected, need, place, spans, write_tensors)
-from merge import companions
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from chunking import (AGAIN, PIECE, Checkpoint, CheckpointError, Entry, Parser, appear,
+                      check_output, command, companions, create, is_selected, need, say,
+                      spans, write_tensors)
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 PLAIN = "use a plain LoRA adapter"
-# Settings of PEFT 0.21 that make an adapter more than W + s B A: any value but none is refused.
-FOREIGN = ("use_dora", "modules_to_save", "lora_bias", "use_qalora", "target_parameters",
-           "trainable_token_indices", "layer_replication", "alora_invocation_tokens",
-           "arrow_config", "use_bdlora", "kasa_config", "monteclora_config")
-# Starts of A and B that leave the base as it is. PiSSA, OLoRA and their like subtract the start
-# from the base: then W + s B A is not the model that was trained.
-STARTS = ("gaussian", "eva", "orthogonal", "mica")
-MUCH = 0.1      # of the difference's norm (1 % of its square): a larger loss is a warning
-ROUNDED = 0.01  # of the products' norm: if fold's rounding moves the result by more, it says so
+OTHER_BASE = "pass the base that it was trained from"
+# Of the difference's norm (1 % of its square): a larger loss is a warning.
+MUCH = 0.1
+# Of the products' norm: fold says so if its rounding moves the result by more.
+ROUNDED = 0.01
+# Of a matrix's norm: what float32 arithmetic leaves between equals (some ten steps of
+# 1.2e-7). No training moves a matrix by so little.
+NOISE = 2e-6
 
 
-# --- Reading an adapter ---------------------------------------------------------------------------
-class Factors(NamedTuple):
-    """What an adapter adds to one matrix, s B A, by the names of its two tensors."""
-    A: str          # (r, inputs)
-    B: str          # (outputs, r)
-    s: float
+# --- Names: which tensor is which -----------------------------------------------------
+# What data parallelism, compilation and sharding put into names.
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
-class Adapter:
-    """A plain LoRA adapter, opened. added: name of a tensor of the base -> Factors."""
+def closeness(one, other):
+    """How near two names of tensors are, as a key to sort by; None: not one tensor.
 
-    def __init__(self, folder):
-        self.path = os.fspath(folder)
-        self.config_file = os.path.join(self.path, CONFIG)
-        need(os.path.isfile(self.config_file), self.path, f"holds no {CONFIG}: it is no adapter",
-             "pass a folder as PEFT saves it")
-        self.config = read_config(self.config_file)
-        self.file = Checkpoint(os.path.join(self.path, WEIGHTS))
-        self.files = [*self.file.files, self.config_file]
-        # PEFT's word for a base that stores its matrices as (inputs, outputs), as GPT-2 does.
-        self.transposed = bool(self.config.get("fan_in_fan_out"))
-        pairs = {}
-        for name, entry in self.file.entries.items():
-            found = re.fullmatch(r"base_model\.model\.(.+)\.lora_(A|B)\.weight", name)
-            need(found and entry.is_float and len(entry.shape) == 2 and entry.numel, entry.file,
-                 "is no factor of a linear map (DoRA, a bias, an embedding, a convolution or a "
-                 "saved module)", PLAIN, name)
-            pairs.setdefault(found[1], {})[found[2]] = entry
-        self.added = {f"{module}.weight": self._factors(module, pair)
-                      for module, pair in pairs.items()}
+    ours:     names on disk and in memory differ in front of the layer's number: there
+              transformers adds, drops and reorders parts. So both must end alike from
+              that number on, and of what stands before, one must hold all parts of
+              the other; `model` is no such part, it means nothing. Thus an encoder
+              never meets a decoder.
+    Returns:  (number of last parts in common, minus the number of parts in one only)
+    Example:  'h.0.attn.c_attn.weight', 'transformer.h.0.attn.c_attn.weight': (5, -1)
+    """
+    one = [part for part in one.split(".") if part not in WRAPPERS]
+    other = [part for part in other.split(".") if part not in WRAPPERS]
+    common = 0
+    while common < min(len(one), len(other)) and one[-1 - common] == other[-1 - common]:
+        common += 1
+    before_one = one[:len(one) - common]
+    before_other = other[:len(other) - common]
+    # A number at the very beginning is no layer: '0.auto_model.encoder.layer.3.'
+    numbered = any(part.isdigit() for part in before_one[1:] + before_other[1:])
+    parts_one = set(before_one) - {"model"}
+    parts_other = set(before_other) - {"model"}
+    nested = parts_one <= parts_other or parts_other <= parts_one
+    if common < 2 or numbered or not nested:
+        return None
+    return common, -len(parts_one ^ parts_other)
 
-    def _factors(self, module, pair):
-        """The factors of one module, checked, and s."""
-        name = next(iter(pair.values())).name
-        need(len(pair) == 2, self.path, "its other factor is missing", tensor=name)
-        rank = by_pattern(self.config.get("rank_pattern"), module, self.config.get("r"))
-        alpha = by_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha"))
-        usable = type(rank) is int and rank > 0 and type(alpha) in (int, float)
-        need(usable and math.isfinite(alpha) and alpha, self.config_file,
-             f"r {rank!r} or lora_alpha {alpha!r} is not a usable number", tensor=name)
-        A, B = pair["A"], pair["B"]
-        need(A.shape[0] == B.shape[1] == rank, self.path,
-             f"factors {list(B.shape)} and {list(A.shape)} are not of rank {rank}", tensor=name)
-        scale = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-        return Factors(A.name, B.name, scale)
 
-    def shape(self, name):
-        """That of the matrix to which the product is added, as the base stores it."""
-        A, B, _ = self.added[name]
-        outputs, inputs = self.file.entries[B].shape[0], self.file.entries[A].shape[1]
-        return (inputs, outputs) if self.transposed else (outputs, inputs)
+def nearest(name, names):
+    """The nearest of some names: none, one, or several that are equally near."""
+    end = ".".join(name.split(".")[-2:])
+    keys = {}
+    for other in names:
+        if other.endswith(end):             # the quick look first
+            keys[other] = closeness(name, other)
+    best = max(filter(None, keys.values()), default=None)
+    return [other for other, key in keys.items() if key and key == best]
 
-    def sides(self, name):
-        """(left, right, s), float64, with s left @ right = s B A as the base stores the matrix."""
-        A, B, s = self.added[name]
-        for factor in (A, B):
-            check_finite(self.file.read(factor), self.file.path, factor)
-        A, B = (self.file.read_tensor(factor).double() for factor in (A, B))
-        return (A.T, B.T, s) if self.transposed else (B, A, s)
+
+def pair_names(wanted, names, fits):
+    """{name wanted: the one of `names` that is the same tensor}.
+
+    Equal names first. The others take the nearest name that is left; of several that
+    are equally near, the only one whose shape fits: fits(name wanted, name). A name
+    that stays ambiguous, or that two want, has no partner.
+    """
+    pairs = {name: name for name in wanted if name in names}
+    left = [name for name in names if name not in pairs]
+    claims = {}
+    for name in wanted:
+        if name in pairs:
+            continue
+        found = nearest(name, left)
+        if len(found) > 1:
+            found = [other for other in found if fits(name, other)]
+        if len(found) == 1:
+            claims.setdefault(found[0], []).append(name)
+    for other, claimants in claims.items():
+        if len(claimants) == 1:
+            pairs[claimants[0]] = other
+    return pairs
+
+
+# Linear maps that PEFT cannot reach by the last part of their names, by type of model:
+# Mamba's kernels go round the module; of the others it takes the names for those of
+# experts, which transformers 5 holds in one tensor.
+KERNEL = {"out_proj"}
+EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+PEFT_REFUSES = {"mamba": KERNEL, "mamba2": KERNEL, "falcon_mamba": KERNEL,
+                "falcon_h1": KERNEL, "nemotron_h": KERNEL,
+                "mixtral": EXPERTS, "qwen2_moe": EXPERTS}
+
+
+def linear_modules(base):
+    """{tensor of the base: name of its module} for all linear maps of the model that
+    transformers builds; None where that cannot be known.
+
+    PEFT looks for its modules there, and only transformers knows how it calls them
+    today: GPT-2's `h.0` is `transformer.h.0`, ViT's `attention.query` is `q_proj`, and
+    what was linear once may be one tensor of all experts. So it is asked, in its
+    version 5, if the base has a config.json. (PEFT asks the same functions.)
+    """
+    if not model_config(base).get("architectures"):
+        return None
+    try:
+        import transformers
+        from transformers.conversion_mapping import (
+            _MODEL_TO_CONVERSION_PATTERN as FAMILIES, get_model_conversion_mapping)
+        from transformers.core_model_loading import WeightConverter, rename_source_key
+        from transformers.pytorch_utils import Conv1D
+        loudness = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()
+        with warnings.catch_warnings(), torch.device("meta"):       # takes no memory
+            warnings.simplefilter("ignore")
+            config = transformers.AutoConfig.from_pretrained(
+                base.folder, trust_remote_code=False)
+            model = getattr(transformers, config.architectures[0])(config)
+        transformers.logging.set_verbosity(loudness)
+    except Exception:       # not installed, too old or too new, a model of its own code
+        return None
+    family = {"mixtral": "mixtral", **FAMILIES}.get(config.model_type)
+    refused = PEFT_REFUSES.get(family) or PEFT_REFUSES.get(config.model_type, ())
+    linear = {}
+    for module, kind in model.named_modules():
+        known = type(kind) in (torch.nn.Linear, Conv1D)
+        if known and module.rpartition(".")[2] not in refused:
+            linear[f"{module}.weight"] = module
+    steps = get_model_conversion_mapping(model)
+    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    renamings = [step for step in steps if not isinstance(step, WeightConverter)]
+    expected = model.state_dict()
+    modules = {}
+    for name in base.entries:
+        # A converter changes values as well: it splits, joins or permutes tensors.
+        renamed, converter = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, expected)
+        if converter is None and renamed in linear:
+            modules[name] = linear[renamed]
+    return modules
+
+
+def listed(names):
+    """Names with `*` for their numbers, each once: 'layers.*.mlp.fc1.weight (12)'."""
+    counts = {}
+    for name in names:
+        general = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+        counts[general] = counts.get(general, 0) + 1
+    return ", ".join(f"{general} ({count})" for general, count in counts.items())
+
+
+def called(path):
+    """The last part of a path or of a hub's name: 'org/Llama-2-7b' -> 'Llama-2-7b'. As
+    text: a path may hold bytes that are none."""
+    name = os.path.basename(str(path or "").rstrip(os.sep)).removesuffix(".safetensors")
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+# --- What a checkpoint says about its matrices ----------------------------------------
+# Names under which GPT-2 and its like hold matrices in transformers' Conv1D; other
+# models (GPTBigCode, GPT-Neo) hold an ordinary linear map under the same ones.
+CONV1D = re.compile(
+    r"\b(attn|crossattention|mlp)\.(c_attn|q_attn|c_proj|c_fc)\.weight$")
+EMBEDDING = re.compile(r"embed(?!_out)|\b(wte|wpe|shared)\.")
+# Matrices that multiply nothing, or go round their module: relative_attention_bias
+# (T5's, an embedding), routers, experts, convolutions. GPT-NeoX's head is embed_out.
+NOT_LINEAR = re.compile(EMBEDDING.pattern + r"|bias|position|norm|\bln_|conv|router"
+                        r"|experts|\bgate\.")
+
+
+def is_transposed(base, name):
+    """Whether the base stores a matrix as (inputs, outputs), as Conv1D does.
+
+    ours:    the base itself says it, whatever the shape of this matrix: c_attn (two or
+             three maps in one) and c_fc (the map into the wider MLP) of the same stack
+             have more outputs than inputs.
+    differs: PEFT's configuration has one flag for all, fan_in_fan_out. It holds what
+             was true for the last matrix, and is not asked.
+    """
+    if not CONV1D.search(name):
+        return False
+    stack = re.split(r"\.\d+\.", name)[0]
+    for end in ("c_attn.weight", "c_fc.weight"):
+        for other, entry in base.entries.items():
+            if other.startswith(stack) and other.endswith(end):
+                rows, columns = entry.shape
+                return rows < columns
+    return False
+
+
+def is_linear(entry):
+    """Whether a tensor is the matrix of a linear map, judged by its name."""
+    matrix = entry.is_float and len(entry.shape) == 2 and entry.name.endswith(".weight")
+    return matrix and entry.numel > 0 and not NOT_LINEAR.search(entry.name)
+
+
+def in_layer(name):
+    return any(part.isdigit() for part in name.split(".")[1:])
+
+
+def tied_to(base, name):
+    """The embedding that a head repeats bit for bit; None if there is none. A loader
+    may then read the embedding alone, and drop what stands in the head."""
+    untied = model_config(base).get("tie_word_embeddings") is False
+    if in_layer(name) or untied:
+        return None
+    entry = base.entries[name]
+    for other, twin in base.entries.items():
+        if EMBEDDING.search(other) and other != name and twin.shape == entry.shape:
+            pieces = spans(entry.numel)
+            if all(torch.equal(base.read(name, *span).double(),
+                               base.read(other, *span).double()) for span in pieces):
+                return other
+    return None
+
+
+def model_config(checkpoint):
+    """config.json of a model's folder; {} where there is none."""
+    folder = getattr(checkpoint, "folder", None)        # tensors in memory have none
+    path = os.path.join(folder or "", "config.json")
+    if not folder or not os.path.isfile(path):
+        return {}
+    return read_json(path)
 
 
 def read_json(path):
@@ -107,171 +258,411 @@ def read_json(path):
         with open(path, "rb") as file:
             table = json.loads(file.read())
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(path, f"is not valid JSON: {error}"[:300], AGAIN) from None
+        what = f"is not valid JSON: {error}"
+        raise CheckpointError(path, what[:300], AGAIN) from None
     need(isinstance(table, dict), path, "is not a JSON object")
     return table
 
 
-def read_config(path):
-    """adapter_config.json, refused by name where it asks for more than is understood here."""
-    config = read_json(path)
-    kind, start = config.get("peft_type"), config.get("init_lora_weights")
-    need(kind == "LORA", path, f"the adapter is a {kind!r}, not a LORA", PLAIN)
-    foreign = [key for key in FOREIGN if config.get(key)]
-    foreign += ["bias"] if config.get("bias") not in (None, "none") else []
-    need(not foreign, path, f"{', '.join(foreign)} is set, which is not supported", PLAIN)
-    need(not isinstance(start, str) or start in STARTS, path,
-         f"init_lora_weights {start!r} changes the base", "convert it to a plain LoRA with PEFT")
-    for key in ("rank_pattern", "alpha_pattern"):
-        table = config.get(key) or {}
-        need(isinstance(table, dict) and all(map(is_regex, table)), path,
-             f"{key} is no table of regular expressions")
-    return config
-
-
-def is_regex(text):
-    try:
-        return bool(re.compile(text))
-    except re.error:
-        return False
-
-
-def by_pattern(table, module, default):
-    """PEFT's rule: the value of the first key that, as a regular expression, matches whole dotted
-    parts at the end of the module's name; the default where none does."""
-    for key, value in (table or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
-
-
-def check_finite(piece, file, name, what="holds NaN or Inf", fix="repair or re-export it"):
+def check_finite(piece, file, name, what="holds NaN or Inf", fix="repair it"):
     sound = not piece.is_floating_point() or bool(piece.double().isfinite().all())
     need(sound, file, what, fix, name)
 
 
-# --- fold: adapter -> checkpoint ------------------------------------------------------------------
-def open_both(base, adapter):
-    """(base, Adapter) of paths; a base that is open already (a Checkpoint, a StateDict) is taken
-    as it is. An adapter of another base is refused."""
-    base, adapter = base if hasattr(base, "entries") else Checkpoint(base), Adapter(adapter)
-    fix = "pass the base that the adapter was trained on"
-    for name in adapter.added:
-        need(name in base.entries, adapter.path, f"{base.path} has no such tensor", fix, name)
-        found, wanted = base.entries[name], adapter.shape(name)
-        need(found.shape == wanted and found.is_float, adapter.path,
-             f"adds {list(wanted)}, the base has {list(found.shape)} of {found.dtype}", fix, name)
-    return base, adapter
+# --- Reading an adapter ---------------------------------------------------------------
+# Settings of PEFT's LoRA that leave an adapter W + s B A: what it was trained with, and
+# where. Any other that is set is refused, also one that only a later version knows.
+HARMLESS = set("""
+    peft_type peft_version task_type auto_mapping base_model_name_or_path revision
+    inference_mode runtime_config r lora_alpha use_rslora rank_pattern alpha_pattern
+    fan_in_fan_out bias init_lora_weights target_modules exclude_modules layers_pattern
+    layers_to_transform lora_dropout loftq_config eva_config corda_config lora_ga_config
+    velora_config megatron_config megatron_core qalora_group_size ensure_weight_tying
+    lora_dtype lorap_lr_ratio lorap_emb_lr""".split())
+# Starts of A and B that leave the base as it is. PiSSA, OLoRA and their like subtract
+# the start from the base: then W + s B A is not the model that was trained.
+STARTS = ("gaussian", "eva", "orthogonal", "mica")
+# `default` is PEFT's name of an adapter, which it leaves out when it saves.
+FACTOR = re.compile(r"(.+)\.lora_(A|B)(\.default)?\.weight")
 
 
-def folded(base, adapter, name):
+class Factors(NamedTuple):
+    """What an adapter adds to one matrix: s B A, or its transpose."""
+    A: Entry        # (r, inputs)
+    B: Entry        # (outputs, r)
+    s: float
+    transposed: bool = False
+
+    @property
+    def shape(self): return self.B.shape[0], self.A.shape[1]    # (outputs, inputs)
+
+
+class Adapter:
+    """A plain LoRA adapter, opened.
+
+    added:   {tensor of the model in which PEFT trained it: Factors}
+    copies:  {tensor of that model: Entry of the adapter}, what PEFT saved of the base
+             itself: a head or an embedding that was targeted or resized
+    """
+
+    def __init__(self, folder):
+        self.path = os.fspath(folder)
+        self.config_file = os.path.join(self.path, CONFIG)
+        need(os.path.isfile(self.config_file), self.path,
+             f"holds no {CONFIG}: it is no adapter", "pass a folder as PEFT saves it")
+        self.config = read_config(self.config_file)
+        self.ranks = read_patterns(self.config, "rank_pattern", self.config_file)
+        self.alphas = read_patterns(self.config, "alpha_pattern", self.config_file)
+        self.file = Checkpoint(os.path.join(self.path, WEIGHTS))
+        self.files = [*self.file.files, self.config_file]
+        pairs = {}          # module -> {"A": Entry, "B": Entry}
+        self.copies = {}
+        for name, entry in self.file.entries.items():
+            inner = re.sub(r"^(base_model\.model\.)+", "", name)
+            factor = FACTOR.fullmatch(inner)
+            if factor:
+                place = pairs.setdefault(factor[1], {})
+                key = factor[2]
+                fits = entry.is_float and len(entry.shape) == 2 and entry.numel > 0
+            else:
+                place = self.copies
+                key = inner.replace(".base_layer.", ".")
+                fits = ".lora_" not in name and "modules_to_save" not in name
+            need(fits, entry.file, f"{[*entry.shape]} is no factor of a linear map "
+                 "(DoRA, an embedding, a convolution, a saved module)", PLAIN, name)
+            need(key not in place, entry.file, "is there under two names", PLAIN, name)
+            place[key] = entry
+        need(pairs, self.path, "holds no factors", PLAIN)
+        self.added = {}
+        for module, pair in pairs.items():
+            self.added[f"{module}.weight"] = self._factors(module, pair)
+
+    def _factors(self, module, pair):
+        """The factors of one module, checked, and s."""
+        name = next(iter(pair.values())).name
+        need(len(pair) == 2, self.path, "its other factor is missing", tensor=name)
+        rank = by_pattern(self.ranks, module, self.config.get("r"))
+        alpha = by_pattern(self.alphas, module, self.config.get("lora_alpha"))
+        usable = type(rank) is int and rank > 0 and type(alpha) in (int, float)
+        # The limit refuses NaN, Inf and integers beyond all floats as well.
+        need(usable and 0 < abs(alpha) < 1e30, self.config_file,
+             f"r {short(rank)} or lora_alpha {short(alpha)} is not a usable number",
+             tensor=name)
+        A = pair["A"]
+        B = pair["B"]
+        need(A.shape[0] == B.shape[1] == rank, self.path, f"factors {[*B.shape]} and "
+             f"{[*A.shape]} are not of rank {short(rank)}", tensor=name)
+        if self.config.get("use_rslora"):
+            return Factors(A, B, alpha / math.sqrt(rank))
+        return Factors(A, B, alpha / rank)
+
+    def read(self, factor):
+        tensor = self.file.read_tensor(factor.name)
+        check_finite(tensor, factor.file, factor.name)
+        return tensor.double()
+
+
+def read_config(path):
+    """adapter_config.json, refused by name where it asks for more than W + s B A."""
+    config = read_json(path)
+    kind = config.get("peft_type")
+    start = config.get("init_lora_weights")
+    need(kind == "LORA", path, f"the adapter is a {short(kind)}, not a LORA", PLAIN)
+    foreign = [key for key, value in config.items() if value and key not in HARMLESS]
+    if config.get("bias") not in (None, "none"):
+        foreign.append("bias")
+    need(not foreign, path, f"{', '.join(foreign)[:200]} is set, that is not supported",
+         PLAIN)
+    need(not isinstance(start, str) or start in STARTS, path, "init_lora_weights "
+         f"{short(start)} changes the base", "convert it to a plain LoRA with PEFT")
+    return config
+
+
+def read_patterns(config, key, path):
+    """[(compiled pattern, value), ...] of rank_pattern or alpha_pattern. PEFT's rule: a
+    pattern matches whole dotted parts at the end of a module's name."""
+    table = config.get(key) or {}
+    need(isinstance(table, dict), path, f"{key} is no table of regular expressions")
+    patterns = []
+    for text, value in table.items():
+        try:
+            with warnings.catch_warnings():
+                # Python 3.10 still takes flags inside a pattern, later ones do not.
+                warnings.simplefilter("error", DeprecationWarning)
+                patterns.append((re.compile(rf"(.*\.)?({text})$"), value))
+        except (re.error, OverflowError, RecursionError, DeprecationWarning) as error:
+            what = f"{key}: {short(text)} is no usable regular expression: {error}"
+            raise CheckpointError(path, what[:300], PLAIN) from None
+    return patterns
+
+
+def by_pattern(patterns, module, default):
+    """The value of the first pattern that matches; the default where none does."""
+    for pattern, value in patterns:
+        if pattern.match(module):
+            return value
+    return default
+
+
+def short(value):
+    """How an error shows a value of a file: at most 40 characters."""
+    return repr(value)[:40]
+
+
+# --- fold: adapter -> checkpoint ------------------------------------------------------
+class Fold:
+    """A base and an adapter of it, opened.  base: a path, or what is open already (a
+    Checkpoint, a StateDict).  changes: {tensor of the base: Factors}"""
+
+    def __init__(self, base, adapter):
+        if not hasattr(base, "entries"):
+            base = Checkpoint(base)
+        self.base = base
+        self.adapter = Adapter(adapter)
+        self._check_copies()
+        self.changes = {}
+        added = self.adapter.added
+        for name, own in self._find(added).items():
+            factors = added[name]
+            self.changes[own] = factors._replace(transposed=self._turns(name, own))
+
+    def _find(self, wanted):
+        """{tensor of PEFT's model: tensor of the base}.  wanted: name -> what has a
+        shape (as a linear map has it, which the base may store transposed)."""
+        base = self.base
+
+        def fits(name, own):
+            return sorted(base.entries[own].shape) == sorted(wanted[name].shape)
+
+        pairs = pair_names(wanted, base.entries, fits)
+        if len(pairs) < len(wanted):    # names that transformers has changed altogether
+            for own, module in (linear_modules(base) or {}).items():
+                if own not in pairs.values():
+                    pairs.setdefault(f"{module}.weight", own)
+        for name in wanted:
+            what = f"{base.path} has no such tensor"
+            if name not in pairs and nearest(name, base.entries):
+                near = " or ".join(nearest(name, base.entries)[:3])
+                what = f"may be meant for {near} of {base.path}"
+            need(name in pairs, self.adapter.path, what, f"{OTHER_BASE} (a tied "
+                 "head cannot be folded)", name)
+        return {name: pairs[name] for name in wanted}
+
+    def _turns(self, name, own):
+        """Whether the base stores its tensor `own` as (inputs, outputs). The shape says
+        it, of a square matrix the base."""
+        entry = self.base.entries[own]
+        outputs, inputs = self.adapter.added[name].shape
+        fits = entry.shape in ((outputs, inputs), (inputs, outputs))
+        need(fits and entry.is_float, self.adapter.path, f"adds {[outputs, inputs]}, "
+             f"the base has {[*entry.shape]} of {entry.dtype}", OTHER_BASE, name)
+        twin = tied_to(self.base, own)
+        need(not twin, self.adapter.path, f"is tied to {twin} in the base, the sum "
+             "would not be", "untie the base first (tie_word_embeddings: false)", name)
+        if outputs == inputs:
+            return is_transposed(self.base, own)
+        return entry.shape == (inputs, outputs)
+
+    def _check_copies(self):
+        """What the adapter holds of the base itself must say nothing new."""
+        base = self.base
+        copies = self.adapter.copies
+        for name, own in self._find(copies).items():
+            copy = copies[name]
+            shape = base.entries[own].shape
+            need(shape == copy.shape, copy.file, f"has shape {[*copy.shape]}, the base "
+                 f"{[*shape]}: the vocabulary was resized",
+                 "resize the base in the same way, save it, and pass that", copy.name)
+            for start, stop in spans(copy.numel):
+                ours = base.read(own, start, stop)
+                theirs = self.adapter.file.read(copy.name, start, stop)
+                # The adapter may be stored wider or narrower than the base.
+                same = torch.equal(theirs.to(ours.dtype), ours)
+                same = same or torch.equal(ours.to(theirs.dtype), theirs)
+                need(same, copy.file, "is not what the base holds: it was trained as a "
+                     "whole, or on another base", OTHER_BASE, copy.name)
+
+
+def folded(plan, name):
     """One tensor of the folded model, as (start, piece, squares) of whole rows.
 
-    Equation:  W + s B A: product and sum in float64, then one rounding to the base's dtype
+    Equation:  W + s B A: product and sum in float64, one rounding to the base's dtype
     squares:   |rounding|^2 and |s B A|^2 of the piece
     """
-    entry, changes = base.entries[name], name in adapter.added
-    rows, columns = entry.shape if changes else (entry.numel, 1)
-    left, right, s = adapter.sides(name) if changes else (None, None, None)
+    base = plan.base
+    entry = base.entries[name]
+    if name not in plan.changes:
+        for start, stop in spans(entry.numel):
+            yield start, base.read(name, start, stop), (0.0, 0.0)
+        return
+    factors = plan.changes[name]
+    left = plan.adapter.read(factors.B)             # (outputs, r)
+    right = plan.adapter.read(factors.A)            # (r, inputs)
+    if factors.transposed:
+        left, right = right.T, left.T               # (B A)^T = A^T B^T
+    rows, columns = entry.shape
     for first, last in spans(rows, max(1, PIECE // columns)):
-        piece = base.read(name, first * columns, last * columns)
+        start = first * columns
+        piece = base.read(name, start, last * columns)
         check_finite(piece, entry.file, name)
-        squares = 0.0, 0.0
-        if changes:
-            product = s * (left[first:last] @ right).reshape(-1)
-            total = piece.double() + product
-            piece = total.to(entry.dtype)
-            check_finite(piece, adapter.path, name, f"the sum does not fit {entry.dtype}",
-                         "store the base in float32")
-            squares = tuple(x.square().sum().item() for x in (piece.double() - total, product))
-        yield first * columns, piece, squares
+        product = factors.s * (left[first:last] @ right).reshape(-1)
+        total = piece.double() + product
+        result = total.to(entry.dtype)
+        check_finite(result, plan.adapter.path, name,
+                     f"the sum does not fit {entry.dtype}", "store the base in float32")
+        rounding = (result.double() - total).square().sum().item()
+        yield start, result, (rounding, product.square().sum().item())
 
 
 def folded_tensors(base, adapter):
     """The folded model in memory, name -> tensor, for tables and scores.
 
-    Args:     base: a path, or what is open already. The result has its dtypes; to keep what an
-              adapter adds to a bfloat16 base, pass a chunking.StateDict of a float32 copy.
+    Args:     base: a path, or what is open already. The result has its dtypes; to keep
+              what an adapter adds to a bfloat16 base, pass a chunking.StateDict of a
+              float32 copy.
     Example:  TinyLM.from_state_dict(folded_tensors("base.safetensors", "lora-code-a"))
     """
-    base, adapter = open_both(base, adapter)
+    plan = Fold(base, adapter)
     tensors = {}
-    for name, entry in base.entries.items():
-        pieces = [piece for _, piece, _ in folded(base, adapter, name)]
+    for name, entry in plan.base.entries.items():
+        pieces = [piece for _, piece, _ in folded(plan, name)]
         tensors[name] = torch.cat(pieces).reshape(entry.shape)
     return tensors
 
 
 def fold(base, adapter, output, force=False, quiet=True):
-    """Write the folded model, tensor by tensor.  base, adapter, output: paths; force: overwrite.
+    """Write the folded model, tensor by tensor.  base, adapter, output: paths; force:
+    overwrite.
 
-    Returns:  {"folded": number of matrices that change, "rounding": how far the rounding to the
-              base's dtype moves them, over the norm of what the adapter adds, "notes": [...]}
+    Returns:  {"folded": number of matrices that change, "rounding": how far rounding to
+              the base's dtype moves them, over the norm of what the adapter adds,
+              "notes": [...]}
     """
-    (base, adapter), output = open_both(base, adapter), os.fspath(output)
-    folder = base.folder is not None and not output.endswith(".safetensors")
-    copies = companions(base.folder) if folder else []
-    names = {"model.safetensors", "README.md", *map(os.path.basename, copies)} if folder else None
-    check_output(output, [*base.files, *adapter.files, *copies], force, names)
-    facts = {"lsmerge.base": called(base.path), "lsmerge.adapter": called(adapter.path)}
-    rounding = added = 0.0
-    with create(output, base.entries.values(), facts, folder) as file:
-        for copy in copies:
-            shutil.copyfile(copy, Path(file.path).with_name(os.path.basename(copy)))
-        if folder:
-            line = f"`{facts['lsmerge.adapter']}` folded into it: W + s B A."
-            Path(file.path).with_name("README.md").write_text(card("fold", called(base.path), line))
-        for name in tqdm(base.entries, unit="tensor", leave=False, disable=quiet or None):
-            for start, piece, squares in folded(base, adapter, name):
+    plan = Fold(base, adapter)
+    base = plan.base
+    output = os.fspath(output)
+    copies = []         # files that go into a result folder, relative to the base's
+    inside = None       # names in that folder; None: the result is a file
+    if base.folder and not output.endswith(".safetensors"):
+        copies = companions(base.folder)
+        inside = {"model.safetensors", "README.md"}
+        inside.update(copy.split(os.sep)[0] for copy in copies)
+    need(inside or not output.endswith(os.sep), output, "is a folder's name, and "
+         f"{base.path} is a file", "give -o the name of a file")
+    inputs = [os.path.join(base.folder, copy) for copy in copies]
+    inputs += [*base.files, *plan.adapter.files]
+    check_output(output, inputs, force, inside)
+    names = {"lsmerge.base": called(base.path), "lsmerge.adapter": called(adapter)}
+    rounding = 0.0
+    added = 0.0
+    with create(output, base.entries.values(), names, bool(inside)) as file:
+        if inside:
+            folder = Path(file.path).parent
+            for copy in copies:
+                (folder / copy).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(os.path.join(base.folder, copy), folder / copy)
+            write_card(folder, "fold", called(base.path),
+                       f"`{called(adapter)}` folded into it: W + s B A.")
+        bar = tqdm(base.entries, unit="tensor", leave=False, disable=quiet or None)
+        for name in bar:
+            for start, piece, squares in folded(plan, name):
                 file.put(name, start, piece)
-                rounding, added = rounding + squares[0], added + squares[1]
-    share = math.sqrt(rounding / added) if added else 0.0
-    return {"folded": len(adapter.added), "rounding": share,
-            "notes": fold_notes(base, adapter, share)}
+                rounding += squares[0]
+                added += squares[1]
+    share = math.sqrt(rounding / max(added, 1e-300))
+    notes = fold_notes(plan, share)
+    return {"folded": len(plan.changes), "rounding": share, "notes": notes}
 
 
-def fold_notes(base, adapter, rounding):
+def fold_notes(plan, rounding):
     """What is not wrong, but may not be what was meant."""
     notes = []
-    rest = [place(name).role for name, entry in base.entries.items()
-            if is_selected(entry) and len(entry.shape) == 2 and name not in adapter.added]
+    rest = []
+    for name, entry in plan.base.entries.items():
+        if is_selected(entry) and len(entry.shape) == 2 and name not in plan.changes:
+            rest.append(name)
     if rest:
-        notes.append(f"the adapter has nothing for {len(rest)} matrices of the base's layers "
-                     f"({', '.join(dict.fromkeys(rest))}): there the difference is zero")
-    wanted, found = called(adapter.config.get("base_model_name_or_path")), own_name(base)
-    if wanted and found and wanted != found:
-        notes.append(f"the adapter names {wanted!r} as its base, this one is {found!r}")
+        notes.append(f"the adapter has nothing for {len(rest)} matrices of the base's "
+                     f"layers, there the difference is zero: {listed(rest)}")
+    if plan.adapter.copies:
+        notes.append("what the adapter holds of the base itself is equal to it: "
+                     f"{listed(plan.adapter.copies)}")
+    named = called(plan.adapter.config.get("base_model_name_or_path"))
+    if named and named != called(plan.base.path):
+        notes.append(f"the adapter says that it was trained on {named!r}")
     if rounding > ROUNDED:
-        notes.append(f"rounding to the base's dtype moves the result by {percent(rounding)} of "
-                     "what the adapter adds; a float32 copy of the base would keep it")
+        notes.append("rounding to the base's dtype moves the result by "
+                     f"{percent(rounding)} of what the adapter adds; a float32 copy of "
+                     "the base would keep it")
     return notes
 
 
-def called(path):
-    """The last part of a path or of a hub's name: 'org/Llama-2-7b' -> 'Llama-2-7b'."""
-    return os.path.basename(os.path.normpath(str(path))) if path else ""
+# --- extract: checkpoint -> adapter ---------------------------------------------------
+class Pair:
+    """A model and the base that it was trained from, opened.
 
+    partners:  {tensor of the base: tensor of the model}, of one shape
+    modules:   {tensor of the base: name of the linear map that PEFT looks for}
+    guessed:   whether these names are only those of the file
+    skipped:   {why: [tensor, ...]} that is not extracted
+    """
 
-def own_name(base):
-    """What a base calls itself: `_name_or_path` of its config.json, or the name of its one file.
-    '' where that says nothing: new configurations have none, and any file may be `model`."""
-    if base.folder:
-        return called(model_config(base).get("_name_or_path"))
-    stem = called(base.path).removesuffix(".safetensors")
-    return "" if stem.startswith("model") else stem
+    def __init__(self, model, base):
+        self.model = Checkpoint(model)
+        self.base = Checkpoint(base)
+        self.skipped = {}
+        ours = self.model.entries
+        theirs = self.base.entries
 
+        def fits(name, other):
+            return theirs[name].shape == ours[other].shape
 
-def model_config(checkpoint):
-    """config.json of a model's folder; {} where there is none."""
-    path = os.path.join(checkpoint.folder or "", "config.json")
-    return read_json(path) if checkpoint.folder and os.path.isfile(path) else {}
+        found = pair_names(theirs, ours, fits)
+        self.partners = {}
+        for name, other in found.items():
+            if fits(name, other):
+                self.partners[name] = other
+                continue
+            vocabulary = theirs[name].shape[1:] == ours[other].shape[1:]
+            need(vocabulary and not in_layer(name), self.model.path, f"has shape "
+                 f"{[*ours[other].shape]}, the base {[*theirs[name].shape]}",
+                 OTHER_BASE, other)
+            self.skip("as the vocabularies differ in size", name)
+        # In one file only: a head, masks, buffers, but no matrix of a layer.
+        here = set(found.values())
+        for one, paired in ((self.model, here), (self.base, found)):
+            for name, entry in one.entries.items():
+                if name not in paired:
+                    need(not (in_layer(name) and is_linear(entry)), one.path,
+                         "the other has no such tensor", OTHER_BASE, name)
+                    self.skip(f"as only {called(one.path)} has it", name)
+        self.modules = linear_modules(self.base)
+        self.guessed = self.modules is None
+        if self.guessed:
+            self.modules = {}
+            for name, entry in theirs.items():
+                if is_linear(entry):
+                    self.modules[name] = name.removesuffix(".weight")
 
+    def skip(self, why, name):
+        self.skipped.setdefault(why, []).append(name)
 
-# --- extract: checkpoint -> adapter ---------------------------------------------------------------
-def is_linear(entry):
-    """Whether plain factors can stand beside it: a matrix of a numbered layer, or a head."""
-    matrix = entry.is_float and len(entry.shape) == 2 and entry.name.endswith(".weight")
-    return matrix and (is_selected(entry) or place(entry.name).role == "head")
+    def difference(self, name):
+        """|model - base|^2 and |base|^2 of one tensor, float64, piece by piece. Where
+        the two differ, both must be finite."""
+        difference = 0.0
+        size = 0.0
+        ours = self.model.entries[self.partners[name]]
+        theirs = self.base.entries[name]
+        for start, stop in spans(theirs.numel):
+            old = self.base.read(name, start, stop).double()
+            new = self.model.read(ours.name, start, stop).double()
+            if not torch.equal(new, old):
+                check_finite(old, theirs.file, name)
+                check_finite(new, ours.file, ours.name)
+                difference += (new - old).square().sum().item()
+            size += old.square().sum().item()
+        return difference, size
 
 
 def best_factors(delta, rank):
@@ -280,151 +671,181 @@ def best_factors(delta, rank):
     Equation:  U S V^T = delta, to the first R terms;  B = U sqrt(S), A = sqrt(S) V^T
     Source:    Eckart and Young 1936: no B A of rank R is nearer in the Frobenius norm
     Args:      delta (outputs, inputs) float64
-    Returns:   A (R, inputs), B (outputs, R), float64, and |delta - B A|^2; zeros beyond the
-               number of singular values
+    Returns:   A (R, inputs), B (outputs, R), float64, and |delta - B A|^2; zeros beyond
+               the number of singular values
     """
     outputs, inputs = delta.shape
     U, S, Vt = torch.linalg.svd(delta, full_matrices=False)
-    kept, root = min(rank, len(S)), S[:rank].sqrt()
-    A, B = delta.new_zeros(rank, inputs), delta.new_zeros(outputs, rank)
-    A[:kept], B[:, :kept] = root[:, None] * Vt[:rank], U[:, :rank] * root
-    return A, B, S[rank:].square().sum().item()
+    kept = min(rank, len(S))
+    root = S[:kept].sqrt()
+    A = delta.new_zeros(rank, inputs)
+    B = delta.new_zeros(outputs, rank)
+    A[:kept] = root[:, None] * Vt[:kept]
+    B[:, :kept] = U[:, :kept] * root
+    return A, B, S[kept:].square().sum().item()
 
 
-def squared_difference(model, base, name):
-    """|model - base|^2 of one tensor, float64, piece by piece."""
-    total = 0.0
-    for start, stop in spans(base.entries[name].numel):
-        pieces = [checkpoint.read(name, start, stop) for checkpoint in (model, base)]
-        for checkpoint, piece in zip((model, base), pieces):
-            check_finite(piece, checkpoint.entries[name].file, name)
-        total += (pieces[0].double() - pieces[1].double()).square().sum().item()
-    return total
-
-
-def check_pair(model, base):
-    """Both hold the same names in the same shapes."""
-    fix = "pass the base that the model was trained from"
-    for one, other in ((model, base), (base, model)):
-        for name in one.entries:
-            need(name in other.entries, one.path, f"{other.path} has no such tensor", fix, name)
-    for name, entry in model.entries.items():
-        found, wanted = list(entry.shape), list(base.entries[name].shape)
-        need(found == wanted, model.path, f"has shape {found}, the base {wanted}", fix, name)
-
-
-def is_transposed(checkpoint):
-    """Whether matrices are stored as (inputs, outputs), as GPT-2 does: then its c_fc, the map from
-    the stream to the wider MLP, is itself wider than tall."""
-    return any(re.search(r"\bc_fc\.weight$", name) and entry.shape[0] < entry.shape[-1]
-               for name, entry in checkpoint.entries.items())
-
-
-def factorise(model, base, rank, quiet=True):
+def factorise(pair, rank, quiet=True):
     """MODEL - BASE as factors.
 
     Returns:  {tensor name of the adapter: float32 factor}, and a record:
-              lost       share of the difference's Frobenius norm that the factors do not hold
-              worst      (matrix, share of its own norm that is lost), the largest one
-              left_out   names of changed tensors that plain factors cannot hold (norms, biases,
-                         embeddings); left_out_share of the norm, part of `lost`
+              lost       share of the difference's Frobenius norm that the factors do
+                         not hold
+              worst      (matrix, that share, its share of the matrix's own difference):
+                         the largest loss
+              left_out   names of changed tensors that plain factors cannot hold (norms,
+                         biases, embeddings, experts); left_out_share of the norm, part
+                         of `lost`
     ours:     float32 whatever the models are, so that the rank alone limits the factors
     """
-    factors, shares, left_out, whole, cut, outside = {}, {}, [], 0.0, 0.0, 0.0
-    for name in tqdm(base.entries, unit="tensor", leave=False, disable=quiet or None):
-        square = squared_difference(model, base, name)
-        whole += square
-        if square and is_linear(base.entries[name]):
-            delta = model.read_tensor(name).double() - base.read_tensor(name).double()
-            A, B, rest = best_factors(delta.T if is_transposed(base) else delta, rank)
-            module = f"base_model.model.{name.removesuffix('.weight')}"
-            factors[f"{module}.lora_A.weight"] = A.float()
-            factors[f"{module}.lora_B.weight"] = B.float()
-            cut, shares[name] = cut + rest, math.sqrt(rest / square)
-        elif square:
-            left_out.append(name)
+    factors = {}
+    losses = {}         # matrix -> (square that is lost, square of its difference)
+    left_out = []
+    outside = 0.0
+    for name in tqdm(pair.partners, unit="tensor", leave=False, disable=quiet or None):
+        square, size = pair.difference(name)
+        if square == 0:
+            continue
+        linear = name in pair.modules
+        if linear and square <= NOISE ** 2 * size:
+            pair.skip("as the two differ by no more than rounding", name)
+            continue
+        tied = linear and tied_to(pair.base, name)
+        if tied or not linear:
             outside += square
-    need(factors, model.path, "no matrix of a layer differs from the base's",
-         "pass another model, or another base")
-    worst = max(shares, key=shares.get)
+            left_out.append(name)
+            if tied:
+                pair.skip(f"tied to {tied}", name)
+            continue
+        new = pair.model.read_tensor(pair.partners[name]).double()
+        delta = new - pair.base.read_tensor(name).double()
+        if is_transposed(pair.base, name):
+            delta = delta.T
+        A, B, rest = best_factors(delta, rank)
+        stem = f"base_model.model.{pair.modules[name]}"
+        factors[f"{stem}.lora_A.weight"] = A.float()
+        factors[f"{stem}.lora_B.weight"] = B.float()
+        losses[name] = (rest, square)
+    need(factors, pair.model.path, "no matrix of a linear map differs from the base's "
+         "by more than rounding", "pass another model, or another base")
+    lost = outside + sum(rest for rest, _ in losses.values())
+    whole = outside + sum(square for _, square in losses.values())
+    worst = max(losses, key=losses.get)
+    rest, square = losses[worst]
     return factors, {
-        "rank": rank, "matrices": len(shares), "lost": math.sqrt((cut + outside) / whole),
-        "worst": (worst, shares[worst]), "left_out": left_out,
-        "left_out_share": math.sqrt(outside / whole)}
+        "rank": rank, "matrices": len(losses), "lost": math.sqrt(lost / whole),
+        "worst": (worst, math.sqrt(rest / whole), math.sqrt(rest / square)),
+        "left_out": left_out, "left_out_share": math.sqrt(outside / whole)}
 
 
 def extract(model, base, rank, output, force=False, quiet=True):
-    """Write the adapter of a rank that is nearest to a model over its base. One matrix and the
-    factors are in memory.
+    """Write the adapter of a rank that is nearest to a model over its base. One matrix
+    and the factors are in memory.
 
     Args:     model, base, output: paths; force: overwrite
-    Returns:  the record of `factorise`
+    Returns:  the record of `factorise`, and "notes"
     """
-    model, base, output = Checkpoint(model), Checkpoint(base), os.fspath(output)
-    check_pair(model, base)
-    check_output(output, [*model.files, *base.files], force, {CONFIG, WEIGHTS, "README.md"})
-    factors, record = factorise(model, base, rank, quiet)
-    config, lost = peft_config(base, rank, factors), percent(record["lost"])
-    text = card("extract", called(config["base_model_name_or_path"]),
-                f"Rank {rank} of `{called(model.path)}`; lost {lost} of the difference's norm.")
-    facts = {"lsmerge.model": called(model.path), "lsmerge.lost": f"{record['lost']:.6g}"}
-    path = os.path.realpath(output)
-    with tempfile.TemporaryDirectory(prefix=".lsmerge-", suffix=".tmp",
-                                     dir=os.path.dirname(path)) as scratch:
-        os.mkdir(new := os.path.join(scratch, "new"))
-        write_tensors(os.path.join(new, WEIGHTS), factors, facts)
-        Path(new, CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        Path(new, "README.md").write_text(text)
-        if os.path.exists(path):
-            os.rename(path, os.path.join(scratch, "old"))
-        os.rename(new, path)    # all of it or nothing
+    pair = Pair(model, base)
+    output = os.fspath(output)
+    inputs = [*pair.model.files, *pair.base.files]
+    check_output(output, inputs, force, {CONFIG, WEIGHTS, "README.md"})
+    factors, record = factorise(pair, rank, quiet)
+    record["notes"] = extract_notes(pair, record)
+    config = peft_config(pair, rank, factors)
+    facts = {"lsmerge.model": called(model), "lsmerge.lost": f"{record['lost']:.6g}"}
+    with appear(output) as folder:          # all of it or nothing
+        os.mkdir(folder)
+        write_tensors(os.path.join(folder, WEIGHTS), factors, facts)
+        text = json.dumps(config, indent=2) + "\n"
+        Path(folder, CONFIG).write_text(text, encoding="utf-8")
+        write_card(folder, "extract", config["base_model_name_or_path"],
+                   f"Rank {rank} of `{called(model)}`; lost {percent(record['lost'])} "
+                   "of the difference's norm.")
     return record
 
 
-def peft_config(base, rank, factors):
-    """adapter_config.json. alpha = r, so that s = 1; modules are named in full, so that none is
-    meant that has no factors."""
-    modules = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in factors}
-    config = model_config(base)
-    causal = "CausalLM" in str(config.get("architectures"))
-    name = config.get("_name_or_path") or called(base.path).removesuffix(".safetensors")
-    return {"peft_type": "LORA", "task_type": "CAUSAL_LM" if causal else None,
-            "base_model_name_or_path": name, "r": rank, "lora_alpha": rank,
-            "target_modules": sorted(modules), "lora_dropout": 0.0, "bias": "none",
-            "fan_in_fan_out": is_transposed(base), "use_rslora": False, "use_dora": False,
-            "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None,
-            "inference_mode": True}
+def extract_notes(pair, record):
+    """What the adapter does not hold, and what its names rest on."""
+    notes = []
+    if record["left_out"]:
+        notes.append(f"an adapter cannot hold {len(record['left_out'])} of the tensors "
+                     f"that differ ({listed(record['left_out'])}): "
+                     f"{percent(record['left_out_share'])} of the difference's norm")
+    for why, names in pair.skipped.items():
+        notes.append(f"left out, {why}: {listed(names)}")
+    if pair.guessed:
+        notes.append("the adapter has the names of the base's file. Whether PEFT looks "
+                     "for others cannot be known: that takes the base's folder with "
+                     "its config.json, and transformers 5")
+    return notes
 
 
-# --- The command ----------------------------------------------------------------------------------
-def card(verb, base, line):
+def peft_config(pair, rank, factors):
+    """adapter_config.json. alpha = r, so that s = 1; modules are named in full, so that
+    none is meant that has no factors."""
+    targets = []
+    transposed = False
+    for name, module in pair.modules.items():
+        if f"base_model.model.{module}.lora_A.weight" in factors:
+            targets.append(module)
+            transposed = transposed or is_transposed(pair.base, name)
+    config = model_config(pair.base)
+    task = None
+    if re.search("CausalLM|LMHeadModel", str(config.get("architectures"))):
+        task = "CAUSAL_LM"
+    name = called(config.get("_name_or_path") or pair.base.path)
+    return {"peft_type": "LORA", "task_type": task, "base_model_name_or_path": name,
+            "r": rank, "lora_alpha": rank, "target_modules": sorted(targets),
+            "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": transposed,
+            "use_rslora": False, "use_dora": False, "rank_pattern": {},
+            "alpha_pattern": {}, "modules_to_save": None, "inference_mode": True}
+
+
+# --- The command ----------------------------------------------------------------------
+def write_card(folder, verb, base, line):
     """README.md of a result folder: what it is; no time, no path."""
-    library = ["library_name: peft"] if verb == "extract" else []
-    head = ["---", f"base_model: {json.dumps(base)}", *library, "tags: [lora, lsmerge]", "---"]
-    made = f"Made by `experiments/lora.py {verb}` of lsmerge."
-    return "\n".join([*head, f"# `{base}` and a LoRA adapter", "", f"Base `{base}`. {line}", "",
-                      made, ""])
+    lines = ["---", f"base_model: {json.dumps(base)}"]
+    if verb == "extract":
+        lines.append("library_name: peft")
+    lines += ["tags: [lora, lsmerge]", "---", f"# `{base}` and a LoRA adapter", "",
+              f"Base `{base}`. {line}", "",
+              f"Made by `experiments/tools/lora.py {verb}` of lsmerge.", ""]
+    Path(folder, "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def percent(share):
     """Two digits: '63 %', '3.1 %', '0.0012 %'."""
-    return f"{100 * share:.2g} %" if share < 0.995 else "100 %"
+    if share >= 0.995:
+        return "100 %"
+    return f"{100 * share:.2g} %"
+
+
+def given(text):
+    """An argument that is not empty, as an unset variable of the shell is."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
 
 
 def parse(argv):
-    parser = Parser(prog="lora.py",
-                    description="LoRA adapters to whole checkpoints, and back (PEFT's rules).")
+    parser = Parser(prog="lora.py", description="LoRA adapters to whole checkpoints, "
+                    "and back (PEFT's rules).")
     commands = parser.add_subparsers(dest="verb", required=True)
     into = commands.add_parser("fold", help="BASE + s B A as a checkpoint")
-    into.add_argument("base", metavar="BASE")
-    into.add_argument("adapter", metavar="ADAPTER", help="a folder as PEFT saves it")
+    into.add_argument("base", metavar="BASE", type=given)
+    into.add_argument("adapter", metavar="ADAPTER", type=given,
+                      help="a folder as PEFT saves it")
     back = commands.add_parser("extract", help="MODEL - BASE as an adapter")
-    back.add_argument("model", metavar="MODEL")
-    back.add_argument("base", metavar="BASE")
-    back.add_argument("--rank", type=int, required=True, metavar="R", help="of every matrix")
+    back.add_argument("model", metavar="MODEL", type=given)
+    back.add_argument("base", metavar="BASE", type=given)
+    back.add_argument("--rank", type=int, required=True, metavar="R",
+                      help="of every matrix")
     for sub in (into, back):
-        sub.add_argument("-o", "--output", required=True, metavar="PATH", help="the result")
-        sub.add_argument("--force", action="store_true", help="overwrite an existing output")
+        sub.allow_abbrev = False
+        sub.add_argument("-o", "--output", required=True, metavar="PATH", type=given,
+                         help="the result")
+        sub.add_argument("--force", action="store_true",
+                         help="overwrite an existing output")
         sub.add_argument("--quiet", action="store_true", help="no progress bar")
     arguments = parser.parse_args(argv)
     if arguments.verb == "extract" and not 0 < arguments.rank <= 65536:
@@ -432,30 +853,24 @@ def parse(argv):
     return arguments
 
 
-def print_loss(a, record):
-    """What the factors do not hold; plainly, where that is much."""
-    lost, (worst, share) = percent(record["lost"]), record["worst"]
-    print(f"rank {a.rank}, {record['matrices']} matrices: lost {lost} of the difference between "
-          f"{a.model} and {a.base} (Frobenius norm)")
-    print(f"worst matrix: {worst}, {percent(share)} of its own difference")
-    if record["left_out"]:
-        print(f"note: an adapter cannot hold {len(record['left_out'])} of the tensors that differ "
-              f"({', '.join(record['left_out'][:3])}): {percent(record['left_out_share'])} of the "
-              "difference's norm")
-    if record["lost"] > MUCH:
-        print(f"warning: lost {lost} of the difference; fix: raise --rank, or keep the whole model")
-
-
 def main(argv=None):
     a = parse(argv)
     if a.verb == "fold":
         record = fold(a.base, a.adapter, a.output, a.force, a.quiet)
-        for note in record["notes"]:
-            print(f"note: {note}")
-        print(f"added s B A to {record['folded']} matrices of {a.base}")
+        say(*[f"note: {note}" for note in record["notes"]])
+        say(f"added s B A to {record['folded']} matrices of {a.base}")
     else:
-        print_loss(a, extract(a.model, a.base, a.rank, a.output, a.force, a.quiet))
-    print(f"wrote {a.output}")
+        record = extract(a.model, a.base, a.rank, a.output, a.force, a.quiet)
+        lost = percent(record["lost"])
+        name, share, own = record["worst"]
+        say(f"rank {a.rank}, {record['matrices']} matrices: lost {lost} of the "
+            f"difference between {a.model} and {a.base} (Frobenius norm)")
+        say(f"largest loss: {percent(share)} in {name}, {percent(own)} of its own")
+        say(*[f"note: {note}" for note in record["notes"]])
+        if record["lost"] > MUCH:
+            say(f"warning: lost {lost} of the difference; fix: raise --rank, or keep "
+                "the whole model")
+    say(f"wrote {a.output}")
 
 
 if __name__ == "__main__":
