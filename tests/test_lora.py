@@ -138,7 +138,7 @@ def test_each_matrix_is_turned_or_not(tmp_path, monkeypatch, flag, conv1d, piece
     monkeypatch.setattr(lora, "PIECE", piece)
     h = "transformer.h.0"
     shapes = {f"{h}.attn.c_attn": (24, 8), f"{h}.attn.c_proj": (8, 8),
-              f"{h}.mlp.c_fc": (32, 8), f"{h}.mlp.c_proj": (8, 32), "classifier": (8, 8)}
+              f"{h}.mlp.c_fc": (32, 8), "classifier": (8, 8)}
     path, tensors = write_adapter(tmp_path / "x", shapes=shapes, fan_in_fan_out=flag)
     base, expected, g = {}, {}, torch.Generator().manual_seed(0)
     for module, shape in shapes.items():
@@ -168,15 +168,18 @@ SAME = {"LLaVA": (LLAVA_5, LLAVA_4), "Qwen2-VL": (QWEN2VL_5, QWEN2VL_4),
                  ["encoder.layer.1.attention.self.query"]),
         "a sentence model": (["encoder.layer.1.attention.self.query"],
                              ["0.auto_model.encoder.layer.1.attention.self.query"]),
-        "wrappers": ([f"_orig_mod.module.model.{TEXT}"], [f"model.{TEXT}"])}
+        "wrappers": (["_orig_mod.model.layers.1.module.mlp.fc1"],
+                     ["model.layers.1.mlp.fc1"])}
 OTHER = {"a decoder's": (["decoder.block.1.layer.0.SelfAttention.q"],
                          ["encoder.block.1.layer.0.SelfAttention.q"], "no such"),
          "another layer's": ([f"model.{TEXT}"], ["model.layers.0.self_attn.q_proj"],
                              "no such"),
          "another model's": (["roberta.encoder.layer.1.output.dense"],
                              ["bert.encoder.layer.1.output.dense"], "no such"),
+         "another part's": (["model.layers.1.q_proj"], ["model.layers.1.attn.q_proj"],
+                            "no such"),
          "audio or text": ([f"model.{TEXT}"], [f"model.audio_tower.{TEXT}",
-                                               f"model.language_model.{TEXT}"], "or"),
+                                               f"model.language_model.{TEXT}"], "that"),
          "two for one": ([f"transformer.{TEXT}", f"model.{TEXT}"], [TEXT], TEXT)}
 
 
@@ -298,20 +301,16 @@ def test_a_folder_gives_a_folder(base_folder, tmp_path, capsys):
     assert_equal(load_file(tmp_path / "m.safetensors"), expected)
 
 
-@pytest.mark.parametrize("output, words, force", [
-    ("base.safetensors", "input", True), ("x/adapter_model.safetensors", "input", True),
-    ("x/adapter_config.json", "input", True), ("old.safetensors", "exists", False)])
-def test_what_an_output_may_not_be(models, tmp_path, capsys, output, words, force):
-    """An input, whatever --force says; what exists, without it."""
-    base, out = tmp_path / "base.safetensors", tmp_path / output
-    save_file(load_file(models["a"]), base)
+@pytest.mark.parametrize("output, words", [
+    ("base.safetensors", "input"), ("x/adapter_model.safetensors", "input"),
+    ("x/adapter_config.json", "input"), ("y/", "folder's name")])
+def test_what_an_output_may_not_be(models, tmp_path, capsys, output, words):
+    """An input, whatever --force says; a folder where the base is a file."""
+    save_file(load_file(models["a"]), tmp_path / "base.safetensors")
     path, _ = write_adapter(tmp_path / "x")
-    (tmp_path / "old.safetensors").write_text("old")
-    before = out.read_bytes()
-    assert run("fold", base, path, "-o", out, *["--force"] * force) == 1
+    out = f"{tmp_path}/{output}"
+    assert run("fold", tmp_path / "base.safetensors", path, "-o", out, "--force") == 1
     one_line(capsys, words)
-    assert out.read_bytes() == before
-    assert run("fold", base, path, "-o", tmp_path / "old.safetensors", "--force") == 0
 
 
 def test_what_fold_notes(models, tmp_path, capsys):
@@ -383,6 +382,9 @@ REFUSED = {     # case: (settings, change of the tensors, words of the error)
     "a list of patterns": ({"rank_pattern": ["q_proj"]}, None, "rank_pattern"),
     "a broken pattern": ({"alpha_pattern": {"(": 4}}, None, "alpha_pattern"),
     "a huge repeat": ({"rank_pattern": {"a{99999999999}": 4}}, None, "rank_pattern"),
+    "an endless repeat": ({"rank_pattern": {"(a?){4294967294}": 4}}, None, "for ever"),
+    "repeats of repeats": ({"rank_pattern": {"((.+)+)+x": 4}}, None, "for ever"),
+    "a nested set": ({"rank_pattern": {"[[]x": 4}}, None, "rank_pattern"),
     "deep brackets": ({"rank_pattern": {"(" * 3000 + ")" * 3000: 4}}, None, "pattern"),
     "flags inside": ({"rank_pattern": {"(?i)Q_PROJ": 4}}, None, "rank_pattern"),
     "magnitude": ({}, add(f"{P}{Q}.lora_magnitude_vector", 64), "magnitude_vector"),
@@ -442,7 +444,8 @@ def test_a_value_that_does_not_belong_there(tmp_path, capsys, value, dtype, word
     "", "fold", "fold a b", "extract a b -o c", "merge a b -o c", "fold a b -o",
     "fold ~ b -o c", "fold a ~ -o c", "fold a b -o ~", "extract ~ b --rank 1 -o c",
     "extract a b --rank ~ -o c", "extract a b --rank 0 -o c",
-    "extract a b --rank x -o c", "extract a b --ra 1 -o c", "fold a b -o c --for", "fold a b --out c"])
+    "extract a b --rank x -o c", "extract a b --ra 1 -o c", "fold a b -o c --for",
+    "fold a b --out c"])
 def test_usage(line, capsys):
     """~ stands for an empty argument, an unset variable of the shell."""
     with pytest.raises(SystemExit) as caught:
@@ -507,20 +510,6 @@ def test_extract_is_the_best_product_of_its_rank(models, expert, tmp_path, rank)
     assert not share or name == f"{worst}.weight"
 
 
-def test_an_adapter_comes_back(models, tmp_path):
-    """fold, extract at the same rank, fold: the same model, up to float32."""
-    path, tensors = write_adapter(tmp_path / "x")
-    lora.fold(models["a"], path, tmp_path / "m.safetensors")
-    record = lora.extract(tmp_path / "m.safetensors", models["a"], 4, tmp_path / "y")
-    assert record["lost"] < 1e-5
-    _, found = read_result(tmp_path / "y")
-    for module in MODULES:
-        assert_near(product(found, module, 1.0), product(tensors, module))
-    again = lora.folded_tensors(models["a"], tmp_path / "y")
-    for name, tensor in load_file(tmp_path / "m.safetensors").items():
-        torch.testing.assert_close(again[name], tensor, rtol=1e-6, atol=1e-7)
-
-
 def test_a_rank_that_loses_much_is_a_warning(models, tmp_path, capsys):
     """Singular values 12, 4, 3, whose squares sum to 13^2: rank 1 loses 5/13, rank 2
     loses 3/13."""
@@ -564,19 +553,6 @@ def test_rounding_is_no_difference(models, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "rounding: model.layers.*.mlp.down_proj.weight (1)" in out
     assert "warning" not in out and set(read_result(tmp_path / "x")[1]) == {QA, QB}
-
-
-def test_bfloat16_models_lose_nothing_more(models, tmp_path):
-    """The difference of two bfloat16 models comes back to 1e-6 at full rank; factors in
-    bfloat16 would miss it by 1e-3."""
-    base, g = load_file(models["half"]), torch.Generator().manual_seed(0)
-    change = (0.01 * torch.randn(64, 64, generator=g)).bfloat16()
-    model = save_changed(base, {f"{Q}.weight": change}, tmp_path / "e.safetensors")
-    path = tmp_path / "e.safetensors"
-    record = lora.extract(path, models["half"], 64, tmp_path / "x")
-    assert record["lost"] < 1e-9
-    delta = model[f"{Q}.weight"].double() - base[f"{Q}.weight"].double()
-    assert_near(product(read_result(tmp_path / "x")[1], Q, 1.0), delta.numpy())
 
 
 # Names on disk of GPT-2 (from the Hub), T5, NeoX and MoEs, with small shapes; None: no
@@ -632,8 +608,9 @@ def test_only_linear_maps_are_extracted_each_the_right_way_round(
 
 def test_heads_and_vocabularies(models, tmp_path, capsys):
     """More tokens; a head that one file has, or that repeats the embedding; a buffer:
-    said, and left out. Such a head of the other size is not taken for a stranger."""
+    said, and left out. What is equal in both need not be finite."""
     base, delta = load_file(models["a"]), 0.1 * torch.ones(64, 64)
+    base["masked_bias"] = torch.tensor(-math.inf)
     embedding = base["model.embed_tokens.weight"]
     grown = torch.cat([embedding, torch.ones(2, 64)])
     head = {"lm_head.weight": embedding.clone()}
@@ -656,8 +633,8 @@ UNFIT = {       # case: (base -> tensors, words of the error)
     "the base itself": (dict, "no matrix"),
     "only a norm": (lambda base: base | {"model.norm.weight": torch.zeros(64)},
                     "no matrix"),
-    "only rounding": (lambda base: base | {f"{Q}.weight": base[f"{Q}.weight"] * 1.0000002},
-                      "rounding"),
+    "rounding": (lambda base: base | {f"{Q}.weight": base[f"{Q}.weight"] * (1 + 2e-7)},
+                 "rounding"),
     "a matrix less": (lambda base: {n: base[n] for n in base if n != f"{Q}.weight"},
                       f"'{Q}.weight'"),
     "a matrix more": (lambda base: base | {"model.layers.2.x.weight": torch.ones(2, 2)},

@@ -48,6 +48,20 @@ NOISE = 2e-6
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
+def split_name(name):
+    """The dotted parts of a tensor's name, without those of wrappers."""
+    return [part for part in name.split(".") if part not in WRAPPERS]
+
+
+def group_key(name):
+    """Two names can be of one tensor only if this is equal: their numbers, but for one
+    at the very beginning, which is no layer ('0.auto_model.encoder.layer.3.'), and
+    their last two parts."""
+    parts = split_name(name)
+    numbers = [part for part in parts[1:] if part.isdigit()]
+    return *numbers, *parts[-2:]
+
+
 def closeness(one, other):
     """How near two names of tensors are, as a key to sort by; None: not one tensor.
 
@@ -59,14 +73,13 @@ def closeness(one, other):
     Returns:  (number of last parts in common, minus the number of parts in one only)
     Example:  'h.0.attn.c_attn.weight', 'transformer.h.0.attn.c_attn.weight': (5, -1)
     """
-    one = [part for part in one.split(".") if part not in WRAPPERS]
-    other = [part for part in other.split(".") if part not in WRAPPERS]
+    one = split_name(one)
+    other = split_name(other)
     common = 0
     while common < min(len(one), len(other)) and one[-1 - common] == other[-1 - common]:
         common += 1
     before_one = one[:len(one) - common]
     before_other = other[:len(other) - common]
-    # A number at the very beginning is no layer: '0.auto_model.encoder.layer.3.'
     numbered = any(part.isdigit() for part in before_one[1:] + before_other[1:])
     parts_one = set(before_one) - {"model"}
     parts_other = set(before_other) - {"model"}
@@ -74,17 +87,6 @@ def closeness(one, other):
     if common < 2 or numbered or not nested:
         return None
     return common, -len(parts_one ^ parts_other)
-
-
-def nearest(name, names):
-    """The nearest of some names: none, one, or several that are equally near."""
-    end = ".".join(name.split(".")[-2:])
-    keys = {}
-    for other in names:
-        if other.endswith(end):             # the quick look first
-            keys[other] = closeness(name, other)
-    best = max(filter(None, keys.values()), default=None)
-    return [other for other, key in keys.items() if key and key == best]
 
 
 def pair_names(wanted, names, fits):
@@ -95,16 +97,24 @@ def pair_names(wanted, names, fits):
     that stays ambiguous, or that two want, has no partner.
     """
     pairs = {name: name for name in wanted if name in names}
-    left = [name for name in names if name not in pairs]
-    claims = {}
+    groups = {}
+    for name in names:
+        if name not in pairs:
+            groups.setdefault(group_key(name), []).append(name)
+    claims = {}         # name -> the names wanted whose nearest it is
     for name in wanted:
         if name in pairs:
             continue
-        found = nearest(name, left)
-        if len(found) > 1:
-            found = [other for other in found if fits(name, other)]
-        if len(found) == 1:
-            claims.setdefault(found[0], []).append(name)
+        keys = {}
+        for other in groups.get(group_key(name), []):
+            key = closeness(name, other)
+            if key is not None:
+                keys[other] = key
+        nearest = [other for other in keys if keys[other] == max(keys.values())]
+        if len(nearest) > 1:
+            nearest = [other for other in nearest if fits(name, other)]
+        if len(nearest) == 1:
+            claims.setdefault(nearest[0], []).append(name)
     for other, claimants in claims.items():
         if len(claimants) == 1:
             pairs[claimants[0]] = other
@@ -212,8 +222,7 @@ def is_transposed(base, name):
     for end in ("c_attn.weight", "c_fc.weight"):
         for other, entry in base.entries.items():
             if other.startswith(stack) and other.endswith(end):
-                rows, columns = entry.shape
-                return rows < columns
+                return entry.shape[0] < entry.shape[-1]
     return False
 
 
@@ -281,7 +290,9 @@ HARMLESS = set("""
     lora_dtype lorap_lr_ratio lorap_emb_lr""".split())
 # Starts of A and B that leave the base as it is. PiSSA, OLoRA and their like subtract
 # the start from the base: then W + s B A is not the model that was trained.
-STARTS = ("gaussian", "eva", "orthogonal", "mica")
+STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+# Repeats of repeats and repeats by the thousand: a search may take years.
+ENDLESS = re.compile(r"[*+}]\)+[*+{]|\d{4,}[,}]")
 # `default` is PEFT's name of an adapter, which it leaves out when it saves.
 FACTOR = re.compile(r"(.+)\.lora_(A|B)(\.default)?\.weight")
 
@@ -373,7 +384,7 @@ def read_config(path):
         foreign.append("bias")
     need(not foreign, path, f"{', '.join(foreign)[:200]} is set, that is not supported",
          PLAIN)
-    need(not isinstance(start, str) or start in STARTS, path, "init_lora_weights "
+    need(start in STARTS, path, "init_lora_weights "
          f"{short(start)} changes the base", "convert it to a plain LoRA with PEFT")
     return config
 
@@ -385,12 +396,14 @@ def read_patterns(config, key, path):
     need(isinstance(table, dict), path, f"{key} is no table of regular expressions")
     patterns = []
     for text, value in table.items():
+        need(not ENDLESS.search(text), path, f"{key}: {short(text)} may match for ever",
+             PLAIN)
         try:
             with warnings.catch_warnings():
-                # Python 3.10 still takes flags inside a pattern, later ones do not.
-                warnings.simplefilter("error", DeprecationWarning)
+                # Flags inside a pattern: Python 3.10 takes them, later ones do not.
+                warnings.simplefilter("error")
                 patterns.append((re.compile(rf"(.*\.)?({text})$"), value))
-        except (re.error, OverflowError, RecursionError, DeprecationWarning) as error:
+        except (re.error, OverflowError, RecursionError, Warning) as error:
             what = f"{key}: {short(text)} is no usable regular expression: {error}"
             raise CheckpointError(path, what[:300], PLAIN) from None
     return patterns
@@ -440,12 +453,8 @@ class Fold:
                 if own not in pairs.values():
                     pairs.setdefault(f"{module}.weight", own)
         for name in wanted:
-            what = f"{base.path} has no such tensor"
-            if name not in pairs and nearest(name, base.entries):
-                near = " or ".join(nearest(name, base.entries)[:3])
-                what = f"may be meant for {near} of {base.path}"
-            need(name in pairs, self.adapter.path, what, f"{OTHER_BASE} (a tied "
-                 "head cannot be folded)", name)
+            need(name in pairs, self.adapter.path, f"{base.path} has no such tensor, or "
+                 "several that it may be", f"{OTHER_BASE} (no tied head has one)", name)
         return {name: pairs[name] for name in wanted}
 
     def _turns(self, name, own):
@@ -662,6 +671,8 @@ class Pair:
                 check_finite(new, ours.file, ours.name)
                 difference += (new - old).square().sum().item()
             size += old.square().sum().item()
+        need(difference == 0 or math.isfinite(size), theirs.file, "holds Inf",
+             "repair it", name)
         return difference, size
 
 
@@ -783,19 +794,16 @@ def extract_notes(pair, record):
 def peft_config(pair, rank, factors):
     """adapter_config.json. alpha = r, so that s = 1; modules are named in full, so that
     none is meant that has no factors."""
-    targets = []
-    transposed = False
-    for name, module in pair.modules.items():
-        if f"base_model.model.{module}.lora_A.weight" in factors:
-            targets.append(module)
-            transposed = transposed or is_transposed(pair.base, name)
+    modules = {name.split(".lora_")[0].removeprefix("base_model.model.")
+               for name in factors}
+    transposed = any(is_transposed(pair.base, name) for name in pair.modules)
     config = model_config(pair.base)
     task = None
     if re.search("CausalLM|LMHeadModel", str(config.get("architectures"))):
         task = "CAUSAL_LM"
     name = called(config.get("_name_or_path") or pair.base.path)
     return {"peft_type": "LORA", "task_type": task, "base_model_name_or_path": name,
-            "r": rank, "lora_alpha": rank, "target_modules": sorted(targets),
+            "r": rank, "lora_alpha": rank, "target_modules": sorted(modules),
             "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": transposed,
             "use_rslora": False, "use_dora": False, "rank_pattern": {},
             "alpha_pattern": {}, "modules_to_save": None, "inference_mode": True}
