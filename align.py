@@ -88,8 +88,8 @@ def stacks_of(places):
     stacks = {}
     for name, place in places.items():
         if place.layer is not None:
-            layers = stacks.setdefault(place.stack, {})
-            layers.setdefault(place.layer, {})[place.rest, place.role] = name
+            layer = stacks.setdefault(place.stack, {}).setdefault(place.layer, {})
+            layer.setdefault((place.rest, place.role), name)
     return stacks
 
 
@@ -164,6 +164,7 @@ def pair_outside_layers(target, source, stacks):
     for t, s in stacks.items():
         end = len(".".join(common_end(t, s)))
         leads.append((t[:len(t) - end], s[:len(s) - end]))
+    leads.append(("", ""))                      # equal names
     scores = {}
     outside = [name for name in target if target[name].layer is None]
     others = [name for name in source if source[name].layer is None]
@@ -173,15 +174,12 @@ def pair_outside_layers(target, source, stacks):
             theirs = source[s].rest
             for before, after in leads:
                 if mine.startswith(before) and after + mine[len(before):] == theirs:
-                    scores[t, s] = 3 + len(before)          # the longest, most special
-            if (t, s) in scores:
-                continue
-            short = min(mine, theirs, key=len)
-            long = max(mine, theirs, key=len)
-            if mine == theirs:
-                scores[t, s] = 2
-            elif "." in short and long.endswith("." + short):
-                scores[t, s] = 1
+                    # Unwrapped names may collide: then the names as they are decide.
+                    scores[t, s] = (t == s, 1 + len(before))    # the longest lead first
+            shorter = min(mine, theirs, key=len)
+            longer = max(mine, theirs, key=len)
+            if "." in shorter and longer.endswith("." + shorter):
+                scores.setdefault((t, s), (False, 0))
     return best_pairs(scores)
 
 

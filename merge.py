@@ -32,7 +32,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from os.path import abspath, basename, dirname, join, normpath, relpath
+from os.path import abspath, basename, dirname, isfile, join, normpath, relpath
 
 import torch
 from tqdm import tqdm
@@ -697,18 +697,29 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".
            "adapter_config.json")
 
 
+def text_of(*path):
+    """The text of a file, or nothing if it is not there."""
+    if not isfile(join(*path)):
+        return ""
+    with open(join(*path), encoding="utf-8", errors="replace") as file:
+        return file.read()
+
+
 def companions(folder):
     """(files that go along with the weights, files that stay behind), as paths relative to
-    a model's folder: configuration, tokenizer, code, licence; also in sub-folders. One that
-    holds weights is another checkpoint. The model card is written anew."""
+    a model's folder. All goes along but weights, states of a training, and sub-folders that
+    are checkpoints of their own; weights too if modules.json names their folder, as
+    sentence-transformers do with parts of a model. The model card is written anew."""
+    modules = text_of(folder, "modules.json")
     along = []
     behind = []
     for where, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name[0] != "."]
-        weights = [name for name in names if name.endswith(WEIGHTS)]
+        part = f'"{relpath(where, folder)}"' in modules
+        own = "trainer_state.json" in names or "model_type" in text_of(where, "config.json")
         for name in sorted(names):
             path = relpath(join(where, name), folder)
-            if name in weights or weights and where != folder:
+            if not part and (name.endswith(WEIGHTS) or own and where != folder):
                 behind.append(path)
             elif name[0] != "." and path != "README.md":
                 along.append(path)
@@ -788,6 +799,10 @@ def main(argv=None):
     a = parse(argv)
     codecs = load_codecs(a)
     models = [Checkpoint(path) for path in a.models]
+    for model in models:
+        single = join(model.folder or "", "model.safetensors")
+        if model.folder and isfile(single) and single not in model.files:
+            say(f"note: {model.path} is read by its index, without its model.safetensors")
     along = check_outputs(a, models, codecs)
     run, warnings = plan_run(a, models, codecs)
     say(*[f"warning: {warning}" for warning in warnings], stream=sys.stderr)
