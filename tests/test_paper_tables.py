@@ -284,7 +284,7 @@ def test_tables_of_merges(table, short, tmp_path, monkeypatch, capsys):
     twins = [row["difference"]["weights"] for row in seen if "weights" in row["difference"]]
     assert len(twins) == {"2": 0, "3": 5, "4": 3, "6": 1}[table]
     for d in twins:
-        assert d["verdict"] == "ties" and abs(d["mean"]) < 1e-5
+        assert d["verdict"] == "ties" and abs(d["mean"]) < 1e-4
     kinds = {row["kind"] for row in seen}
     assert kinds >= {"2": {"codec", "latent", "control"}, "3": {"weight", "latent"},
                      "4": {"codec", "weight"}, "6": {"control", "latent"}}[table]
@@ -316,6 +316,7 @@ def test_figure_4_by_the_command(zoo, monkeypatch, capsys, tmp_path):
     """All sources but the relative: every cell, its controls, and few chunks."""
     monkeypatch.setattr(transfer_tables, "LAMBDAS", (0.1, 1.0))
     monkeypatch.setattr(transfer_tables, "QUICK", 2)
+    monkeypatch.setattr(transfer_tables, "LONG", 128)
     printed = command(monkeypatch, capsys, "--figure", 4, "--models", zoo, "--source", "large",
                       "--source", "base-seed2", "--results", tmp_path)
     assert "large: gaussian, n < d" in printed and "base-seed2: plain average" in printed
@@ -427,7 +428,9 @@ def test_ablation_by_the_command(zoo, monkeypatch, capsys, tmp_path):
                       "--results", tmp_path)
     rows = [line.split("|") for line in printed.splitlines() if line.startswith("| ")][1:]
     assert [row[1].strip() for row in rows] == ["**r = 2**", "a", "r 2"]
-    assert float(rows[1][5]) == 0 and "loses" in rows[2][-2] and not list(tmp_path.iterdir())
+    nmse = [float(row[4]) for row in rows[1:]]      # on what they have not seen
+    assert nmse[0] < 1e-10 and 0.3 < nmse[1] < 0.6
+    assert float(rows[1][5]) == 0 and not list(tmp_path.iterdir())
 
 
 def test_nothing_to_do_is_an_error(monkeypatch, capsys):
