@@ -18,7 +18,13 @@ ours:  experts are merged as whole models, which is all that merge.py knows: the
 Left out on purpose: whatever is more than W + s B A (DoRA, PiSSA, biases, embeddings,
        convolutions, saved modules). It is refused by name.
 """
-import argparse, json, math, os, re, shutil, sys, warnings
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,8 +33,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from chunking import (AGAIN, PIECE, Checkpoint, CheckpointError, Entry, Parser, appear,
-                      check_output, command, companions, create, is_selected, need, say,
+                      check_output, command, create, is_selected, need, parse_name, say,
                       spans, write_tensors)
+from merge import companions
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -44,73 +51,35 @@ NOISE = 2e-6
 
 
 # --- Names: which tensor is which -----------------------------------------------------
-# What data parallelism, compilation and sharding put into names.
-WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-
-
-def split_name(name):
-    """The dotted parts of a tensor's name, without those of wrappers."""
-    return [part for part in name.split(".") if part not in WRAPPERS]
-
-
-def group_key(name):
-    """Two names can be of one tensor only if this is equal: their numbers, but for one
-    at the very beginning, which is no layer ('0.auto_model.encoder.layer.3.'), and
-    their last two parts."""
-    parts = split_name(name)
-    numbers = [part for part in parts[1:] if part.isdigit()]
-    return *numbers, *parts[-2:]
-
-
-def closeness(one, other):
-    """How near two names of tensors are, as a key to sort by; None: not one tensor.
-
-    ours:     names on disk and in memory differ in front of the layer's number: there
-              transformers adds, drops and reorders parts. So both must end alike from
-              that number on, and of what stands before, one must hold all parts of
-              the other; `model` is no such part, it means nothing. Thus an encoder
-              never meets a decoder.
-    Returns:  (number of last parts in common, minus the number of parts in one only)
-    Example:  'h.0.attn.c_attn.weight', 'transformer.h.0.attn.c_attn.weight': (5, -1)
-    """
-    one = split_name(one)
-    other = split_name(other)
-    common = 0
-    while common < min(len(one), len(other)) and one[-1 - common] == other[-1 - common]:
-        common += 1
-    before_one = one[:len(one) - common]
-    before_other = other[:len(other) - common]
-    numbered = any(part.isdigit() for part in before_one[1:] + before_other[1:])
-    parts_one = set(before_one) - {"model"}
-    parts_other = set(before_other) - {"model"}
-    nested = parts_one <= parts_other or parts_other <= parts_one
-    if common < 2 or numbered or not nested:
-        return None
-    return common, -len(parts_one ^ parts_other)
-
-
 def pair_names(wanted, names, fits):
     """{name wanted: the one of `names` that is the same tensor}.
 
     Equal names first. The others take the nearest name that is left; of several that
     are equally near, the only one whose shape fits: fits(name wanted, name). A name
     that stays ambiguous, or that two want, has no partner.
+
+    ours:     align.pair_names finds relatives; here both must be of one model. Names
+              on disk and in memory differ in front of the layer's number: there
+              transformers adds, drops and reorders parts. Behind it they are equal.
+    Example:  'transformer.h.0.attn.c_attn.weight' is 'h.0.attn.c_attn.weight'
     """
     pairs = {name: name for name in wanted if name in names}
     groups = {}
     for name in names:
         if name not in pairs:
-            groups.setdefault(group_key(name), []).append(name)
+            key, parts = take_apart(name)
+            groups.setdefault(key, []).append((name, parts))
     claims = {}         # name -> the names wanted whose nearest it is
     for name in wanted:
         if name in pairs:
             continue
-        keys = {}
-        for other in groups.get(group_key(name), []):
-            key = closeness(name, other)
-            if key is not None:
-                keys[other] = key
-        nearest = [other for other in keys if keys[other] == max(keys.values())]
+        key, parts = take_apart(name)
+        distances = {}
+        for other, others in groups.get(key, []):
+            if parts <= others or others <= parts:      # else another part of the model
+                distances[other] = len(parts ^ others)
+        least = min(distances.values(), default=None)
+        nearest = [other for other in distances if distances[other] == least]
         if len(nearest) > 1:
             nearest = [other for other in nearest if fits(name, other)]
         if len(nearest) == 1:
@@ -119,6 +88,22 @@ def pair_names(wanted, names, fits):
         if len(claimants) == 1:
             pairs[claimants[0]] = other
     return pairs
+
+
+def take_apart(name):
+    """(what two names of one tensor have in common, parts in which they may differ). Of
+    the parts, one name must hold all of the other's, in any order; `model` means
+    nothing. So an encoder never meets a decoder.
+
+    Example:  'model.language_model.layers.3.mlp.up_proj.weight' and
+              'language_model.model.layers.3.mlp.up_proj.weight' both give
+              (3, 'mlp.up_proj.weight'), {'language_model', 'layers'}
+    """
+    place = parse_name(name)            # drops what wrappers add (module, _orig_mod)
+    parts = place.rest.split(".")
+    if place.layer is None:             # a head: its own name, and what it is
+        return ".".join(parts[-2:]), set(parts) - {"model"}
+    return (place.layer, place.rest), set(place.stack.split(".")) - {"model"}
 
 
 # Linear maps that PEFT cannot reach by the last part of their names, by type of model:
@@ -218,10 +203,10 @@ def is_transposed(base, name):
     """
     if not CONV1D.search(name):
         return False
-    stack = re.split(r"\.\d+\.", name)[0]
+    stack = base.entries[name].place.stack
     for end in ("c_attn.weight", "c_fc.weight"):
         for other, entry in base.entries.items():
-            if other.startswith(stack) and other.endswith(end):
+            if entry.place.stack == stack and other.endswith(end):
                 return entry.shape[0] < entry.shape[-1]
     return False
 
@@ -232,17 +217,13 @@ def is_linear(entry):
     return matrix and entry.numel > 0 and not NOT_LINEAR.search(entry.name)
 
 
-def in_layer(name):
-    return any(part.isdigit() for part in name.split(".")[1:])
-
-
 def tied_to(base, name):
     """The embedding that a head repeats bit for bit; None if there is none. A loader
     may then read the embedding alone, and drop what stands in the head."""
     untied = model_config(base).get("tie_word_embeddings") is False
-    if in_layer(name) or untied:
-        return None
     entry = base.entries[name]
+    if untied or entry.place.layer is not None:
+        return None
     for other, twin in base.entries.items():
         if EMBEDDING.search(other) and other != name and twin.shape == entry.shape:
             pieces = spans(entry.numel)
@@ -254,9 +235,8 @@ def tied_to(base, name):
 
 def model_config(checkpoint):
     """config.json of a model's folder; {} where there is none."""
-    folder = getattr(checkpoint, "folder", None)        # tensors in memory have none
-    path = os.path.join(folder or "", "config.json")
-    if not folder or not os.path.isfile(path):
+    path = os.path.join(checkpoint.folder or "", "config.json")
+    if not checkpoint.folder or not os.path.isfile(path):
         return {}
     return read_json(path)
 
@@ -453,8 +433,8 @@ class Fold:
                 if own not in pairs.values():
                     pairs.setdefault(f"{module}.weight", own)
         for name in wanted:
-            need(name in pairs, self.adapter.path, f"{base.path} has no such tensor, or "
-                 "several that it may be", f"{OTHER_BASE} (no tied head has one)", name)
+            need(name in pairs, self.adapter.path, f"{base.path} has no such tensor, "
+                 "or several that it may be", f"{OTHER_BASE} (no tied head has one)", name)
         return {name: pairs[name] for name in wanted}
 
     def _turns(self, name, own):
@@ -550,30 +530,28 @@ def fold(base, adapter, output, force=False, quiet=True):
     plan = Fold(base, adapter)
     base = plan.base
     output = os.fspath(output)
-    copies = []         # files that go into a result folder, relative to the base's
-    inside = None       # names in that folder; None: the result is a file
+    along = []          # files that go into a result folder, relative to the base's
+    inside = None       # all files of that folder; None: the result is a file
     if base.folder and not output.endswith(".safetensors"):
-        copies = companions(base.folder)
-        inside = {"model.safetensors", "README.md"}
-        inside.update(copy.split(os.sep)[0] for copy in copies)
+        along, _ = companions(base.folder)
+        inside = ["model.safetensors", "README.md", *along]
     need(inside or not output.endswith(os.sep), output, "is a folder's name, and "
          f"{base.path} is a file", "give -o the name of a file")
-    inputs = [os.path.join(base.folder, copy) for copy in copies]
+    inputs = [os.path.join(base.folder, path) for path in along]
     inputs += [*base.files, *plan.adapter.files]
-    check_output(output, inputs, force, inside)
-    names = {"lsmerge.base": called(base.path), "lsmerge.adapter": called(adapter)}
+    check_output(output, inputs, force, folder=inside)
+    facts = {"lsmerge.base": called(base.path), "lsmerge.adapter": called(adapter)}
     rounding = 0.0
     added = 0.0
-    with create(output, base.entries.values(), names, bool(inside)) as file:
+    with create(output, base.entries.values(), facts, bool(inside), force) as file:
         if inside:
             folder = Path(file.path).parent
-            for copy in copies:
-                (folder / copy).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(os.path.join(base.folder, copy), folder / copy)
+            for path in along:
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(os.path.join(base.folder, path), folder / path)
             write_card(folder, "fold", called(base.path),
                        f"`{called(adapter)}` folded into it: W + s B A.")
-        bar = tqdm(base.entries, unit="tensor", leave=False, disable=quiet or None)
-        for name in bar:
+        for name in tqdm(base.entries, "fold", leave=False, disable=quiet or None):
             for start, piece, squares in folded(plan, name):
                 file.put(name, start, piece)
                 rounding += squares[0]
@@ -633,7 +611,8 @@ class Pair:
                 self.partners[name] = other
                 continue
             vocabulary = theirs[name].shape[1:] == ours[other].shape[1:]
-            need(vocabulary and not in_layer(name), self.model.path, f"has shape "
+            outside = theirs[name].place.layer is None
+            need(vocabulary and outside, self.model.path, f"has shape "
                  f"{[*ours[other].shape]}, the base {[*theirs[name].shape]}",
                  OTHER_BASE, other)
             self.skip("as the vocabularies differ in size", name)
@@ -642,7 +621,8 @@ class Pair:
         for one, paired in ((self.model, here), (self.base, found)):
             for name, entry in one.entries.items():
                 if name not in paired:
-                    need(not (in_layer(name) and is_linear(entry)), one.path,
+                    outside = entry.place.layer is None
+                    need(outside or not is_linear(entry), one.path,
                          "the other has no such tensor", OTHER_BASE, name)
                     self.skip(f"as only {called(one.path)} has it", name)
         self.modules = linear_modules(self.base)
@@ -713,7 +693,7 @@ def factorise(pair, rank, quiet=True):
     losses = {}         # matrix -> (square that is lost, square of its difference)
     left_out = []
     outside = 0.0
-    for name in tqdm(pair.partners, unit="tensor", leave=False, disable=quiet or None):
+    for name in tqdm(pair.partners, "extract", leave=False, disable=quiet or None):
         square, size = pair.difference(name)
         if square == 0:
             continue
@@ -759,12 +739,12 @@ def extract(model, base, rank, output, force=False, quiet=True):
     pair = Pair(model, base)
     output = os.fspath(output)
     inputs = [*pair.model.files, *pair.base.files]
-    check_output(output, inputs, force, {CONFIG, WEIGHTS, "README.md"})
+    check_output(output, inputs, force, folder=[CONFIG, WEIGHTS, "README.md"])
     factors, record = factorise(pair, rank, quiet)
     record["notes"] = extract_notes(pair, record)
     config = peft_config(pair, rank, factors)
     facts = {"lsmerge.model": called(model), "lsmerge.lost": f"{record['lost']:.6g}"}
-    with appear(output) as folder:          # all of it or nothing
+    with appear(output, force) as folder:       # all of it or nothing
         os.mkdir(folder)
         write_tensors(os.path.join(folder, WEIGHTS), factors, facts)
         text = json.dumps(config, indent=2) + "\n"
@@ -828,57 +808,46 @@ def percent(share):
     return f"{100 * share:.2g} %"
 
 
-def given(text):
-    """An argument that is not empty, as an unset variable of the shell is."""
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty")
-    return text
-
-
 def parse(argv):
     parser = Parser(prog="lora.py", description="LoRA adapters to whole checkpoints, "
-                    "and back (PEFT's rules).")
-    commands = parser.add_subparsers(dest="verb", required=True)
-    into = commands.add_parser("fold", help="BASE + s B A as a checkpoint")
-    into.add_argument("base", metavar="BASE", type=given)
-    into.add_argument("adapter", metavar="ADAPTER", type=given,
-                      help="a folder as PEFT saves it")
-    back = commands.add_parser("extract", help="MODEL - BASE as an adapter")
-    back.add_argument("model", metavar="MODEL", type=given)
-    back.add_argument("base", metavar="BASE", type=given)
-    back.add_argument("--rank", type=int, required=True, metavar="R",
-                      help="of every matrix")
-    for sub in (into, back):
-        sub.allow_abbrev = False
-        sub.add_argument("-o", "--output", required=True, metavar="PATH", type=given,
-                         help="the result")
-        sub.add_argument("--force", action="store_true",
-                         help="overwrite an existing output")
-        sub.add_argument("--quiet", action="store_true", help="no progress bar")
-    arguments = parser.parse_args(argv)
-    if arguments.verb == "extract" and not 0 < arguments.rank <= 65536:
-        parser.error("--rank must lie between 1 and 65536")
-    return arguments
+                    "and back (PEFT's rules). fold: BASE ADAPTER; extract: MODEL BASE.")
+    parser.add_argument("verb", choices=["fold", "extract"])
+    parser.add_argument("first", metavar="BASE|MODEL")
+    parser.add_argument("second", metavar="ADAPTER|BASE",
+                        help="an adapter is a folder as PEFT saves it")
+    parser.add_argument("--rank", type=int, metavar="R",
+                        help="extract: of every matrix")
+    parser.add_argument("-o", "--output", required=True, metavar="PATH")
+    parser.add_argument("--force", action="store_true", help="overwrite an output")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    a = parser.read(argv)
+    if a.verb == "fold" and a.rank is not None:
+        parser.error("--rank is for extract: an adapter has its own")
+    if a.verb == "extract" and not 0 < (a.rank or 0) <= 65536:
+        parser.error("extract needs --rank R between 1 and 65536")
+    return a
 
 
 def main(argv=None):
     a = parse(argv)
+    warning = None
     if a.verb == "fold":
-        record = fold(a.base, a.adapter, a.output, a.force, a.quiet)
-        say(*[f"note: {note}" for note in record["notes"]])
-        say(f"added s B A to {record['folded']} matrices of {a.base}")
+        record = fold(a.first, a.second, a.output, a.force, a.quiet)
+        say(f"added s B A to {record['folded']} matrices of {a.first}")
     else:
-        record = extract(a.model, a.base, a.rank, a.output, a.force, a.quiet)
+        record = extract(a.first, a.second, a.rank, a.output, a.force, a.quiet)
         lost = percent(record["lost"])
         name, share, own = record["worst"]
         say(f"rank {a.rank}, {record['matrices']} matrices: lost {lost} of the "
-            f"difference between {a.model} and {a.base} (Frobenius norm)")
-        say(f"largest loss: {percent(share)} in {name}, {percent(own)} of its own")
-        say(*[f"note: {note}" for note in record["notes"]])
+            f"difference between {a.first} and {a.second} (Frobenius norm)",
+            f"largest loss: {percent(share)} in {name}, {percent(own)} of its own")
         if record["lost"] > MUCH:
-            say(f"warning: lost {lost} of the difference; fix: raise --rank, or keep "
-                "the whole model")
+            warning = f"lost {lost} of the difference: raise --rank, or keep the model"
+    for note in record["notes"]:
+        say(f"note: {note}")
     say(f"wrote {a.output}")
+    if warning:
+        say(f"warning: {warning}", stream=sys.stderr)
 
 
 if __name__ == "__main__":
