@@ -125,18 +125,19 @@ def common_end(one, other):
 
 
 def pair_stacks(mine, theirs):
-    """{target stack: source stack}: by the longest common end of their names, then by the
-    share of roles that both hold. Without a common end ('transformer.h', 'model.layers')
-    only where neither side has another stack."""
+    """{target stack: source stack}: equal names, then the longest common end of names, then
+    the share of tensors that both hold. Without a common end ('transformer.h' and
+    'model.layers') only where neither side has another stack."""
     scores = {}
     for t in mine:
         for s in theirs:
-            roles_t = {role for layer in mine[t].values() for _, role in layer}
-            roles_s = {role for layer in theirs[s].values() for _, role in layer}
+            held_t = {key for layer in mine[t].values() for key in layer}
+            held_s = {key for layer in theirs[s].values() for key in layer}
+            common_roles = {role for _, role in held_t} & {role for _, role in held_s}
             end = len(common_end(t, s))
-            share = len(roles_t & roles_s) / len(roles_t | roles_s)
-            if share > 0 and (end > 0 or len(mine) == len(theirs) == 1):
-                scores[t, s] = (end, share)
+            share = len(held_t & held_s) / len(held_t | held_s)
+            if common_roles and (end > 0 or len(mine) == len(theirs) == 1):
+                scores[t, s] = (t == s, end, share)
     return best_pairs(scores)
 
 

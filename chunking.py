@@ -36,7 +36,6 @@ from os.path import (basename, dirname, exists, isdir, isfile, join, lexists, re
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 # Weights that are read at a time: 1 MB in float32, so that a piece fits into a core's cache.
 PIECE = 1 << 18
@@ -194,14 +193,15 @@ def measure(checkpoint, name):
     m2 = 0.0
     for start, stop in spans(entry.numel):
         n = stop - start
+        if n == 0:
+            break                                   # an empty tensor
         piece_L = checkpoint.read(name, start, stop).double()
         variance, piece_mean = map(float, torch.var_mean(piece_L, correction=0))
-        need(math.isfinite(variance) or n == 0, entry.file, "holds NaN or Inf",
+        need(math.isfinite(variance), entry.file, "holds NaN or Inf",
              "repair or re-export the checkpoint", name)
-        if n > 0:
-            delta = piece_mean - mean
-            m2 += variance * n + delta ** 2 * start * n / stop      # start: n so far
-            mean += delta * n / stop
+        delta = piece_mean - mean
+        m2 += variance * n + delta ** 2 * start * n / stop      # start: n so far
+        mean += delta * n / stop
     std = math.sqrt(m2 / max(1, entry.numel))
     # float32 ends at 3e38, and squares and sums must fit as well.
     need(std + abs(mean) < 1e30, entry.file, "too large for float32 arithmetic",
@@ -544,7 +544,7 @@ class Output:
             end += entry.numel * entry.dtype.itemsize
             header[entry.name] = {"dtype": DTYPE_NAMES[entry.dtype], "shape": entry.shape,
                                   "data_offsets": [start, end]}
-        packed = json.dumps(header, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        packed = json.dumps(header, ensure_ascii=False).encode("utf-8", "replace")
         packed += b" " * (-len(packed) % 8)             # the format asks for it
         need(len(packed) <= 100_000_000, path, "its header is longer than any reader takes",
              "merge a checkpoint of fewer tensors")
@@ -631,9 +631,10 @@ def create(path, entries, metadata=None, folder=False, force=False):
 
 def write_tensors(path, tensors, metadata, force=False):
     """A small file from whole tensors."""
-    with appear(path, force) as partial:
-        save_file({name: tensor.detach().cpu().contiguous()
-                   for name, tensor in tensors.items()}, partial, metadata)
+    model = StateDict(tensors)
+    with create(path, model.entries.values(), metadata, force=force) as output:
+        for name in tensors:
+            output.put(name, 0, model.read(name))
 
 
 def is_inside(path, folder):

@@ -260,17 +260,23 @@ def inner(pairs):
     return dot, math.sqrt(aa), math.sqrt(bb)
 
 
+def combine(raw, coefficients, entry):
+    """sum_k c_k W_k of a piece of the parents' weights, rounded once to the target's dtype:
+    what the exact codec gives. The target's own bits where nothing else enters."""
+    target_L, *others = raw
+    if not any(coefficients[1:]):
+        return target_L
+    merged_L = coefficients[0] * target_L.to(wide(entry.dtype))
+    for c, other_L in zip(coefficients[1:], others):
+        merged_L.add_(other_L.to(merged_L.dtype), alpha=c)
+    return cast(merged_L, entry)
+
+
 def weight_merge(readers, coefficients, entry):
-    """The baseline without a codec: sum_k c_k W_k, in pieces as `ls_merge` gives them. The
-    target's own bytes where nothing else enters."""
+    """The baseline without a codec, in pieces as `ls_merge` gives them."""
     for start, stop in spans(entry.numel):
-        merged_L = readers[0](start, stop)
-        if any(coefficients[1:]):
-            merged_L = coefficients[0] * merged_L.to(wide(entry.dtype))
-            for c, read in zip(coefficients[1:], readers[1:]):
-                merged_L.add_(read(start, stop).to(merged_L.dtype), alpha=c)
-            merged_L = cast(merged_L, entry)
-        yield start, merged_L
+        raw = [read(start, stop) for read in readers]
+        yield start, combine(raw, coefficients, entry)
 
 
 # --- Alignment: Algorithm 1, lines 3 and 4 ----------------------------------------------

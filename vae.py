@@ -51,6 +51,8 @@ class VAEConfig:
                 raise ValueError(f"--{name} must be from 1 to 65536")
         if self.width % (2 * self.heads) != 0:
             raise ValueError("--width must be a multiple of twice --heads")
+        if self.init not in ("random", "pca"):
+            raise ValueError("--init must be random or pca")
         if not 0.01 <= self.ratio <= self.chunk:
             raise ValueError("--ratio must be from 0.01 to --chunk")
         if self.init == "pca" and self.width < self.chunk:
@@ -206,12 +208,7 @@ class VAE(nn.Module):
         directions U. By Eckart-Young the best linear code of Z numbers is
             mu = U^T (h - mean),   h^ = U mu + mean
         mean_D, cov_DD: the mean and covariance of stage 1's latents."""
-        embed_DC = self.embed.weight.double().cpu()
-        # A little white noise, as seen through the embedding, ranks the directions that
-        # these data leave empty (few or constant chunks): a chunk can reach those first.
-        noise = (1e-9 * cov_DD.trace() + 1e-12) / len(cov_DD)
-        noisy_DD = cov_DD.double() + noise * embed_DC @ embed_DC.T
-        directions_DD = torch.linalg.eigh(noisy_DD).eigenvectors.flip(1)    # largest first
+        directions_DD = torch.linalg.eigh(cov_DD.double()).eigenvectors.flip(1)
         self.fill_bottleneck(mean_D, directions_DD[:, :self.config.latent])
 
     @torch.no_grad()
@@ -253,7 +250,7 @@ class VAE(nn.Module):
             raise ValueError("no VAE of this version, train one with train.py "
                              f"({' '.join(str(error).split())[:200]})") from None
         for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
+            if not tensor.float().isfinite().all():
                 raise ValueError(f"{name} holds NaN or Inf")
         names = record.get("trained_on") if isinstance(record, dict) else None
         if not names or not all(isinstance(name, str) for name in names):
