@@ -364,7 +364,7 @@ def sinkhorn(cost_IJ, epsilon=EPSILON, tolerance=TOLERANCE,
     b = cost.new_full((cost.shape[1],), 1 / cost.shape[1])
 
     g = torch.zeros_like(b)                             # g = g0 + log v, in that unit
-    K, f0, g0 = absorb(cost, unit, g)
+    K, f0, g0, g = absorb(cost, unit, g)
     points = []
     steps = []
     for iteration in range(1, max_iterations + 1):
@@ -381,7 +381,7 @@ def sinkhorn(cost_IJ, epsilon=EPSILON, tolerance=TOLERANCE,
         if iteration % PERIOD == 0 and len(steps) > 1:
             g = extrapolate(torch.stack(points, dim=1), torch.stack(steps, dim=1))
         if (g - g0).abs().max() > MAX_MOVE:
-            K, f0, g0 = absorb(cost, unit, g)
+            K, f0, g0, g = absorb(cost, unit, g)
 
     plan_IJ = K.mul_(u[:, None]).mul_(v)
     error = max((plan_IJ.sum(1) - a).abs().sum().item(),
@@ -394,14 +394,14 @@ def sinkhorn(cost_IJ, epsilon=EPSILON, tolerance=TOLERANCE,
 
 def absorb(cost, unit, g):
     """K = exp(f0 + g0 - cost / unit) around the potential g: scalings that have grown are
-    taken into K, so that u and v begin near 1. In each row and column of K the largest
-    entry is at most 1, at any epsilon.
-    Returns:  K, f0, and g0 (where g lies far below what the columns allow, g0 is lower)"""
+    taken into K, so that u and v begin near 1. The largest entry of each row and column of
+    K is 1, at any epsilon.
+    Returns:  K, f0, g0; and g, raised where it lies so far below g0 that v would vanish"""
     K = cost / -unit
     f0 = -(K + g).amax(1)
     K.add_(f0[:, None])
-    g0 = torch.minimum(-K.amax(0), g + MAX_MOVE)
-    return K.add_(g0).exp_(), f0, g0
+    g0 = -K.amax(0)
+    return K.add_(g0).exp_(), f0, g0, torch.maximum(g, g0 - MAX_MOVE)
 
 
 def extrapolate(points_JM, steps_JM):

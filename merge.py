@@ -17,28 +17,30 @@ carry these weights; merge tensor by tensor; report. What happens to a tensor:
 if __name__ == "__main__":      # Ctrl-C during the imports: end without a traceback
     import signal
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+import argparse
 import contextlib
 import glob
+import io
 import json
 import math
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from os.path import abspath, basename, dirname, isfile, join, normpath, relpath
+from os.path import abspath, basename, dirname, join, normpath, relpath
 
 import torch
 from tqdm import tqdm
 
 import align as ot
 import lsmerge as ls
-from chunking import (STOP, Checkpoint, CheckpointError, Output, StateDict, appear,
-                      check_output, command, create, is_selected, measure, need, say,
-                      spans)
+from chunking import (STOP, Checkpoint, Output, appear, check_output, command, create,
+                      is_selected, measure, need, say, spans, write_tensors)
 from train import (MAX_NMSE, Schedule, describe_stage, gather, pick_device,
                    rank_and_size, save_vae, start_parser, train_vae)
 from vae import VAEConfig
@@ -70,28 +72,19 @@ class Task:
     tied: tuple = ()        # names of tensors that the target holds equal to this one
 
 
-def cosine(target, source, mine, theirs):
-    """The cosine of two tensors' first weights, 1 for equal directions; None where shapes
-    differ or one is zero."""
-    if target.entries[mine].shape != source.entries[theirs].shape:
-        return None
-    pair = target.read(mine, 0, GLANCE), source.read(theirs, 0, GLANCE)
-    dot, norm_a, norm_b = ls.inner([pair])
-    if norm_a * norm_b == 0:
-        return None
-    return dot / (norm_a * norm_b)
-
-
 def mean_cosine(target, source, pairs):
-    """The mean over pairs of names, of those that have a cosine; None if none has."""
+    """The mean cosine of the first weights, over pairs (target name, source name) of
+    encoded tensors of one shape: 0.00 for models trained apart, 0.9 for experts of one
+    base. NaN, which is neither small nor large, if there is nothing to compare."""
     values = []
     for mine, theirs in pairs:
-        value = cosine(target, source, mine, theirs)
-        if value is not None and is_selected(target.entries[mine]):
-            values.append(value)
-    if not values:
-        return None
-    return sum(values) / len(values)
+        entry = target.entries[mine]
+        if is_selected(entry) and entry.shape == source.entries[theirs].shape:
+            target_L = target.read(mine, 0, GLANCE).double()
+            source_L = source.read(theirs, 0, GLANCE).double()
+            values.append(torch.cosine_similarity(target_L, source_L, dim=0))
+    values = [value for value in values if value != 0]      # 0: one of them is zero
+    return torch.tensor(values).mean().item()
 
 
 def layer_partners(target, source, mine, theirs):
@@ -100,20 +93,15 @@ def layer_partners(target, source, mine, theirs):
     By depth, which for equal numbers of layers is by index. But if nearly all layers of the
     same number are alike, one model only has layers of its own (for multi-token prediction,
     or of a draft model): then by index too, and those layers meet nobody."""
-    common = sorted(mine.keys() & theirs.keys())
+    common = mine.keys() & theirs.keys()
     alike = 0
     for layer in common:
         keys = mine[layer].keys() & theirs[layer].keys()
         pairs = [(mine[layer][key], theirs[layer][key]) for key in keys]
-        alike += (mean_cosine(target, source, pairs) or 0) > RELATED
+        alike += mean_cosine(target, source, pairs) > RELATED
     if len(mine) != len(theirs) and alike >= 0.9 * len(common) > 0:
         return {layer: layer for layer in common}
     return ot.partners_by_depth(mine, theirs)
-
-
-def float_places(model):
-    """{name: Place} of what can be merged at all."""
-    return {name: entry.place for name, entry in model.entries.items() if entry.is_float}
 
 
 def plan_tasks(models, a):
@@ -122,57 +110,56 @@ def plan_tasks(models, a):
     kind: "self"; "same-shape"; "cross-shape" if an encoded pair differs in shape. What one
     model alone has (a score head, a mask, a larger vocabulary) does not make it so.
     """
-    target, *sources = models
-    tables = []
-    for source in sources:
-        partners = partial(layer_partners, target, source)
-        tables.append(ot.pair_names(float_places(target), float_places(source), partners))
-    met = {}                # name -> [(index, name there), ...]
-    differ = []             # encoded pairs of unequal shape: (name, index, name there)
-    for name, entry in target.entries.items():
-        met[name] = [(k, table[name]) for k, table in enumerate(tables, 1) if name in table]
-        for k, there in met[name]:
-            same = models[k].entries[there].shape == entry.shape
-            if is_selected(entry, a.select) and not same:
-                differ.append((name, k, there))
-    if a.space == "weight" or a.operator in ("slerp", "task-arithmetic"):
-        for name, k, there in differ:
-            raise CheckpointError(
-                target.path, f"is {list(target.entries[name].shape)}, {there!r} of "
-                f"{models[k].path} is {list(models[k].entries[there].shape)}",
-                f"use lerp in latent space; or, if they are relatives, {MATCH} first", name)
-    kind = "same-shape"
-    if not sources:
-        kind = "self"
-    elif differ:
-        kind = "cross-shape"
-
-    average = kind == "same-shape" and a.align in ("auto", "none")
-    average = average and not a.control and a.select is None
+    places = [{name: entry.place for name, entry in model.entries.items() if entry.is_float}
+              for model in models]
+    tables = []             # one per source: {target name: source name}
+    for source, there in zip(models[1:], places[1:]):
+        partners = partial(layer_partners, models[0], source)
+        tables.append(ot.pair_names(places[0], there, partners))
+    kind = "same-shape" if tables else "self"
     tasks = []
-    for number, (name, entry) in enumerate(target.entries.items()):
-        selected = is_selected(entry, a.select)
-        parents = met[name]
-        if not selected:
-            parents = [(k, there) for k, there in met[name]
-                       if models[k].entries[there].shape == entry.shape]
+    for number, (name, entry) in enumerate(models[0].entries.items()):
+        met = [(k, table[name]) for k, table in enumerate(tables, 1) if name in table]
+        parents = [(k, there) for k, there in met
+                   if models[k].entries[there].shape == entry.shape]
+        action = "averaged"
+        if is_selected(entry, a.select):
+            action = "encoded"
+            if parents != met:
+                check_pair(models, name, met, a)
+                parents = met
+                kind = "cross-shape"
         why = ""
         if not entry.is_float:
             why = "whole numbers"
-        elif sources and not met[name]:
+        elif tables and not met:
             why = "met nobody"
-        elif not selected and not average:
-            why = "not encoded"
-        elif sources and not parents:
+        elif tables and not parents:
             why = "met another shape"
-        elif a.base and len(parents) < len(sources):
+        elif a.base and len(parents) < len(tables):
             why = "not in every model"
-        action = "copied"
-        if not why:
-            action = "encoded" if selected else "averaged"
-        parents = ((0, name), *parents)
-        tasks.append(Task(name, number, entry.numel, parents, action, why))
-    return kind, tie(target, tasks)
+        if why:
+            action = "copied"
+        tasks.append(Task(name, number, entry.numel, ((0, name), *parents), action, why))
+    if kind != "same-shape" or a.align not in ("auto", "none") or a.control or a.select:
+        for task in tasks:
+            if task.action == "averaged":
+                tasks[task.number] = replace(task, action="copied", why="not encoded")
+    return kind, tie(models[0], tasks)
+
+
+def check_pair(models, name, met, a):
+    """Refuse an encoded tensor whose partners have another shape, if the operator needs
+    equal ones, or if one of its chunks would meet more of a source than a piece holds."""
+    entry = models[0].entries[name]
+    strict = a.space == "weight" or a.operator in ("slerp", "task-arithmetic")
+    for k, there in met:
+        other = models[k].entries[there]
+        need(not strict or other.shape == entry.shape, models[0].path, f"{list(entry.shape)} "
+             f"meets {there!r} of {models[k].path}, {list(other.shape)}", "use lerp in latent "
+             f"space; or, if they are relatives, {MATCH} first", name)
+        need(other.numel <= SHARE * entry.numel, models[k].path, f"is over {SHARE} times as "
+             "large as its partner", "narrow --select", there)
 
 
 def equal(one, name, other, there):
@@ -191,17 +178,18 @@ def equal(one, name, other, there):
 def tie(target, tasks):
     """The tasks, with every matrix outside the layers that the target holds twice (an
     embedding and its redundant head) merged once; the other is a copy of the result."""
-    leaders = []            # numbers of tasks
-    for task in sorted(tasks, key=lambda task: task.action == "copied"):    # merged ones first
-        entry = target.entries[task.name]
-        if entry.place.layer is not None or len(entry.shape) < 2 or not entry.is_float:
-            continue
-        twins = [n for n in leaders if equal(target, task.name, target, tasks[n].name)]
-        if twins:
-            leader = tasks[twins[0]]
-            tasks[twins[0]] = replace(leader, tied=(*leader.tied, task.name))
-            tasks[task.number] = replace(task, action="copied", why="tied to another")
-        elif task.action != "copied":
+    leaders = []            # numbers of tasks that are merged
+    outside = [task for task in tasks if target.entries[task.name].place.layer is None
+               and len(target.entries[task.name].shape) > 1]
+    # What is merged leads what is copied, and the embedding its head.
+    outside.sort(key=lambda task: (task.action == "copied", "embed" not in
+                                   target.entries[task.name].place.role))
+    for task in outside:
+        for n in leaders:
+            if equal(target, task.name, target, tasks[n].name):
+                tasks[n] = replace(tasks[n], tied=(*tasks[n].tied, task.name))
+                tasks[task.number] = replace(task, action="copied", why="tied to another")
+        if tasks[task.number].action != "copied":
             leaders.append(task.number)
     return tasks
 
@@ -241,54 +229,34 @@ def plan_run(a, models, codecs):
     """(Run, warnings). What can be refused without reading all weights is refused here."""
     kind, tasks = plan_tasks(models, a)
     n = len(models) - 1 - bool(a.base)          # sources proper
-    warnings = []
-    align = "none"
     share = 1 / (n + 1)
+    warnings = []
     if kind == "cross-shape":
-        warnings.append(f"shapes differ. {UNRELATED} If one was made from the other, run "
-                        f"{MATCH} first")
-        align = "gaussian"
-        share = 0.1 / n                         # paper: best from 0.05 to 0.2
+        warnings.append(f"shapes differ. {UNRELATED} If they are relatives, {MATCH} first")
+        if a.operator == "lerp":
+            share = 0.1 / n                     # paper: best from 0.05 to 0.2
     else:
         need(not a.source_vae, a.source_vae, "is not needed: equal shapes share one VAE",
              "drop --source-vae")
-    if a.operator == "soup":
-        share = 1 / (n + 1)
-    if a.align != "auto":
-        align = a.align
-    for task in tasks:
-        for k, there in task.parents[1:]:
-            large = models[k].entries[there].numel > SHARE * max(1, task.numel)
-            need(not large, models[k].path, f"is over {SHARE} times as large as its partner",
-                 "narrow --select", there)
     for k in range(1, n + 1):
-        apart = strangers(models, tasks, k)
-        if apart:
-            warnings.append(f"{models[k].path} and the target are strangers in "
-                            f"{', '.join(apart)}. {UNRELATED} If one was made from the other, "
-                            f"its units stand in another order: run {MATCH} first")
-    samples = a.samples
-    if samples is None:
-        samples = SAMPLES if kind == "self" and not a.roundtrip else 0
-    alignment = ls.Alignment(align, a.control, a.epsilon or ot.EPSILON)
-    lam = a.lam or [share] * n
-    return Run(a, models, kind, tasks, lam, alignment, samples, codecs), warnings
-
-
-def strangers(models, tasks, k):
-    """The roles in which source k has nothing in common with the target, as both stand."""
-    pairs = {}          # role -> [(target name, source name), ...]
-    for task in tasks:
-        there = dict(task.parents).get(k)
-        if there and task.action == "encoded":
+        pairs = {}          # role -> [(target name, source name), ...]
+        for task in tasks:
+            there = dict(task.parents).get(k)
             role = models[0].entries[task.name].place.role
-            pairs.setdefault(role, []).append((task.name, there))
-    apart = []
-    for role, names in pairs.items():
-        value = mean_cosine(models[0], models[k], names)
-        if value is not None and value < RELATED:
-            apart.append(role)
-    return apart
+            if there and task.action == "encoded":
+                pairs.setdefault(role, []).append((task.name, there))
+        apart = [role for role, names in pairs.items()
+                 if mean_cosine(models[0], models[k], names) < RELATED]
+        if apart:
+            warnings.append(
+                f"{models[k].path} and the target are strangers in {', '.join(apart)}. "
+                f"{UNRELATED} If they are relatives in another order, {MATCH} first")
+    samples = a.samples
+    if samples is None and kind == "self" and not a.roundtrip:
+        samples = SAMPLES
+    alignment = ls.Alignment(a.align, a.control, a.epsilon or ot.EPSILON)
+    run = Run(a, models, kind, tasks, a.lam or [share] * n, alignment, samples or 0, codecs)
+    return run, warnings
 
 
 def parallel_map(work, run, label):
@@ -329,15 +297,16 @@ def measure_task(models, task):
     so that NaN and Inf are refused before any work. What is only copied may hold them."""
     if task.action == "copied":
         return task
-    alike = [equal(models[0], task.name, models[k], there) for k, there in task.parents]
-    if task.action == "averaged" and all(alike):    # a mask, say, that may hold -inf
-        return replace(task, action="copied", why="equal in all")
+    if task.action == "averaged" and all(
+            equal(models[0], task.name, models[k], there) for k, there in task.parents):
+        return replace(task, action="copied", why="equal in all")   # a mask of -inf, say
     stats = tuple(measure(models[k], there) for k, there in task.parents)
-    same = all(each.shape == stats[0].shape for each in stats)
-    if task.action == "encoded" and same and all(each.constant for each in stats):
-        return replace(task, stats=stats, action="averaged")    # no pattern for a codec
-    if task.action == "encoded" and not same and stats[0].constant:
+    if task.action == "averaged" or not stats[0].constant:
+        return replace(task, stats=stats)
+    if any(each.shape != stats[0].shape for each in stats):
         return replace(task, action="copied", why="constant")
+    if all(each.constant for each in stats):        # there is no pattern for a codec
+        return replace(task, stats=stats, action="averaged")
     return replace(task, stats=stats)
 
 
@@ -356,22 +325,19 @@ def train_codec(run):
     """--init random: the paper's VAE, trained on the encoded tensors of all inputs."""
     a = run.a
     device = pick_device(a.device)
+    stats = [{} for _ in run.models]    # by name: a source's tensor may meet two
+    for task in run.tasks:
+        for (k, name), each in zip(task.parents, task.stats):
+            if task.action == "encoded":
+                stats[k][name] = each
+    parents = [(model, [*found.values()]) for model, found in zip(run.models, stats)]
     schedule = Schedule(seed=a.seed, device=device, dtype=a.dtype, quiet=a.quiet)
-    parents = []
-    for k, model in enumerate(run.models):
-        stats = {}          # by name: one tensor of a source may meet two of the target
-        for task in run.tasks:
-            for (index, name), each in zip(task.parents, task.stats):
-                if index == k and task.action == "encoded":
-                    stats[name] = each
-        parents.append((model, list(stats.values())))
     vae, stages = train_vae(parents, VAEConfig(), schedule)
     say(*map(describe_stage, stages))
     if stages[-1]["ended"] == "interrupted":        # no merge with half a codec
         raise KeyboardInterrupt
-    names = [name_of(model.path) for model in run.models]
     if a.save_vae and rank_and_size()[0] == 0:
-        save_vae(a.save_vae, vae, stages, a.force, trained_on=names)
+        save_vae(a.save_vae, vae, stages, a.force, trained_on=names_of(run))
     return (ls.Codec(vae, device, getattr(torch, a.dtype)),) * 2
 
 
@@ -407,30 +373,29 @@ def check_codec(run):
     than the bound is refused before anything is merged: on average over all encoded
     weights, or of the typical weight of any tensor. With --residual what is lost of an
     unaligned parent comes back: no gate."""
-    found = {}          # parent -> [(NMSE, typical error, weights, tensor), ...]
+    found = [[] for _ in run.models]    # (NMSE, typical error, weights, tensor), by parent
     for task, errors in zip(run.tasks, parallel_map(partial(round_trip, run), run, "check")):
         for (k, name), (nmse, typical) in zip(task.parents, errors):
-            numel = run.models[k].entries[name].numel
-            found.setdefault(k, []).append((nmse, typical, numel, name))
+            found[k].append((nmse, typical, run.models[k].entries[name].numel, name))
     trip = {"nmse": None, "worst": {"name": None, "nmse": None}}
     gates = []
     bound = run.a.max_nmse or MAX_NMSE
-    for k, rows in sorted(found.items()):
-        total = sum(numel for _, _, numel, _ in rows)
-        mean = sum(nmse * numel for nmse, _, numel, _ in rows) / total
+    for k, rows in enumerate(found):
+        if not rows:
+            continue
+        nmse = sum(row[0] * row[2] for row in rows) / sum(row[2] for row in rows)
         worst = max(rows)
-        typical = max(rows, key=lambda row: row[1])
         if k == 0:
-            trip = {"nmse": mean, "worst": {"name": worst[3], "nmse": worst[0]}}
+            trip = {"nmse": nmse, "worst": {"name": worst[3], "nmse": worst[0]}}
         if run.a.residual and (k == 0 or run.kind == "same-shape"):
             continue
-        path = run.models[k].path
-        for what, value, tensor in (("NMSE", mean, worst[3]),
+        typical = max(rows, key=lambda row: row[1])
+        for what, value, tensor in (("NMSE", nmse, worst[3]),
                                     ("typical error", typical[1], typical[3])):
-            need(value <= bound, path, f"the codec would lose too much: {what} {value:.2g} "
-                 f"is above {bound:g}; nothing was merged", "--residual, --vae exact, or a "
-                 "VAE trained for longer or at a lower ratio", tensor)
-            gates.append({"name": f"{what} of {name_of(path)}", "passed": True,
+            need(value <= bound, run.models[k].path, f"the codec would lose too much ({what} "
+                 f"{value:.2g} > {bound:g}); nothing was merged", "--residual, --vae exact, "
+                 "or a VAE trained for longer or at a lower ratio", tensor)
+            gates.append({"name": f"{what}, {names_of(run)[k]}", "passed": True,
                           "value": value, "bound": bound})
     return gates, trip
 
@@ -482,7 +447,8 @@ def merge_tensor(run, output, task):
 
 def distances(run, task, readers, coefficients, start, piece_L):
     """Squared distances of a merged piece, in float64: to the parents of its shape, by
-    index; "average": to what --space weight gives; "norm": the target's own square."""
+    index; "average": to what --space weight gives; "wanted": of that to the target; "norm": the
+    target's own square."""
     stop = start + len(piece_L)
     raw = {}
     for (k, _), stats, read in zip(task.parents, task.stats, readers):
@@ -492,6 +458,7 @@ def distances(run, task, readers, coefficients, start, piece_L):
     if run.kind == "same-shape":
         average_L = ls.combine(raw.values(), coefficients, task.stats[0])
         squares["average"] = squared(piece_L, average_L)
+        squares["wanted"] = squared(raw[0], average_L)
     squares["norm"] = squared(raw[0], torch.zeros(1))
     return squares
 
@@ -502,102 +469,96 @@ def squared(one_L, other_L):
 
 
 # --- The report -------------------------------------------------------------------------
-def name_of(path): return basename(normpath(path))
+def names_of(run):
+    """The models' names, without folders: paths mean nothing elsewhere."""
+    return [basename(normpath(model.path)) for model in run.models]
 
 
-def codec_name(a):
-    """What carries the weights."""
+def recipe(run):
+    """How the result was made, for its header, its card and the report. No time, no path:
+    equal runs give equal bytes."""
+    a = run.a
+    codec = basename(normpath(a.vae or "trained here"))
     if a.space == "weight":
-        return "none"
-    return name_of(a.vae or "trained here")
+        codec = "none"
+    align = a.align
+    if align == "auto":
+        align = "gaussian" if run.kind == "cross-shape" else "none"
+    return {"version": VERSION, "kind": run.kind, "operator": a.operator, "space": a.space,
+            "lambda": run.lam, "codec": codec, "align": align,
+            "control": a.control, "samples": run.samples, "seed": a.seed,
+            "residual": a.residual, "select": a.select}
+
+
+def header(run):
+    """The recipe as text, for the metadata of the result."""
+    return {f"lsmerge.{key}": str(value) for key, value in recipe(run).items()}
 
 
 def make_report(run, gates, trip, results, seconds):
     """The JSON report. Distances are Frobenius norms over the encoded tensors, over the
-    target's; null where undefined. No paths: they mean nothing elsewhere."""
-    a = run.a
+    target's; null where undefined."""
     squares = Counter()
     for part, _ in results:
         squares.update(part)            # adds up
     far = {}
     for key, value in squares.items():
-        if 0 < squares["norm"] < math.inf and run.kind != "cross-shape" or key == 0:
+        if 0 < squares["norm"] < math.inf and (key == 0 or run.kind == "same-shape"):
             far[key] = math.sqrt(value / squares["norm"])
     count = Counter(task.action for task in run.tasks)
+    weights = Counter()
+    for task in run.tasks:
+        weights[task.action] += task.numel
     ratio = None
     if run.codecs:
         ratio = run.codecs[0].vae.config.true_ratio
-    return {
-        "version": VERSION, "inputs": [name_of(path) for path in a.models],
-        "output": name_of(a.output), "seed": a.seed, "samples": run.samples,
-        "kind": run.kind, "lambda": run.lam, "operator": a.operator, "space": a.space,
-        "codec": codec_name(a), "ratio": ratio, "align": run.alignment.method,
-        "control": a.control, "roundtrip": trip, "gates": gates, "seconds": seconds,
+    return recipe(run) | {
+        "inputs": names_of(run), "output": basename(normpath(run.a.output)),
+        "ratio": ratio, "roundtrip": trip, "gates": gates, "seconds": seconds,
         "tensors": {
             "encoded": count["encoded"], "averaged": count["averaged"],
             "copied": count["copied"], "total": len(run.tasks),
-            "weights_encoded": sum(t.numel for t in run.tasks if t.action == "encoded"),
-            "weights_total": sum(task.numel for task in run.tasks)},
+            "weights_encoded": weights["encoded"], "weights_total": sum(weights.values())},
         "distance": {
             "to_target": far.get(0), "to_average": far.get("average"),
-            "to_source": [far.get(k + 1) for k in range(len(run.lam))]},
+            "average_to_target": far.get("wanted"),
+            "to_source": [far.get(k) for k in range(1, len(run.lam) + 1)]},
         "alignment": [record for _, records in results for record in records],
         "unpaired": [task.name for task in run.tasks if task.why == "met nobody"]}
 
 
-def recipe(run):
-    """What the result's header and its card say. No time, no path: equal runs give equal
-    bytes."""
-    a = run.a
-    facts = {"version": VERSION, "operator": a.operator, "space": a.space,
-             "codec": codec_name(a), "align": run.alignment.method, "control": a.control,
-             "lambda": lambdas(run), "samples": run.samples, "residual": a.residual,
-             "select": a.select, "seed": a.seed}
-    return {f"lsmerge.{key}": str(value) for key, value in facts.items()}
-
-
-def lambdas(run): return ", ".join(f"{value:g}" for value in run.lam) or "none"
-
-
 def model_card(run):
     """README.md of a result folder, in the Hub's format."""
-    names = ", ".join(name_of(model.path) for model in run.models)
-    lines = ["---", "tags:", "- merge", "- lsmerge", "---", f"# {name_of(run.a.output)}",
-             "", f"{names}, merged with LS-Merge; configuration and tokenizer of the first.",
-             "", "| | |", "|---|---|"]
+    lines = ["---", "tags:", "- merge", "- lsmerge", "---", "", "Merged with LS-Merge: "
+             + ", ".join(names_of(run)), "", "| | |", "|---|---|"]
     lines += [f"| {key} | {value} |" for key, value in recipe(run).items()]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, ""])
 
 
-def plan_lines(run):
+def print_plan(run):
     """What is done, for people: counts first, then why tensors are copied."""
-    a = run.a
-    count = Counter(task.action for task in run.tasks)
+    facts = recipe(run)
+    lam = ", ".join(f"{value:g}" for value in run.lam)
     size = sum(e.numel * e.dtype.itemsize for e in run.models[0].entries.values())
-    lines = [f"{run.kind}: {a.operator} in {a.space} space, lambda {lambdas(run)}, align "
-             f"{run.alignment.method}, codec {codec_name(a)}",
-             f"{count['encoded']} encoded + {count['averaged']} averaged + {count['copied']} "
-             f"copied = {len(run.tasks)} tensors, {size:,} bytes"]
-    reasons = {}
-    for task in run.tasks:
-        if task.action == "copied":
-            reasons.setdefault(task.why, []).append(task.name)
-    for why, names in reasons.items():
-        lines.append(f"  copied, {why}: {len(names)}, the first is {names[0]}")
-    return lines
+    count = Counter(task.action for task in run.tasks)
+    say(f"{run.kind}: {run.a.operator} in {run.a.space} space, lambda {lam or 'none'}, align "
+        f"{facts['align']}, codec {facts['codec']}",
+        f"{count['encoded']} encoded + {count['averaged']} averaged + {count['copied']} "
+        f"copied = {len(run.tasks)} tensors, {size:,} bytes")
+    for why, number in Counter(task.why for task in run.tasks if task.why).items():
+        first = next(task.name for task in run.tasks if task.why == why)
+        say(f"  copied, {why}: {number}, the first is {first}")
 
 
-def dry_run(run):
-    """--dry-run: the plan, then who meets whom, by the names in the files."""
-    say(*plan_lines(run))
+def print_pairs(run):
+    """--dry-run: who meets whom, by the names in the files; then what is copied."""
     for task in sorted(run.tasks, key=lambda task: task.action == "copied"):
         met = [f"{run.models[k].path}: {there}" for k, there in task.parents[1:]]
         say(f"  {task.action} {task.name} <- {task.why or ', '.join(met) or 'itself'}")
 
 
-def print_report(report, run):
-    """For people: what was done, and how far it went."""
-    say(*plan_lines(run))
+def print_report(report):
+    """For people: how far the result went."""
     trip = report["roundtrip"]
     if trip["nmse"] is not None:
         say(f"round trip of the target: NMSE {trip['nmse']:.1e}, its worst tensor "
@@ -605,16 +566,16 @@ def print_report(report, run):
     far = report["distance"]
     shown = {"the target": far["to_target"],
              "the same operator on weights": far["to_average"]}
-    for k, value in enumerate(far["to_source"], start=1):
+    for k, value in enumerate(far["to_source"], 1):
         shown[f"source {k}"] = value
     said = [f"{value:.2g} to {name}" for name, value in shown.items() if value is not None]
     say(f"distance, over the target's norm: {', '.join(said)}")
-    ratios = sorted(record["std_ratio"] for record in report["alignment"])
+    ratios = [record["std_ratio"] for record in report["alignment"]]
     if ratios:
-        say(f"aligned: {len(ratios)} tensors, which now have {ratios[0]:.2f} to "
-            f"{ratios[-1]:.2f} of the target's spread")
-    seconds = [f"{key} {value:.1f}" for key, value in report["seconds"].items()]
-    say(f"seconds: {', '.join(seconds)}")
+        say(f"aligned: {len(ratios)} tensors, which now have {min(ratios):.2f} to "
+            f"{max(ratios):.2f} of the target's spread")
+    say("seconds: " + ", ".join(f"{key} {value:.1f}"
+                                for key, value in report["seconds"].items()))
 
 
 def late_warnings(report, run):
@@ -622,12 +583,14 @@ def late_warnings(report, run):
     far = report["distance"]
     moved = far["to_target"] or 0.0
     warnings = []
-    for k, rest in enumerate(far["to_source"], start=1):
-        if rest is not None and moved + rest > FAR and not run.a.control:
+    if run.a.control or not any(run.lam):
+        return warnings
+    for k, rest in enumerate(far["to_source"], 1):
+        if moved + (rest or 0.0) > FAR:
             warnings.append(f"source {k} is {moved + rest:.2f} of the target's norm away. "
                             f"{UNRELATED}")
-    error = far["to_average"] or 0.0
-    if error > 0.7 * moved and any(run.lam) and not run.a.control:
+    difference = far["average_to_target"] or 0.0
+    if 0 < difference < (far["to_average"] or 0.0) and run.a.vae != "exact":
         warnings.append("the codec's error exceeds the difference that was merged: add "
                         "--residual, or --vae exact")
     return warnings
@@ -641,18 +604,18 @@ def parse(argv):
     add("models", nargs="+", metavar="MODEL", help="TARGET, then sources: .safetensors "
         "files, folders or indexes. TARGET alone is merged with itself")
     add("-o", "--output", help="the result (merged.safetensors, or merged/ for a folder)")
-    add("--lam", "--lambda", metavar="L[,L...]", help="weight of each source, 0 to 1; 0 is "
+    add("--lam", "--lambda", type=lambdas, metavar="L[,L...]", help="weight of each source, 0 to 1; 0 is "
         "the target's round trip (1/(N+1) each of N; across shapes 0.1 in all)")
     add("--operator", choices=("lerp", "slerp", "soup", "task-arithmetic"), default="lerp",
         help="soup: uniform; task-arithmetic: z_target + sum of lambda (z_i - z_base)")
     add("--base", metavar="MODEL", help="the sources' ancestor, for task arithmetic")
     add("--space", choices=("latent", "weight"), default="latent",
         help="weight: the same operator without a codec")
-    add("--samples", type=int, metavar="K", help="average K posterior draws of each parent "
+    add("--samples", type=limited(int, -1, 4097), metavar="K", help="average K posterior draws of each parent "
         "(8 for TARGET alone, else 0: the mean)")
     add("--align", choices=("auto", *ot.ALIGNERS), default="auto",
         help="auto: none for equal shapes, gaussian for others")
-    add("--epsilon", type=float, help="Sinkhorn's regularisation, over the largest cost")
+    add("--epsilon", type=limited(float, 0, 1e6), help="Sinkhorn's regularisation, over the largest cost")
     add("--control", choices=ot.CONTROLS, help="a null control in the sources' place")
     add("--residual", action="store_true", help="add back what the codec lost")
     add("--vae", metavar="FILE|exact", help="a trained VAE (the reference VAE); exact: "
@@ -660,7 +623,7 @@ def parse(argv):
     add("--init", choices=("random",), help="train the paper's VAE on the inputs first")
     add("--save-vae", metavar="FILE", help="and keep it")
     add("--source-vae", metavar="FILE", help="a second VAE, for sources of other shapes")
-    add("--max-nmse", type=float, help="refuse a codec that loses more (0.001)")
+    add("--max-nmse", type=limited(float, 0, 1e6), help="refuse a codec that loses more (0.001)")
     add("--roundtrip", action="store_true", help="encode and decode the target only")
     add("--dry-run", action="store_true", help="print the plan, write nothing")
     add("--report", metavar="FILE", help="a JSON report")
@@ -674,8 +637,8 @@ def parse(argv):
 
 
 def check_usage(a, parser):
-    """What the command line alone decides. A flag that would change nothing is refused: it
-    shows a wrong expectation.  rules: (it holds, why, the flags of no use)"""
+    """What the command line alone decides. A flag that would change nothing is refused, as
+    it shows a wrong expectation.  rules: (it holds, why, flags of no use)"""
     n = len(a.models) - 1
     codec = "vae source_vae init save_vae max_nmse samples roundtrip residual dtype device"
     rules = [
@@ -695,34 +658,37 @@ def check_usage(a, parser):
         for name in names.split():
             if holds and getattr(a, name) != parser.get_default(name):
                 parser.error(f"{why}: drop --{name.replace('_', '-')}")
-    mistakes = [
-        (a.roundtrip and n > 0, "--roundtrip takes TARGET alone"),
-        (a.operator == "slerp" and n != 1, "slerp takes TARGET and one SOURCE"),
-        (a.operator == "task-arithmetic" and not a.base, "task arithmetic needs --base"),
-        (not 0 <= (a.samples or 0) <= 4096, "--samples must be from 0 to 4096"),
-        (not 0 <= a.seed < 2 ** 32, "--seed must be from 0 to 2^32 - 1"),
-        (a.epsilon is not None and not 0 < a.epsilon < 1e6, "--epsilon must be above 0"),
-        (a.max_nmse is not None and not 0 < a.max_nmse < 1e6, "--max-nmse must be above 0 "
-         "and finite")]
-    for holds, why in mistakes:
-        if holds:
-            parser.error(why)
+    if a.roundtrip and n > 0 or a.operator == "slerp" and n != 1:
+        parser.error("--roundtrip takes TARGET alone, slerp TARGET and one SOURCE")
+    if a.operator == "task-arithmetic" and not a.base:
+        parser.error("task arithmetic needs --base")
     if a.lam is None:
         return
+    if len(a.lam) == 1:
+        a.lam = a.lam * n               # one for all
+    if len(a.lam) != n:
+        parser.error(f"--lam has {len(a.lam)} values for {n} sources")
     try:
-        a.lam = [float(value) for value in a.lam.split(",")]
         if a.base:
             ls.task_coefficients(a.lam)
-        elif len(a.lam) == 1:
-            ls.convex_coefficients(a.lam * n)           # one for all
         else:
             ls.convex_coefficients(a.lam)
     except ValueError as error:
         parser.error(f"--lam: {error}")
-    if len(a.lam) == 1:
-        a.lam = a.lam * n
-    if len(a.lam) != n:
-        parser.error(f"--lam has {len(a.lam)} values for {n} sources")
+
+
+def lambdas(value):
+    """The type of --lam: numbers with commas between."""
+    return [float(part) for part in value.split(",")]
+
+
+def limited(kind, low, high):
+    """The type of a number from low to high, both excluded."""
+    def number(value):
+        if not low < kind(value) < high:
+            raise argparse.ArgumentTypeError(f"must be above {low} and below {high}")
+        return kind(value)
+    return number
 
 
 # What holds weights, or belongs to a training or an adapter: it stays behind.
@@ -739,38 +705,34 @@ def companions(folder):
     behind = []
     for where, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name[0] != "."]
-        another = where != folder and any(name.endswith(WEIGHTS) for name in names)
-        for name in names:
+        weights = [name for name in names if name.endswith(WEIGHTS)]
+        for name in sorted(names):
             path = relpath(join(where, name), folder)
-            if another or name.endswith(WEIGHTS) or not isfile(join(where, name)):
+            if name in weights or weights and where != folder:
                 behind.append(path)
             elif name[0] != "." and path != "README.md":
                 along.append(path)
-    return sorted(along), sorted(behind)
+    return along, behind
 
 
 def check_outputs(a, models, codecs):
     """The files that go into a result folder, or None: the result is a file. All outputs
     are checked before any work."""
     target = models[0]
+    others = [file for each in (*models, *codecs) for file in each.files]
     along = None
     inside = None
-    name = "merged.safetensors"
     if target.folder and not (a.output or "").endswith(".safetensors"):
-        name = "merged"
         along, behind = companions(target.folder)
         inside = ["model.safetensors", "README.md", *along]
-        behind = [path for path in behind if join(target.folder, path) not in target.files]
+        behind = [path for path in behind if join(target.folder, path) not in others]
         if behind:
             say(f"not taken along: {', '.join(behind)}")
-    a.output = a.output or name
+    a.output = a.output or ("merged.safetensors" if along is None else "merged")
     need(along is not None or not a.output.endswith(os.sep), a.output, "is a folder's name, "
          f"and {target.path} is a file", "give -o the name of a file")
-    if a.dry_run:
-        return along
-    others = [file for each in (*models, *codecs) for file in each.files]
     for flag, path in (("-o", a.output), ("--save-vae", a.save_vae), ("--report", a.report)):
-        if path:
+        if path and not a.dry_run:
             check_output(path, others, a.force, flag, inside if flag == "-o" else None)
             others.append(path)
     folder = dirname(abspath(a.output))
@@ -785,12 +747,12 @@ def open_output(run, along):
     it."""
     entries = run.models[0].entries.values()
     if rank_and_size()[0] > 0:
-        output = Output(gather(None)[0], entries, recipe(run))
+        output = Output(gather(None)[0], entries, header(run))
         yield output
         gather(output.written)
         return
     is_folder = along is not None
-    with create(run.a.output, entries, recipe(run), is_folder, run.a.force) as output:
+    with create(run.a.output, entries, header(run), is_folder, run.a.force) as output:
         gather(output.path)             # the others wait for it
         folder = dirname(output.path)
         for file in along or []:
@@ -804,72 +766,63 @@ def open_output(run, along):
         output.written = sum(gather(output.written), [])
 
 
-def merge(run, open_output):
-    """Statistics, codec, gate, merge: (run, report). The output is opened only when nothing
+def merge(run, along):
+    """Statistics, codec, gate, merge: the report. The output is opened only when nothing
     can be refused any more."""
     clock = [time.perf_counter()]
     run = replace(run, tasks=parallel_map(partial(measure_task, run.models), run, "read"))
     clock.append(time.perf_counter())
-    if run.a.init and any(task.action == "encoded" for task in run.tasks):
+    if run.a.init:
         run = replace(run, codecs=train_codec(run))
     gates, trip = check_codec(run)
     clock.append(time.perf_counter())
-    with open_output(run) as output:
+    with open_output(run, along) as output:
         results = parallel_map(partial(merge_tensor, run, output), run, "merge")
     clock.append(time.perf_counter())
     seconds = {"read": clock[1] - clock[0], "codec": clock[2] - clock[1],
                "merge": clock[3] - clock[2]}
-    return run, make_report(run, gates, trip, results, seconds)
+    return make_report(run, gates, trip, results, seconds)
 
 
 def main(argv=None):
     a = parse(argv)
     codecs = load_codecs(a)
     models = [Checkpoint(path) for path in a.models]
-    for model in models:
-        single = join(model.folder or "", "model.safetensors")
-        if model.folder and isfile(single) and single not in model.files:
-            say(f"note: {model.path} is read by its index; its model.safetensors is not used")
     along = check_outputs(a, models, codecs)
     run, warnings = plan_run(a, models, codecs)
-    for warning in warnings:
-        say(f"warning: {warning}", stream=sys.stderr)
+    say(*[f"warning: {warning}" for warning in warnings], stream=sys.stderr)
     if a.dry_run:
-        return dry_run(run)
-    run, report = merge(run, partial(open_output, along=along))
+        print_plan(run)
+        print_pairs(run)
+        return
+    report = merge(run, along)
     if rank_and_size()[0] > 0:
         return                          # under torchrun the first process speaks for all
     if a.report:
         with appear(a.report, a.force) as path, open(path, "w") as file:
             json.dump(report, file, indent=1, allow_nan=False)
-    print_report(report, run)
+    print_plan(run)
+    print_report(report)
     say(f"wrote {a.output}" + f" and {len(along or [])} companions" * bool(along))
     for warning in warnings + late_warnings(report, run):       # again, as the last lines
         say(f"warning: {warning}", stream=sys.stderr)
 
 
-# --- From Python ------------------------------------------------------------------------
-class Memory:
-    """An output in memory, filled as chunking.Output is."""
-
-    def __init__(self, entries):
-        self.flat = {e.name: torch.empty(e.numel, dtype=e.dtype) for e in entries}
-
-    def put(self, name, start, piece_L):
-        self.flat[name][start:start + len(piece_L)] = piece_L
-
-
 def merge_state_dicts(target, *sources, **flags):
-    """What the command does, for state dicts: {name: tensor}, all of them new. Flags of the
-    command by name.  Example: merge_state_dicts(a, b, lam=0.3, vae="exact")"""
-    argv = ["--quiet", "target", *["source"] * len(sources)]
-    argv += [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-    a = parse(argv)
-    models = [StateDict(tensors) for tensors in (target, *sources)]
-    run, _ = plan_run(a, models, load_codecs(a))
-    memory = Memory(models[0].entries.values())
-    merge(run, lambda run: contextlib.nullcontext(memory))
-    return {name: flat.view(target[name].shape) for name, flat in memory.flat.items()}
+    """What the command does, for state dicts: {name: tensor}, all of them new, by way of
+    temporary files. Flags by their names; what the command prints is not printed.
+    Example:  merge_state_dicts(a, b, lam=0.3, vae="exact")"""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = []
+        for tensors in (target, *sources):
+            paths.append(join(folder, f"{len(paths)}.safetensors"))
+            write_tensors(paths[-1], tensors, {})
+        argv = [*paths, "--quiet", f"--output={folder}/merged.safetensors"]
+        argv += [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+        with contextlib.redirect_stdout(io.StringIO()):
+            main(argv)
+        merged = Checkpoint(join(folder, "merged.safetensors"))
+        return {name: merged.read_tensor(name) for name in target}
 
 
 if __name__ == "__main__":
