@@ -53,7 +53,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from align import pair_names, pair_stacks, stacks_of
 from chunking import (PIECE, Checkpoint, Parser, appear, cast, check_output, command,
                       create, measure, need, say, spans)
-from merge import RELATED, companions, cosine, equal
+from merge import RELATED, companions, equal, mean_cosine
 
 VERSION = 1             # of the report
 
@@ -559,7 +559,7 @@ def match_attention(target_rows, source_rows, positions, slack):
         tried.append(match_heads(target_rows, source_rows, positions, size, slack))
     best = max(value for _, value in tried)
     for rows, value in tried:               # the largest size first
-        if value >= 0.9 * best:
+        if value >= 0.99 * best:
             return rows
 
 
@@ -765,8 +765,8 @@ def check_same_order(first, other, first_brought, other_brought, force):
         need(mine.shape == theirs.shape, theirs.file, f"has shape {theirs.shape}, where "
              f"{one.path} has {mine.shape}", alone, theirs.name)
         if role_of(mine) in AXES and not force:
-            value = cosine(one, two, (mine.name, theirs.name))
-            need(value is None or value > RELATED, theirs.file, "does not stand in the "
+            value = mean_cosine(one, two, [(mine.name, theirs.name)])
+            need(not value <= RELATED, theirs.file, "does not stand in the "
                  f"order of {one.path}", alone, theirs.name)
 
 
@@ -779,7 +779,7 @@ def stem(path):
 
 def parse(argv):
     """The arguments; what the command line alone decides is refused here."""
-    parser = Parser(prog="match.py", allow_abbrev=False, description="Bring relatives of "
+    parser = Parser(prog="match.py", description="Bring relatives of "
                     "another shape, or another order of hidden units, to the target.")
     add = parser.add_argument
     add("target", metavar="TARGET", help="gives order, shapes, names and dtypes")
