@@ -150,7 +150,7 @@ def check(a, models, options):
 def parse(argv):
     """(arguments of this command, models, options for merge.py)"""
     parser = Parser(
-        prog="greedy_soup.py", allow_abbrev=False,
+        prog="greedy_soup.py",
         usage="greedy_soup.py --eval CMD MODEL MODEL ... [-o OUT] [merge.py options]",
         description="Merge the models that help, and only those, by your own score.",
         epilog="All other options are merge.py's, and come behind the models.")
