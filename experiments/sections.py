@@ -713,6 +713,10 @@ def sibling(results, name="sibling", unit="Nats per token, a real model"):
         for row, lam, found in cells])
 
 
+def pruned(results):
+    return sibling(results, "pruned", "Bits per byte")
+
+
 def clouds(results):
     return results.rows("clouds"), [
         "The source's latents among the target's, in the target's first two principal components: "
@@ -799,8 +803,7 @@ SECTIONS = (
     Section("Training curves", "", ("curves",), curves, "curves"),
     Section("The reference VAE", "", ("vae",), vae),
     Section("Kinship", "", ("kinship",), kinship, "kinship"),
-    Section("A pruned model and its sibling's expert", "", ("pruned",),
-            partial(sibling, name="pruned", unit="Bits per byte")),
+    Section("A pruned model and its sibling's expert", "", ("pruned",), pruned),
     Section("Real siblings", "", ("sibling",), sibling),
     Section("Speed: beside mergekit", f"{BENCH} --peer --peer-python peer/bin/python --record",
             ("bench-peer",), bench_peer, "bench"),
