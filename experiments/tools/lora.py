@@ -17,6 +17,10 @@ ours:  experts are merged as whole models, which is all that merge.py knows: the
        nothing (our Table 3 measures it).
 Left out on purpose: whatever is more than W + s B A (DoRA, PiSSA, biases, embeddings,
        convolutions, saved modules). It is refused by name.
+
+Straight down: names (which tensor of a file is which module of PEFT's model), what a
+base says about its matrices, the adapter's two files, fold, extract, the command. The
+arithmetic is in `folded` (a sum) and `best_factors` (a singular value decomposition).
 """
 import json
 import math
@@ -54,9 +58,10 @@ NOISE = 2e-6
 def pair_names(wanted, names, fits):
     """{name wanted: the one of `names` that is the same tensor}.
 
-    Equal names first. The others take the nearest name that is left; of several that
-    are equally near, the only one whose shape fits: fits(name wanted, name). A name
-    that stays ambiguous, or that two want, has no partner.
+    Equal names first. The others take the nearest name that is left: as many parts in
+    common as can be. Of several that are equally near they take the only one whose
+    shape fits: fits(name wanted, name). A name that stays ambiguous, or that two want,
+    has no partner.
 
     ours:     align.pair_names finds relatives; here both must be of one model. Names
               on disk and in memory differ in front of the layer's number: there
@@ -73,10 +78,13 @@ def pair_names(wanted, names, fits):
     for name in wanted:
         if name in pairs:
             continue
+        # Parts in one of the two only, for each name that it can be.
         key, parts = take_apart(name)
         distances = {}
         for other, others in groups.get(key, []):
-            if parts <= others or others <= parts:      # else another part of the model
+            # {'layers'} and {'language_model', 'layers'} may be one, with distance 1;
+            # {'encoder', 'block'} and {'decoder', 'block'} are two parts of a model.
+            if parts <= others or others <= parts:
                 distances[other] = len(parts ^ others)
         least = min(distances.values(), default=None)
         nearest = [other for other in distances if distances[other] == least]
@@ -85,7 +93,7 @@ def pair_names(wanted, names, fits):
         if len(nearest) == 1:
             claims.setdefault(nearest[0], []).append(name)
     for other, claimants in claims.items():
-        if len(claimants) == 1:
+        if len(claimants) == 1:         # unique from both sides
             pairs[claimants[0]] = other
     return pairs
 
@@ -124,6 +132,10 @@ def linear_modules(base):
     today: GPT-2's `h.0` is `transformer.h.0`, ViT's `attention.query` is `q_proj`, and
     what was linear once may be one tensor of all experts. So it is asked, in its
     version 5, if the base has a config.json. (PEFT asks the same functions.)
+
+    ours:     without it, names are those of the file, and a note says so: extract runs
+              with the six packages of the core alone.
+    Example:  {'h.0.mlp.c_fc.weight': 'transformer.h.0.mlp.c_fc', ...}, without wte
     """
     if not model_config(base).get("architectures"):
         return None
@@ -135,7 +147,9 @@ def linear_modules(base):
         from transformers.pytorch_utils import Conv1D
         loudness = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()
-        with warnings.catch_warnings(), torch.device("meta"):       # takes no memory
+        # On the device `meta` tensors have shapes and no numbers: a model of any size
+        # is built in a second or two. Code that comes with a model is not run.
+        with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
             config = transformers.AutoConfig.from_pretrained(
                 base.folder, trust_remote_code=False)
@@ -143,13 +157,17 @@ def linear_modules(base):
         transformers.logging.set_verbosity(loudness)
     except Exception:       # not installed, too old or too new, a model of its own code
         return None
+    # PEFT's own table says which models name their experts as Mixtral or Qwen2 do.
     family = {"mixtral": "mixtral", **FAMILIES}.get(config.model_type)
     refused = PEFT_REFUSES.get(family) or PEFT_REFUSES.get(config.model_type, ())
     linear = {}
     for module, kind in model.named_modules():
+        # Not isinstance: a subclass may use its weight in a way of its own, as the
+        # output map of torch's MultiheadAttention does; a factor beside it is dead.
         known = type(kind) in (torch.nn.Linear, Conv1D)
         if known and module.rpartition(".")[2] not in refused:
             linear[f"{module}.weight"] = module
+    # How transformers turns the names of a file into those of its model.
     steps = get_model_conversion_mapping(model)
     converters = [step for step in steps if isinstance(step, WeightConverter)]
     renamings = [step for step in steps if not isinstance(step, WeightConverter)]
@@ -200,6 +218,8 @@ def is_transposed(base, name):
              have more outputs than inputs.
     differs: PEFT's configuration has one flag for all, fan_in_fan_out. It holds what
              was true for the last matrix, and is not asked.
+    Example: GPT-2: c_attn (768, 2304), so c_proj (768, 768) is transposed; its square
+             classifier is not, as it has no such name. GPTBigCode: (2304, 768), so not.
     """
     if not CONV1D.search(name):
         return False
@@ -218,8 +238,12 @@ def is_linear(entry):
 
 
 def tied_to(base, name):
-    """The embedding that a head repeats bit for bit; None if there is none. A loader
-    may then read the embedding alone, and drop what stands in the head."""
+    """The embedding that a head repeats bit for bit; None if there is none.
+
+    ours:  a loader may then read the embedding alone, and drop what stands in the head:
+           what is added to it would be lost. config.json may say that it is no such
+           head (tie_word_embeddings: false); what else it says depends on the version.
+    """
     untied = model_config(base).get("tie_word_embeddings") is False
     entry = base.entries[name]
     if untied or entry.place.layer is not None:
@@ -278,7 +302,11 @@ FACTOR = re.compile(r"(.+)\.lora_(A|B)(\.default)?\.weight")
 
 
 class Factors(NamedTuple):
-    """What an adapter adds to one matrix: s B A, or its transpose."""
+    """What an adapter adds to one matrix: s B A, or its transpose.
+
+    Source:  Hu et al. 2022: h = W x + s B A x, so B A has the shape (outputs, inputs)
+             that a linear map of torch stores; to Conv1D's W^T, (B A)^T is added
+    """
     A: Entry        # (r, inputs)
     B: Entry        # (outputs, r)
     s: float
@@ -294,6 +322,12 @@ class Adapter:
     added:   {tensor of the model in which PEFT trained it: Factors}
     copies:  {tensor of that model: Entry of the adapter}, what PEFT saved of the base
              itself: a head or an embedding that was targeted or resized
+    Example: of a file with these three tensors
+                 base_model.model.lm_head.lora_A.weight            (8, 64)
+                 base_model.model.lm_head.lora_B.weight            (100, 8)
+                 base_model.model.lm_head.base_layer.weight        (100, 64)
+             the first two are added['lm_head.weight'], the third is its copy
+    Raises:  CheckpointError, by name, for what is more than W + s B A
     """
 
     def __init__(self, folder):
@@ -309,6 +343,8 @@ class Adapter:
         pairs = {}          # module -> {"A": Entry, "B": Entry}
         self.copies = {}
         for name, entry in self.file.entries.items():
+            # PEFT wraps the model twice: LoraModel has it as `model`, and PeftModel
+            # has that as `base_model`.
             inner = re.sub(r"^(base_model\.model\.)+", "", name)
             factor = FACTOR.fullmatch(inner)
             if factor:
@@ -329,13 +365,19 @@ class Adapter:
             self.added[f"{module}.weight"] = self._factors(module, pair)
 
     def _factors(self, module, pair):
-        """The factors of one module, checked, and s."""
+        """The factors of one module, checked, and s.
+
+        Equation:  s = alpha / r;  alpha / sqrt(r) under use_rslora (Kalajdzievski 2023)
+        Source:    PEFT: r and alpha may differ by module, in rank_pattern and
+                   alpha_pattern
+        """
         name = next(iter(pair.values())).name
         need(len(pair) == 2, self.path, "its other factor is missing", tensor=name)
         rank = by_pattern(self.ranks, module, self.config.get("r"))
         alpha = by_pattern(self.alphas, module, self.config.get("lora_alpha"))
+        # Not isinstance: True is an int, too. The limit refuses NaN, Inf and integers
+        # of hundreds of digits, which no float can hold.
         usable = type(rank) is int and rank > 0 and type(alpha) in (int, float)
-        # The limit refuses NaN, Inf and integers beyond all floats as well.
         need(usable and 0 < abs(alpha) < 1e30, self.config_file,
              f"r {short(rank)} or lora_alpha {short(alpha)} is not a usable number",
              tensor=name)
@@ -359,6 +401,7 @@ def read_config(path):
     kind = config.get("peft_type")
     start = config.get("init_lora_weights")
     need(kind == "LORA", path, f"the adapter is a {short(kind)}, not a LORA", PLAIN)
+    # What is unset is false, null or empty there: {"use_dora": false}.
     foreign = [key for key, value in config.items() if value and key not in HARMLESS]
     if config.get("bias") not in (None, "none"):
         foreign.append("bias")
@@ -370,8 +413,13 @@ def read_config(path):
 
 
 def read_patterns(config, key, path):
-    """[(compiled pattern, value), ...] of rank_pattern or alpha_pattern. PEFT's rule: a
-    pattern matches whole dotted parts at the end of a module's name."""
+    """[(compiled pattern, value), ...] of rank_pattern or alpha_pattern.
+
+    Source:   PEFT's rule: the first pattern that matches whole dotted parts at the end
+              of a module's name
+    Example:  'self_attn.q_proj' matches 'model.layers.0.self_attn.q_proj'; 'proj' does
+              not
+    """
     table = config.get(key) or {}
     need(isinstance(table, dict), path, f"{key} is no table of regular expressions")
     patterns = []
@@ -404,8 +452,13 @@ def short(value):
 
 # --- fold: adapter -> checkpoint ------------------------------------------------------
 class Fold:
-    """A base and an adapter of it, opened.  base: a path, or what is open already (a
-    Checkpoint, a StateDict).  changes: {tensor of the base: Factors}"""
+    """A base and an adapter of it, opened, and what is added to what.
+
+    base:     a path, or what is open already (a Checkpoint, a StateDict)
+    changes:  {tensor of the base: Factors}
+    Raises:   CheckpointError where the adapter is of another base, where it holds more
+              than factors, or where a sum would be lost (a tied head)
+    """
 
     def __init__(self, base, adapter):
         if not hasattr(base, "entries"):
@@ -428,13 +481,16 @@ class Fold:
             return sorted(base.entries[own].shape) == sorted(wanted[name].shape)
 
         pairs = pair_names(wanted, base.entries, fits)
-        if len(pairs) < len(wanted):    # names that transformers has changed altogether
+        if len(pairs) < len(wanted):
+            # Names that transformers has changed altogether (ViT, GPT-NeoX's head).
+            # What it adds can only turn a refusal into a result.
             for own, module in (linear_modules(base) or {}).items():
                 if own not in pairs.values():
                     pairs.setdefault(f"{module}.weight", own)
         for name in wanted:
+            fix = f"{OTHER_BASE}; a tied head has none"
             need(name in pairs, self.adapter.path, f"{base.path} has no such tensor, "
-                 "or several that it may be", f"{OTHER_BASE} (no tied head has one)", name)
+                 "or several that it may be", fix, name)
         return {name: pairs[name] for name in wanted}
 
     def _turns(self, name, own):
@@ -453,7 +509,8 @@ class Fold:
         return entry.shape == (inputs, outputs)
 
     def _check_copies(self):
-        """What the adapter holds of the base itself must say nothing new."""
+        """What the adapter holds of the base itself must say nothing new. PEFT saves a
+        head and an embedding that are targeted, and both where tokens were added."""
         base = self.base
         copies = self.adapter.copies
         for name, own in self._find(copies).items():
@@ -490,11 +547,12 @@ def folded(plan, name):
     if factors.transposed:
         left, right = right.T, left.T               # (B A)^T = A^T B^T
     rows, columns = entry.shape
+    # Some rows at a time: the product is never whole in memory.
     for first, last in spans(rows, max(1, PIECE // columns)):
         start = first * columns
         piece = base.read(name, start, last * columns)
         check_finite(piece, entry.file, name)
-        product = factors.s * (left[first:last] @ right).reshape(-1)
+        product = factors.s * (left[first:last] @ right).reshape(-1)    # as piece is
         total = piece.double() + product
         result = total.to(entry.dtype)
         check_finite(result, plan.adapter.path, name,
@@ -556,6 +614,7 @@ def fold(base, adapter, output, force=False, quiet=True):
                 file.put(name, start, piece)
                 rounding += squares[0]
                 added += squares[1]
+    # Where every B is zero, nothing is added and nothing rounded: 0 / 1e-300 is 0.
     share = math.sqrt(rounding / max(added, 1e-300))
     notes = fold_notes(plan, share)
     return {"folded": len(plan.changes), "rounding": share, "notes": notes}
@@ -592,6 +651,7 @@ class Pair:
     modules:   {tensor of the base: name of the linear map that PEFT looks for}
     guessed:   whether these names are only those of the file
     skipped:   {why: [tensor, ...]} that is not extracted
+    Raises:    CheckpointError where two matrices of one name differ in shape
     """
 
     def __init__(self, model, base):
@@ -610,20 +670,18 @@ class Pair:
             if fits(name, other):
                 self.partners[name] = other
                 continue
+            # Tokens were added: an embedding, a head or its bias has more rows.
             vocabulary = theirs[name].shape[1:] == ours[other].shape[1:]
             outside = theirs[name].place.layer is None
             need(vocabulary and outside, self.model.path, f"has shape "
                  f"{[*ours[other].shape]}, the base {[*theirs[name].shape]}",
                  OTHER_BASE, other)
             self.skip("as the vocabularies differ in size", name)
-        # In one file only: a head, masks, buffers, but no matrix of a layer.
+        # In one file only: heads, buffers, layers that predict further tokens.
         here = set(found.values())
         for one, paired in ((self.model, here), (self.base, found)):
-            for name, entry in one.entries.items():
+            for name in one.entries:
                 if name not in paired:
-                    outside = entry.place.layer is None
-                    need(outside or not is_linear(entry), one.path,
-                         "the other has no such tensor", OTHER_BASE, name)
                     self.skip(f"as only {called(one.path)} has it", name)
         self.modules = linear_modules(self.base)
         self.guessed = self.modules is None
@@ -664,9 +722,10 @@ def best_factors(delta, rank):
     Args:      delta (outputs, inputs) float64
     Returns:   A (R, inputs), B (outputs, R), float64, and |delta - B A|^2; zeros beyond
                the number of singular values
+    Example:   singular values 12, 4, 3 at rank 1: what is left is 4^2 + 3^2
     """
     outputs, inputs = delta.shape
-    U, S, Vt = torch.linalg.svd(delta, full_matrices=False)
+    U, S, Vt = torch.linalg.svd(delta, full_matrices=False)     # S from large to small
     kept = min(rank, len(S))
     root = S[:kept].sqrt()
     A = delta.new_zeros(rank, inputs)
@@ -698,6 +757,8 @@ def factorise(pair, rank, quiet=True):
         if square == 0:
             continue
         linear = name in pair.modules
+        # Noise has full rank: its best factors would hold next to nothing of it, and
+        # the matrix would be called the worst.
         if linear and square <= NOISE ** 2 * size:
             pair.skip("as the two differ by no more than rounding", name)
             continue
@@ -719,6 +780,7 @@ def factorise(pair, rank, quiet=True):
         losses[name] = (rest, square)
     need(factors, pair.model.path, "no matrix of a linear map differs from the base's "
          "by more than rounding", "pass another model, or another base")
+    # Squares of parts that do not overlap add up.
     lost = outside + sum(rest for rest, _ in losses.values())
     whole = outside + sum(square for _, square in losses.values())
     worst = max(losses, key=losses.get)
@@ -744,7 +806,8 @@ def extract(model, base, rank, output, force=False, quiet=True):
     record["notes"] = extract_notes(pair, record)
     config = peft_config(pair, rank, factors)
     facts = {"lsmerge.model": called(model), "lsmerge.lost": f"{record['lost']:.6g}"}
-    with appear(output, force) as folder:       # all of it or nothing
+    # All of it or nothing: an old adapter stays until the new one takes its name.
+    with appear(output, force) as folder:
         os.mkdir(folder)
         write_tensors(os.path.join(folder, WEIGHTS), factors, facts)
         text = json.dumps(config, indent=2) + "\n"
@@ -812,8 +875,8 @@ def parse(argv):
     parser = Parser(prog="lora.py", description="LoRA adapters to whole checkpoints, "
                     "and back (PEFT's rules). fold: BASE ADAPTER; extract: MODEL BASE.")
     parser.add_argument("verb", choices=["fold", "extract"])
-    parser.add_argument("first", metavar="BASE|MODEL")
-    parser.add_argument("second", metavar="ADAPTER|BASE",
+    parser.add_argument("base_or_model", metavar="BASE|MODEL")
+    parser.add_argument("adapter_or_base", metavar="ADAPTER|BASE",
                         help="an adapter is a folder as PEFT saves it")
     parser.add_argument("--rank", type=int, metavar="R",
                         help="extract: of every matrix")
@@ -830,16 +893,18 @@ def parse(argv):
 
 def main(argv=None):
     a = parse(argv)
+    one = a.base_or_model
+    other = a.adapter_or_base
     warning = None
     if a.verb == "fold":
-        record = fold(a.first, a.second, a.output, a.force, a.quiet)
-        say(f"added s B A to {record['folded']} matrices of {a.first}")
+        record = fold(one, other, a.output, a.force, a.quiet)
+        say(f"added s B A to {record['folded']} matrices of {one}")
     else:
-        record = extract(a.first, a.second, a.rank, a.output, a.force, a.quiet)
+        record = extract(one, other, a.rank, a.output, a.force, a.quiet)
         lost = percent(record["lost"])
         name, share, own = record["worst"]
         say(f"rank {a.rank}, {record['matrices']} matrices: lost {lost} of the "
-            f"difference between {a.first} and {a.second} (Frobenius norm)",
+            f"difference between {one} and {other} (Frobenius norm)",
             f"largest loss: {percent(share)} in {name}, {percent(own)} of its own")
         if record["lost"] > MUCH:
             warning = f"lost {lost} of the difference: raise --rank, or keep the model"
