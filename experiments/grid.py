@@ -51,16 +51,16 @@ def neighbours(layers, numbers):
 
 def write_in_order(path, target, source, neighbour=False, like=None):
     """A relative of another shape, in the order of the target's hidden units, as tools/match.py
-    writes it. neighbour: every layer one off.  like: the model whose match serves (the source's
-    base); the source itself."""
+    writes it. neighbour: the same order of units, but every layer one off.  like: the model whose
+    match serves (the source's base); the source itself."""
     target = Checkpoint(target)
     matched = match.open_layers(target, Checkpoint(like or source))
     brought = match.open_layers(target, Checkpoint(source))
     kinship = match.find_kinship(*matched)
+    units = match.match_units(*matched, kinship)
     if neighbour:
         beside = neighbours(kinship.layers, list(matched[1].numbers))
         kinship = kinship._replace(layers=beside)
-    units = match.match_units(*matched, kinship)
     orders, _ = match.plan_tensors(*brought, kinship, units)
     with create(path, target.entries.values()) as output:
         match.write_matched(output, target, brought[1].checkpoint, orders)
