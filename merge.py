@@ -768,7 +768,7 @@ def open_output(run, along):
     it."""
     entries = run.models[0].entries.values()
     if rank_and_size()[0] > 0:
-        output = Output(gather(None)[0], entries, header(run))
+        output = Output(gather(None)[0])
         yield output
         gather(output.written)
         return

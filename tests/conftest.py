@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments"), str(ROOT / "experiments/tools")]
 torch.set_num_threads(1)    # the matrices here are tiny: a second thread only waits
 
 
