@@ -2,7 +2,6 @@
 with a table of real models, files with the safetensors library."""
 import math
 import os
-import stat
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -338,28 +337,6 @@ def test_no_file_stays_open(tmp_path):
         ck.write_tensors(tmp_path / "x.safetensors", {"w": torch.ones(1)}, {}, force=True)
         ck.Checkpoint(tmp_path / "x.safetensors").read("w")
     assert len(os.listdir("/proc/self/fd")) == count
-
-
-def test_mode_follows_the_umask_and_links_are_written_through(tmp_path):
-    link, real = tmp_path / "link.safetensors", tmp_path / "real.safetensors"
-    link.symlink_to(real)
-    old = os.umask(0o027)
-    try:
-        with ck.create(link, [ENTRY]) as output:
-            output.put("w", 0, torch.ones(4))
-        ck.write_tensors(tmp_path / "vae", {"w": torch.ones(1)}, {})
-    finally:
-        os.umask(old)
-    assert link.is_symlink() and stat.S_IMODE(real.stat().st_mode) == 0o640
-    assert stat.S_IMODE((tmp_path / "vae").stat().st_mode) == 0o640
-
-
-def test_a_file_that_shrinks_is_an_error(tmp_path):
-    path = save(tmp_path / "x.safetensors", {"w": noise(1000)})
-    file = ck.Checkpoint(path)
-    os.truncate(path, 2000)
-    with pytest.raises(ck.CheckpointError, match="tensor 'w'.*shrank"):
-        file.read_tensor("w")
 
 
 def test_an_error_is_one_line():

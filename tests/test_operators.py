@@ -15,7 +15,6 @@ from conftest import generator, relative, save
 from lsmerge import Codec, Parent
 from test_merge import (NAME, assert_equal, assert_models_close, combination, is_encoded,
                         merged, run)
-from vae import VAE, VAEConfig
 
 
 # --- Coefficients ---------------------------------------------------------------------

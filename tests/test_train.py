@@ -14,7 +14,7 @@ from torch.distributions import Normal, kl_divergence
 
 import chunking as ck
 import train
-from conftest import generator, llama_tensors, save, two_processes
+from conftest import generator, save, two_processes
 from lsmerge import Codec
 from vae import VAE, VAEConfig
 
@@ -241,12 +241,6 @@ def test_a_loss_that_is_not_finite_ends_the_training_with_the_remedy(
     assert error.count("\n") == 1 and "lower --lr" in error and not list(tmp_path.iterdir())
 
 
-def test_a_chunk_larger_than_a_tensor_is_padding_mostly(tmp_path):
-    path = save(tmp_path / "s.safetensors", llama_tensors(5, hidden=8, layers=1, mlp=8))
-    config = VAEConfig(chunk=100, tokens=4, width=128, init="pca")
-    assert fit(path, config, steps1=0, steps2=1)[1][1]["nmse"] < 1e-4
-
-
 # --- The command ----------------------------------------------------------------------
 def test_command(models, tmp_path, capsys):
     """Two files, one VAE; the record and the log; same inputs and seed, same bytes."""
@@ -388,16 +382,6 @@ def test_what_the_command_line_alone_decides_exits_2(models, tmp_path, flags, ca
     assert not list(tmp_path.iterdir())
 
 
-def test_a_width_below_the_chunk_is_kept_for_a_random_start():
-    config = train.parse(["x", "--init", "random", "--width", "32"])[1]
-    assert (config.width, config.chunk) == (32, 64)
-
-
-def a_link(box):
-    os.link(box / "a", box / "log")
-    return ["--log", box / "log"]
-
-
 def a_folder(box):
     (box / "vae").mkdir()
     os.rename(box / "vae.safetensors", box / "vae/vae.safetensors")
@@ -409,7 +393,6 @@ FAULTS = {          # flags, and words of the line
     "the output is the input": (lambda box: ["-o", box / "a", "--force"], "a"),
     "the log is the output": (lambda box: ["--log", box / "v"], "v"),
     "the log is the input": (lambda box: ["--log", box / "a"], "a"),
-    "a hard link of it": (a_link, "log"),
     "the log is a device": (lambda box: ["--log", "/dev/full"], "/dev/full"),
     "the output is a device": (lambda box: ["-o", "/dev/null", "--force"], "/dev/null"),
     "the start's own file": (a_folder, "vae"),
@@ -447,16 +430,6 @@ def test_a_launchers_environment_counts_only_as_a_whole(monkeypatch):
         for key, value in facts.items():
             monkeypatch.setenv(key, value)
         assert train.rank_and_size() == expected
-
-
-def test_half_a_launcher_is_one_line(models, tmp_path, monkeypatch, capsys):
-    """RANK and WORLD_SIZE, and nothing that says where the others are."""
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    assert run(models["a"], "-o", tmp_path / "v", *NONE) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: torchrun") and error.count("\n") == 1
 
 
 def test_two_processes_train_as_one(models, tmp_path):
