@@ -46,9 +46,9 @@ class VAEConfig:
     beta: float = 1e-4      # weight of the KL in Eq. 1: sigma is then near sqrt(beta)
 
     def __post_init__(self):
-        for name in ("chunk", "tokens", "width", "heads"):
-            if not 1 <= getattr(self, name) <= 2 ** 16:
-                raise ValueError(f"--{name} must be from 1 to 65536")
+        sizes = (self.chunk, self.tokens, self.width, self.heads)
+        if min(sizes) < 1 or max(sizes) > 2 ** 16:
+            raise ValueError("--chunk, --tokens, --width, --heads must be 1 to 65536")
         if self.width % (2 * self.heads) != 0:
             raise ValueError("--width must be a multiple of twice --heads")
         if self.init not in ("random", "pca"):
