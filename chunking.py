@@ -429,21 +429,25 @@ def locate(path):
 
 
 def choose(folder):
-    """The index or the weights file of a folder. An index comes first, unless none of its
-    shards is there: then it is a stale one. Ambiguity is refused."""
+    """The index or the weights file of a folder. An index comes first; a stale one, none of
+    whose shards is there, yields to model.safetensors. Ambiguity is refused."""
     names = sorted(name for name in os.listdir(folder) if name[0] != ".")
-    for end in (".safetensors.index.json", ".safetensors"):
-        found = [name for name in names if name.endswith(end) and name[:8] != "adapter_"]
-        if "model" + end in found:
-            found = ["model" + end]
-        if len(found) == 1:
-            file = join(folder, found[0])
-            if end == ".safetensors" or read_index(file):
-                return file
-    need(found or "adapter_config.json" not in names, folder, "is an adapter, no model",
+    names = [name for name in names if not name.startswith("adapter_model")]
+    indexes = [name for name in names if name.endswith(".safetensors.index.json")]
+    files = [name for name in names if name.endswith(".safetensors")]
+    if "model.safetensors.index.json" in indexes:
+        indexes = ["model.safetensors.index.json"]
+    if "model.safetensors" in files:
+        files = ["model.safetensors"]
+    if len(indexes) == 1 and (files != ["model.safetensors"]
+                              or read_index(join(folder, indexes[0]))):
+        return join(folder, indexes[0])
+    if len(files) == 1:
+        return join(folder, files[0])
+    need(files or "adapter_config.json" not in names, folder, "is an adapter, no model",
          "fold it: python experiments/tools/lora.py fold BASE ADAPTER -o EXPERT")
-    held = ", ".join((found or names or ["nothing"])[:5])
-    raise CheckpointError(folder, f"holds {len(found)} .safetensors files, not one: {held}",
+    held = ", ".join((files or names or ["nothing"])[:5])
+    raise CheckpointError(folder, f"holds {len(files)} .safetensors files, not one: {held}",
                           "pass one of them or an index; pickles must be converted")
 
 
@@ -675,7 +679,11 @@ def check_output(path, others, force, flag="-o", folder=None):
 
 # --- What all commands share: how they read, speak and fail -----------------------------
 class Parser(argparse.ArgumentParser):
-    """argparse with this project's contract: one line on stderr, exit code 2."""
+    """argparse with this project's contract: one line on stderr, exit code 2; and no
+    abbreviations, whose meaning a later flag could change."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
 
     def read(self, argv):
         """The arguments; options and files in any order. An empty value is an unset shell

@@ -72,7 +72,7 @@ def ls_merge(target, sources, coefficients, residual=False):
         if residual:
             for c, parent in zip(coefficients, [target, *sources]):
                 if isinstance(parent, Parent):          # it entered unaligned
-                    merged_L += c * parent.codec_error(j0, j1)
+                    merged_L = merged_L + c * parent.codec_error(j0, j1)
         yield start, cast(merged_L, stats)
 
 
@@ -223,7 +223,8 @@ def share_statistics(parents):
 def convex_coefficients(lam):
     """A convex barycentre: [lambda_1, ...] -> [1 - sum, lambda_1, ...].
     paper: Sec. 3.3,  z_lambda = (1 - lambda) z_a + lambda z_b.  ValueError otherwise."""
-    if min(lam, default=0) < 0 or sum(lam) > 1 + 1e-9:          # ten times 0.1 rounds
+    # So put, NaN is refused too; ten times 0.1 rounds.
+    if not (all(value >= 0 for value in lam) and sum(lam) <= 1 + 1e-9):
         raise ValueError("each lambda must be 0 or more, and their sum at most 1")
     return [max(0.0, 1 - sum(lam)), *lam]
 
@@ -231,7 +232,7 @@ def convex_coefficients(lam):
 def task_coefficients(lam):
     """Task arithmetic (Ilharco et al. 2023; paper: Table 4): z_t + sum_i lambda_i (z_i -
     z_base). The base stands last."""
-    if max(map(abs, lam), default=0) > 10:      # beyond: surely a typing error
+    if not all(abs(value) <= 10 for value in lam):      # beyond: surely a typing error
         raise ValueError("each lambda must be from -10 to 10")
     return [1.0, *lam, -sum(lam)]
 
@@ -260,23 +261,30 @@ def inner(pairs):
     return dot, math.sqrt(aa), math.sqrt(bb)
 
 
+def combine(raw, coefficients, entry):
+    """sum_k c_k W_k of a piece of the parents' weights, rounded once to the target's dtype:
+    what the exact codec gives. The target's own bits where nothing else enters."""
+    target_L, *others = raw
+    if not any(coefficients[1:]):
+        return target_L
+    merged_L = coefficients[0] * target_L.to(wide(entry.dtype))
+    for c, other_L in zip(coefficients[1:], others):
+        merged_L.add_(other_L.to(merged_L.dtype), alpha=c)
+    return cast(merged_L, entry)
+
+
 def weight_merge(readers, coefficients, entry):
-    """The baseline without a codec: sum_k c_k W_k, in pieces as `ls_merge` gives them. The
-    target's own bytes where nothing else enters."""
+    """The baseline without a codec, in pieces as `ls_merge` gives them."""
     for start, stop in spans(entry.numel):
-        merged_L = readers[0](start, stop)
-        if any(coefficients[1:]):
-            merged_L = coefficients[0] * merged_L.to(wide(entry.dtype))
-            for c, read in zip(coefficients[1:], readers[1:]):
-                merged_L.add_(read(start, stop).to(merged_L.dtype), alpha=c)
-            merged_L = cast(merged_L, entry)
-        yield start, merged_L
+        raw = [read(start, stop) for read in readers]
+        yield start, combine(raw, coefficients, entry)
 
 
 # --- Alignment: Algorithm 1, lines 3 and 4 ----------------------------------------------
 class Alignment(NamedTuple):
     """How a source is brought to the target."""
-    method: str = "none"            # a name in align.ALIGNERS
+    method: str = "auto"            # a name in align.ALIGNERS; auto: none between equal
+                                    # shapes, gaussian between others
     control: str | None = None      # a null control in the source's place
     epsilon: float = ot.EPSILON     # Sinkhorn's
 
@@ -285,8 +293,10 @@ def as_source(target, source, alignment=Alignment(), seed=(0,)):
     """The source as `ls_merge` takes it: itself where chunk j meets chunk j, or a
     Transport. seed: of a control's noise."""
     same = source.stats.shape == target.stats.shape
-    if same and alignment.method == "none" and not alignment.control:
+    if same and alignment.method in ("auto", "none") and not alignment.control:
         return source
+    if alignment.method == "auto":
+        alignment = alignment._replace(method="gaussian")
     return Transport(target, source, alignment, seed)
 
 

@@ -245,12 +245,13 @@ class VAE(nn.Module):
             record = json.loads(metadata["lsmerge.training"])
             with torch.device("meta"):
                 vae = cls(config)
+            tensors = {name: tensor.float() for name, tensor in tensors.items()}
             vae.load_state_dict(tensors, assign=True)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError("no VAE of this version, train one with train.py "
                              f"({' '.join(str(error).split())[:200]})") from None
         for name, tensor in tensors.items():
-            if not tensor.float().isfinite().all():
+            if not tensor.isfinite().all():
                 raise ValueError(f"{name} holds NaN or Inf")
         names = record.get("trained_on") if isinstance(record, dict) else None
         if not names or not all(isinstance(name, str) for name in names):
