@@ -383,11 +383,13 @@ def refuse_quantised(entries, folder):
         owner = {name, name.rpartition(".")[0]}
         need(not (packed and owner & scaled), entry.file,
              f"is quantised: {entry.dtype} beside its scales", ORIGINAL, name)
-    config = join(folder, "config.json")
-    if isfile(config):
-        with open(config, "rb") as file:
-            said = re.search(rb'"quantization_config"\s*:\s*\{\s*"', file.read())
-        need(not said, config, "says that the checkpoint is quantised", ORIGINAL)
+    for name in ("config.json", "hf_quant_config.json"):
+        config = join(folder, name)
+        if isfile(config):
+            with open(config, "rb") as file:
+                said = re.search(rb'"(quantization|compression)(_config)?"\s*:\s*\{\s*"',
+                                 file.read())
+            need(not said, config, "says that the checkpoint is quantised", ORIGINAL)
 
 
 def read_index(path):

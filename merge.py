@@ -32,14 +32,14 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from os.path import abspath, basename, dirname, join, normpath, relpath
+from os.path import abspath, basename, dirname, isfile, join, normpath, relpath
 
 import torch
 from tqdm import tqdm
 
 import align as ot
 import lsmerge as ls
-from chunking import (STOP, Checkpoint, Output, appear, check_output, command, create,
+from chunking import (STOP, Checkpoint, Entry, Output, appear, check_output, command, create,
                       is_selected, measure, need, say, spans, write_tensors)
 from train import (MAX_NMSE, Schedule, describe_stage, gather, pick_device,
                    rank_and_size, save_vae, start_parser, train_vae)
@@ -49,41 +49,42 @@ VERSION = "3.0"
 REFERENCE = join(dirname(abspath(__file__)), "experiments/models/vae.safetensors")
 SAMPLES = 8             # draws of a self-merge: their noise shrinks by sqrt(8)
 RELATED = 0.1           # cosine of weights: trained apart 0.00, experts of one base 0.9
-GLANCE = 1 << 12        # weights of a tensor for that cosine, then right to 0.02
-FAR = 0.8               # distance of two parents, over the target's norm; strangers: 1.4
-SHARE = 1 << 12         # largest source tensor over its partner: a chunk must meet less
+GLANCE = 1 << 12        # weights of a tensor for that cosine, which is then right to 0.02
+FAR = 0.8               # distance of two parents over the target's norm; strangers: 1.4
+SHARE = 1 << 12         # source weights for each of the target's, at most: a piece of them
 GATE_WEIGHTS = 1 << 16  # of a tensor, in windows evenly spread: the gate takes seconds
-MATCH = "python experiments/tools/match.py"
-UNRELATED = ("Merging unrelated models does harm: +0.09 bits per byte and more in our "
-             "measurements (experiments/RESULTS.md, Table 5).")
+MATCH = "if they are relatives, run python experiments/tools/match.py first"
+HARM = ("Merging unrelated models does harm: +0.09 bits per byte and more in our measurements "
+        "(experiments/RESULTS.md, Table 5)")
 
 
 # --- The plan: who meets whom (paper: Algorithm 1, line 1) ------------------------------
 @dataclass(frozen=True)
-class Task:
-    """What happens to one tensor of the target."""
-    name: str
-    number: int             # its position in the target: part of every seed
-    numel: int
-    parents: tuple          # (index, name there): 0 the target, k the k-th source
-    action: str             # "encoded", "averaged" or "copied"
+class Task(Entry):
+    """A tensor of the target, and what happens to it."""
+    number: int = 0         # its position in the target: part of every seed
+    parents: tuple = ()     # (index, name there): 0 the target, k the k-th source
+    action: str = ""        # "encoded", "averaged" or "copied"
     why: str = ""           # it is copied
     stats: tuple = ()       # of the parents, once they are measured
     tied: tuple = ()        # names of tensors that the target holds equal to this one
 
 
 def mean_cosine(target, source, pairs):
-    """The mean cosine of the first weights, over pairs (target name, source name) of
-    encoded tensors of one shape: 0.00 for models trained apart, 0.9 for experts of one
-    base. NaN, which is neither small nor large, if there is nothing to compare."""
+    """The mean cosine of two models' weights: 0.00 for models trained apart, 0.9 for experts
+    of one base. The first weights of each tensor are enough to tell.
+
+    Args:     pairs: (target name, source name); only encoded pairs of one shape count
+    Returns:  NaN, which is neither small nor large, if there is nothing to compare
+    """
     values = []
     for mine, theirs in pairs:
         entry = target.entries[mine]
         if is_selected(entry) and entry.shape == source.entries[theirs].shape:
             target_L = target.read(mine, 0, GLANCE).double()
             source_L = source.read(theirs, 0, GLANCE).double()
-            values.append(torch.cosine_similarity(target_L, source_L, dim=0))
-    values = [value for value in values if value != 0]      # 0: one of them is zero
+            if target_L.any() and source_L.any():       # zero has no direction
+                values.append(torch.cosine_similarity(target_L, source_L, dim=0))
     return torch.tensor(values).mean().item()
 
 
@@ -92,7 +93,9 @@ def layer_partners(target, source, mine, theirs):
 
     By depth, which for equal numbers of layers is by index. But if nearly all layers of the
     same number are alike, one model only has layers of its own (for multi-token prediction,
-    or of a draft model): then by index too, and those layers meet nobody."""
+    or of a draft model): then by index too, and those layers meet nobody.
+    Example:  62 layers and 61, of which 61 are alike: the 62nd stays the target's
+    """
     common = mine.keys() & theirs.keys()
     alike = 0
     for layer in common:
@@ -110,15 +113,16 @@ def plan_tasks(models, a):
     kind: "self"; "same-shape"; "cross-shape" if an encoded pair differs in shape. What one
     model alone has (a score head, a mask, a larger vocabulary) does not make it so.
     """
-    places = [{name: entry.place for name, entry in model.entries.items() if entry.is_float}
-              for model in models]
+    target, *sources = models
     tables = []             # one per source: {target name: source name}
-    for source, there in zip(models[1:], places[1:]):
-        partners = partial(layer_partners, models[0], source)
-        tables.append(ot.pair_names(places[0], there, partners))
-    kind = "same-shape" if tables else "self"
+    for source in sources:
+        mine, theirs = ({name: entry.place for name, entry in model.entries.items()
+                         if entry.is_float} for model in (target, source))
+        partners = partial(layer_partners, target, source)
+        tables.append(ot.pair_names(mine, theirs, partners))
+    kind = "same-shape" if sources else "self"
     tasks = []
-    for number, (name, entry) in enumerate(models[0].entries.items()):
+    for number, (name, entry) in enumerate(target.entries.items()):
         met = [(k, table[name]) for k, table in enumerate(tables, 1) if name in table]
         parents = [(k, there) for k, there in met
                    if models[k].entries[there].shape == entry.shape]
@@ -126,40 +130,45 @@ def plan_tasks(models, a):
         if is_selected(entry, a.select):
             action = "encoded"
             if parents != met:
-                check_pair(models, name, met, a)
+                check_shapes(models, name, met, a)
                 parents = met
                 kind = "cross-shape"
         why = ""
         if not entry.is_float:
             why = "whole numbers"
-        elif tables and not met:
+        elif sources and not met:
             why = "met nobody"
-        elif tables and not parents:
+        elif sources and not parents:
             why = "met another shape"
-        elif a.base and len(parents) < len(tables):
+        elif a.base and len(parents) < len(sources):
             why = "not in every model"
+        tasks.append(Task(**vars(entry), number=number, parents=((0, name), *parents),
+                          action=action, why=why))
+    # Norms and embeddings are averaged in a plain merge of one shape only.
+    plain = kind == "same-shape" and a.align in ("auto", "none")
+    plain = plain and not a.control and a.select is None
+    for task in tasks:
+        why = task.why
+        if task.action == "averaged" and not plain:
+            why = why or "not encoded"
         if why:
-            action = "copied"
-        tasks.append(Task(name, number, entry.numel, ((0, name), *parents), action, why))
-    if kind != "same-shape" or a.align not in ("auto", "none") or a.control or a.select:
-        for task in tasks:
-            if task.action == "averaged":
-                tasks[task.number] = replace(task, action="copied", why="not encoded")
-    return kind, tie(models[0], tasks)
+            tasks[task.number] = replace(task, action="copied", why=why,
+                                         parents=task.parents[:1])
+    return kind, tie(target, tasks)
 
 
-def check_pair(models, name, met, a):
-    """Refuse an encoded tensor whose partners have another shape, if the operator needs
-    equal ones, or if one of its chunks would meet more of a source than a piece holds."""
-    entry = models[0].entries[name]
+def check_shapes(models, name, met, a):
+    """Refuse an encoded tensor that meets another shape, if the operator needs equal ones,
+    or if a chunk of it would meet more of a source than a piece holds."""
+    mine = models[0].entries[name]
     strict = a.space == "weight" or a.operator in ("slerp", "task-arithmetic")
     for k, there in met:
-        other = models[k].entries[there]
-        need(not strict or other.shape == entry.shape, models[0].path, f"{list(entry.shape)} "
-             f"meets {there!r} of {models[k].path}, {list(other.shape)}", "use lerp in latent "
-             f"space; or, if they are relatives, {MATCH} first", name)
-        need(other.numel <= SHARE * entry.numel, models[k].path, f"is over {SHARE} times as "
-             "large as its partner", "narrow --select", there)
+        theirs = models[k].entries[there]
+        need(not strict or theirs.shape == mine.shape, models[0].path,
+             f"{list(mine.shape)} meets {there!r} {list(theirs.shape)} of {models[k].path}",
+             f"use lerp in latent space; or, {MATCH}", name)
+        need(theirs.numel <= SHARE * mine.numel, models[k].path,
+             f"is over {SHARE} times as large as its partner", "narrow --select", there)
 
 
 def equal(one, name, other, there):
@@ -177,19 +186,19 @@ def equal(one, name, other, there):
 
 def tie(target, tasks):
     """The tasks, with every matrix outside the layers that the target holds twice (an
-    embedding and its redundant head) merged once; the other is a copy of the result."""
-    leaders = []            # numbers of tasks that are merged
-    outside = [task for task in tasks if target.entries[task.name].place.layer is None
-               and len(target.entries[task.name].shape) > 1]
-    # What is merged leads what is copied, and the embedding its head.
-    outside.sort(key=lambda task: (task.action == "copied", "embed" not in
-                                   target.entries[task.name].place.role))
+    embedding and its redundant head) merged once: the other is a copy of the result, so
+    that both stay equal. What is merged leads what is copied, the embedding its head."""
+    outside = [task for task in tasks if task.place.layer is None and len(task.shape) > 1]
+    outside.sort(key=lambda task: (task.action == "copied", task.place.role != "embed"))
+    leaders = []
     for task in outside:
-        for n in leaders:
-            if equal(target, task.name, target, tasks[n].name):
-                tasks[n] = replace(tasks[n], tied=(*tasks[n].tied, task.name))
-                tasks[task.number] = replace(task, action="copied", why="tied to another")
-        if tasks[task.number].action != "copied":
+        twins = [n for n in leaders if equal(target, task.name, target, tasks[n].name)]
+        if twins:
+            leader = tasks[twins[0]]
+            tasks[leader.number] = replace(leader, tied=(*leader.tied, task.name))
+            tasks[task.number] = replace(task, action="copied", why="tied to another",
+                                         parents=task.parents[:1])
+        elif task.action != "copied":
             leaders.append(task.number)
     return tasks
 
@@ -208,7 +217,7 @@ class Run:
 
     def coefficients(self, task):
         """The parents' c_k; a source without a partner leaves its share to the target."""
-        if self.a.base:
+        if self.a.base and len(task.parents) > 1:
             return ls.task_coefficients(self.lam)
         return ls.convex_coefficients([self.lam[k - 1] for k, _ in task.parents[1:]])
 
@@ -216,9 +225,7 @@ class Run:
         """The tensor's Parents. Noise is seeded by run, tensor and parent."""
         parents = []
         for (k, name), stats in zip(task.parents, task.stats):
-            codec = None
-            if self.codecs:
-                codec = self.codecs[stats.shape != task.stats[0].shape]
+            codec = self.codecs[stats.shape != task.shape]
             read = partial(self.models[k].read, name)
             seed = (self.a.seed, task.number, k)
             parents.append(ls.Parent(read, stats, codec, self.samples, seed))
@@ -232,7 +239,7 @@ def plan_run(a, models, codecs):
     share = 1 / (n + 1)
     warnings = []
     if kind == "cross-shape":
-        warnings.append(f"shapes differ. {UNRELATED} If they are relatives, {MATCH} first")
+        warnings.append(f"shapes differ. {HARM}; {MATCH}")
         if a.operator == "lerp":
             share = 0.1 / n                     # paper: best from 0.05 to 0.2
     else:
@@ -242,15 +249,13 @@ def plan_run(a, models, codecs):
         pairs = {}          # role -> [(target name, source name), ...]
         for task in tasks:
             there = dict(task.parents).get(k)
-            role = models[0].entries[task.name].place.role
             if there and task.action == "encoded":
-                pairs.setdefault(role, []).append((task.name, there))
+                pairs.setdefault(task.place.role, []).append((task.name, there))
         apart = [role for role, names in pairs.items()
                  if mean_cosine(models[0], models[k], names) < RELATED]
         if apart:
-            warnings.append(
-                f"{models[k].path} and the target are strangers in {', '.join(apart)}. "
-                f"{UNRELATED} If they are relatives in another order, {MATCH} first")
+            warnings.append(f"{models[k].path} and the target are strangers in "
+                            f"{', '.join(apart)}. {HARM}; {MATCH}")
     samples = a.samples
     if samples is None and kind == "self" and not a.roundtrip:
         samples = SAMPLES
@@ -299,12 +304,13 @@ def measure_task(models, task):
         return task
     if task.action == "averaged" and all(
             equal(models[0], task.name, models[k], there) for k, there in task.parents):
-        return replace(task, action="copied", why="equal in all")   # a mask of -inf, say
+        # Nothing is to be averaged; and a mask may well hold -inf.
+        return replace(task, action="copied", why="equal in all", parents=task.parents[:1])
     stats = tuple(measure(models[k], there) for k, there in task.parents)
     if task.action == "averaged" or not stats[0].constant:
         return replace(task, stats=stats)
     if any(each.shape != stats[0].shape for each in stats):
-        return replace(task, action="copied", why="constant")
+        return replace(task, action="copied", why="constant", parents=task.parents[:1])
     if all(each.constant for each in stats):        # there is no pattern for a codec
         return replace(task, stats=stats, action="averaged")
     return replace(task, stats=stats)
@@ -402,35 +408,32 @@ def check_codec(run):
 
 # --- The merge --------------------------------------------------------------------------
 def merge_tensor(run, output, task):
-    """Merge one tensor into the output. Returns (sums of squares, records of transports).
+    """Merge one tensor into the output. Returns (squared distances, records of transports).
 
     In all an encoded tensor is read four times: for its statistics, by the gate, to be
     encoded, and for the distances; six times for slerp and with --residual."""
+    def slerp(readers, steps):
+        """The coefficients that the angle between two vectors asks for."""
+        pieces = ([read(*step) for read in readers] for step in steps)
+        return ls.slerp_coefficients(run.lam[0], *ls.inner(pieces))
+
     if task.why == "tied to another":
         return {}, []                       # written with that one
-    if task.action == "copied":
-        for start, stop in spans(task.numel):
-            output.put(task.name, start, run.models[0].read(task.name, start, stop))
-        return {}, []
-
-    target, *sources = run.parents(task)
-    readers = [parent.read for parent in (target, *sources)]
+    readers = [partial(run.models[k].read, name) for k, name in task.parents]
     encoded = task.action == "encoded"
-    slerp = encoded and run.a.operator == "slerp"
-    plain = run.coefficients(task)          # of raw weights
-    if slerp:
-        pieces = ([read(*span) for read in readers] for span in spans(task.numel))
-        plain = ls.slerp_coefficients(run.lam[0], *ls.inner(pieces))
+    plain = run.coefficients(task)          # c_k of raw weights
+    if encoded and run.a.operator == "slerp":
+        plain = slerp(readers, spans(task.numel))
     transports = []
-    only_target = run.a.residual and not any(plain[1:])     # all that is lost comes back
-    if not encoded or not run.codecs or only_target:
-        merged = ls.weight_merge(readers, plain, target.stats)
+    # Where only the target is left, and what the codec loses comes back, it is the target.
+    if not encoded or not run.codecs or run.a.residual and not any(plain[1:]):
+        merged = ls.weight_merge(readers, plain, task)
     else:
+        target, *sources = parents = run.parents(task)
         coefficients = plain
-        if slerp:
-            pieces = ((target.latents(*span), sources[0].latents(*span))
-                      for span in spans(target.N, target.per_piece))
-            coefficients = ls.slerp_coefficients(run.lam[0], *ls.inner(pieces))
+        if run.a.operator == "slerp":
+            steps = spans(target.N, target.per_piece)
+            coefficients = slerp([parent.latents for parent in parents], steps)
         sources = [ls.as_source(target, source, run.alignment, (*source.seed, 1))
                    for source in sources]
         transports = [each for each in sources if isinstance(each, ls.Transport)]
@@ -438,34 +441,34 @@ def merge_tensor(run, output, task):
 
     squares = Counter()
     for start, piece_L in merged:
+        piece_L = piece_L.cpu()
         for name in (task.name, *task.tied):
-            output.put(name, start, piece_L.cpu())
+            output.put(name, start, piece_L)
         if encoded:
-            squares.update(distances(run, task, readers, plain, start, piece_L.cpu()))
+            squares.update(distances(run, task, readers, plain, start, piece_L))
     return squares, [transport.report() for transport in transports]
 
 
 def distances(run, task, readers, coefficients, start, piece_L):
-    """Squared distances of a merged piece, in float64: to the parents of its shape, by
-    index; "average": to what --space weight gives; "wanted": of that to the target; "norm": the
-    target's own square."""
-    stop = start + len(piece_L)
+    """Squared distances of a merged piece, by index, to the parents of its shape; by name:
+    average  to what --space weight gives
+    plain    of that to the target: the difference that was to be merged
+    norm     of the target to zero
+    In float64, as squares of weights may leave float32."""
+    def square(one_L, other_L):
+        return (one_L.double() - other_L.double()).square().sum().item()
+
     raw = {}
     for (k, _), stats, read in zip(task.parents, task.stats, readers):
-        if stats.shape == task.stats[0].shape:
-            raw[k] = read(start, stop)
-    squares = {k: squared(piece_L, raw_L) for k, raw_L in raw.items()}
+        if stats.shape == task.shape:
+            raw[k] = read(start, start + len(piece_L))
+    squares = {k: square(piece_L, raw_L) for k, raw_L in raw.items()}
+    squares["norm"] = square(raw[0], torch.zeros(1))
     if run.kind == "same-shape":
-        average_L = ls.combine(raw.values(), coefficients, task.stats[0])
-        squares["average"] = squared(piece_L, average_L)
-        squares["wanted"] = squared(raw[0], average_L)
-    squares["norm"] = squared(raw[0], torch.zeros(1))
+        average_L = ls.combine(raw.values(), coefficients, task)
+        squares["average"] = square(piece_L, average_L)
+        squares["plain"] = square(raw[0], average_L)
     return squares
-
-
-def squared(one_L, other_L):
-    """|a - b|^2 in float64: squares of weights may leave float32."""
-    return (one_L.double() - other_L.double()).square().sum().item()
 
 
 # --- The report -------------------------------------------------------------------------
@@ -521,7 +524,7 @@ def make_report(run, gates, trip, results, seconds):
             "weights_encoded": weights["encoded"], "weights_total": sum(weights.values())},
         "distance": {
             "to_target": far.get(0), "to_average": far.get("average"),
-            "average_to_target": far.get("wanted"),
+            "average_to_target": far.get("plain"),
             "to_source": [far.get(k) for k in range(1, len(run.lam) + 1)]},
         "alignment": [record for _, records in results for record in records],
         "unpaired": [task.name for task in run.tasks if task.why == "met nobody"]}
@@ -588,7 +591,7 @@ def late_warnings(report, run):
     for k, rest in enumerate(far["to_source"], 1):
         if moved + (rest or 0.0) > FAR:
             warnings.append(f"source {k} is {moved + rest:.2f} of the target's norm away. "
-                            f"{UNRELATED}")
+                            f"{HARM}")
     difference = far["average_to_target"] or 0.0
     if 0 < difference < (far["to_average"] or 0.0) and run.a.vae != "exact":
         warnings.append("the codec's error exceeds the difference that was merged: add "
@@ -697,18 +700,29 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".
            "adapter_config.json")
 
 
+def text_of(*path):
+    """The text of a file, or nothing if it is not there."""
+    if not isfile(join(*path)):
+        return ""
+    with open(join(*path), encoding="utf-8", errors="replace") as file:
+        return file.read()
+
+
 def companions(folder):
     """(files that go along with the weights, files that stay behind), as paths relative to
-    a model's folder: configuration, tokenizer, code, licence; also in sub-folders. One that
-    holds weights is another checkpoint. The model card is written anew."""
+    a model's folder. All goes along but weights, states of a training, and sub-folders that
+    are checkpoints of their own; weights too if modules.json names their folder, as
+    sentence-transformers do with parts of a model. The model card is written anew."""
+    modules = text_of(folder, "modules.json")
     along = []
     behind = []
     for where, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name[0] != "."]
-        weights = [name for name in names if name.endswith(WEIGHTS)]
+        part = f'"{relpath(where, folder)}"' in modules
+        own = "trainer_state.json" in names or "model_type" in text_of(where, "config.json")
         for name in sorted(names):
             path = relpath(join(where, name), folder)
-            if name in weights or weights and where != folder:
+            if not part and (name.endswith(WEIGHTS) or own and where != folder):
                 behind.append(path)
             elif name[0] != "." and path != "README.md":
                 along.append(path)
@@ -788,9 +802,14 @@ def main(argv=None):
     a = parse(argv)
     codecs = load_codecs(a)
     models = [Checkpoint(path) for path in a.models]
+    for model in models:
+        single = join(model.folder or "", "model.safetensors")
+        if model.folder and isfile(single) and single not in model.files:
+            say(f"note: {model.path} is read by its index, without its model.safetensors")
     along = check_outputs(a, models, codecs)
     run, warnings = plan_run(a, models, codecs)
-    say(*[f"warning: {warning}" for warning in warnings], stream=sys.stderr)
+    for warning in warnings:
+        say(f"warning: {warning}", stream=sys.stderr)
     if a.dry_run:
         print_plan(run)
         print_pairs(run)

@@ -47,17 +47,17 @@ class VAEConfig:
 
     def __post_init__(self):
         sizes = (self.chunk, self.tokens, self.width, self.heads)
-        if min(sizes) < 1 or max(sizes) > 2 ** 16:
+        if min(sizes) < 1 or max(sizes) > 65536:
             raise ValueError("--chunk, --tokens, --width, --heads must be 1 to 65536")
-        if self.width % (2 * self.heads) != 0:
+        if self.width % (2 * self.heads):                   # RoPE turns pairs
             raise ValueError("--width must be a multiple of twice --heads")
         if self.init not in ("random", "pca"):
             raise ValueError("--init must be random or pca")
+        if self.init == "pca" and self.width < self.chunk:  # no room for an isometry
+            raise ValueError("--init pca needs a --width of at least --chunk")
         if not 0.01 <= self.ratio <= self.chunk:
             raise ValueError("--ratio must be from 0.01 to --chunk")
-        if self.init == "pca" and self.width < self.chunk:
-            raise ValueError("--init pca needs a --width of at least --chunk")
-        if not 0 <= self.blocks <= 2 ** 10 or not 0 <= self.beta < math.inf:
+        if not 0 <= self.blocks <= 1024 or not 0 <= self.beta < math.inf:
             raise ValueError("--blocks must be from 0 to 1024, --beta 0 or more")
 
     @property
@@ -86,12 +86,12 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(D, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, D, bias=False)
 
-    def forward(self, h_BTD, rotation, mask_B11T):
+    def forward(self, h_BTD, mask_B11T):
         B, T, D = h_BTD.shape
         by_head = (B, T, self.heads, D // self.heads)
-        q, k, v = self.qkv(self.norm_attention(h_BTD)).split(D, dim=2)   # (B, T, D) each
-        q = rotate(q.view(by_head).transpose(1, 2), rotation)       # (B, heads, T, K)
-        k = rotate(k.view(by_head).transpose(1, 2), rotation)       # (B, heads, T, K)
+        q, k, v = self.qkv(self.norm_attention(h_BTD)).split(D, dim=2)  # (B, T, D) each
+        q = rotate(q.view(by_head).transpose(1, 2))                 # (B, heads, T, K)
+        k = rotate(k.view(by_head).transpose(1, 2))                 # (B, heads, T, K)
         v = v.view(by_head).transpose(1, 2)                         # (B, heads, T, K)
         # softmax(q k^T / sqrt(K)) v, over the chunks that hold weights
         mixed = F.scaled_dot_product_attention(q, k, v, mask_B11T)
@@ -101,20 +101,20 @@ class Block(nn.Module):
         return h_BTD + self.down(F.silu(gate) * up)
 
 
-def rotation_angles(T, K):
-    """RoPE's angles, (T, P): chunk t turns pair p by t / 10000^(p / P).
-    paper's release: RoPE"""
+def rotate(q_BHTK):
+    """RoPE (paper's release): position enters as a rotation, so that the scores q k^T
+    depend on how far apart two chunks are, not on where they are.
+
+    Equation:  pair p of chunk t is (x, y) = (q[p], q[p + P]), with P = K / 2. It is turned
+               by the angle t / 10000^(p / P), to (x cos - y sin, y cos + x sin)
+    """
+    T, K = q_BHTK.shape[2:]
     P = K // 2
-    return torch.outer(torch.arange(T), 10_000.0 ** -(torch.arange(P) / P))
-
-
-def rotate(q_BHTK, angle_TP):
-    """Turn each pair (q[p], q[p + P]) by its angle; the scores then depend on distances."""
-    cos_TP = angle_TP.cos().to(q_BHTK)
-    sin_TP = angle_TP.sin().to(q_BHTK)
-    left, right = q_BHTK.chunk(2, dim=-1)                           # (B, heads, T, P) each
-    return torch.cat([left * cos_TP - right * sin_TP,
-                      right * cos_TP + left * sin_TP], dim=-1)
+    angle_TP = torch.outer(torch.arange(T), 10_000.0 ** -(torch.arange(P) / P))
+    angle_TK = angle_TP.repeat(1, 2)                                # x and y of a pair
+    x, y = q_BHTK.chunk(2, dim=-1)                                  # (B, heads, T, P) each
+    turned_BHTK = torch.cat([-y, x], dim=-1)                        # by 90 degrees
+    return q_BHTK * angle_TK.cos().to(q_BHTK) + turned_BHTK * angle_TK.sin().to(q_BHTK)
 
 
 class Posterior(NamedTuple):
@@ -144,12 +144,11 @@ class VAE(nn.Module):
 
     def run(self, blocks, h_BTD, real_BT):
         """The stream through some blocks; padding is not attended to."""
-        angle_TP = rotation_angles(h_BTD.shape[1], self.config.width // self.config.heads)
         mask_B11T = None
         if real_BT is not None:
-            mask_B11T = real_BT[:, None, None, :]
+            mask_B11T = real_BT[:, None, None]
         for block in blocks:
-            h_BTD = block(h_BTD, angle_TP, mask_B11T)
+            h_BTD = block(h_BTD, mask_B11T)
         return h_BTD
 
     def encode_stream(self, x_BTC, real_BT=None):
@@ -185,21 +184,22 @@ class VAE(nn.Module):
         ours: at r <= 1 the code has room for a whole chunk: the bottleneck is set now, to
               the columns of an isometry, and both stages go through it
         """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                std = module.in_features ** -0.5
-                nn.init.normal_(module.weight, 0, std, generator=generator)
-        pca = self.config.init == "pca"
-        branches = 4 * self.config.blocks           # two in each block, both ways
+        for weight in self.parameters():
+            if weight.ndim == 2:
+                weight.normal_(0, weight.shape[1] ** -0.5, generator=generator)
+        last = []                       # of each branch: two in each block, both ways
         for block in [*self.encoder, *self.decoder]:
-            for last in (block.out, block.down):
-                last.weight.mul_(0 if pca else branches ** -0.5)
+            last += [block.out.weight, block.down.weight]
+        for weight in last:
+            weight.mul_(len(last) ** -0.5)
         isometry_DC = torch.linalg.qr(self.embed.weight.double()).Q
-        if pca:
+        if self.config.init == "pca":
+            for weight in last:
+                weight.zero_()
             self.embed.weight.copy_(isometry_DC)
             self.unembed.weight.copy_(isometry_DC.T)
         if self.config.true_ratio <= 1:
-            self.fill_bottleneck(torch.zeros(self.config.width), isometry_DC)
+            self.fill_bottleneck(isometry_DC)
         return self
 
     @torch.no_grad()
@@ -209,10 +209,11 @@ class VAE(nn.Module):
             mu = U^T (h - mean),   h^ = U mu + mean
         mean_D, cov_DD: the mean and covariance of stage 1's latents."""
         directions_DD = torch.linalg.eigh(cov_DD.double()).eigenvectors.flip(1)
-        self.fill_bottleneck(mean_D, directions_DD[:, :self.config.latent])
+        self.mean.copy_(mean_D)
+        self.fill_bottleneck(directions_DD[:, :self.config.latent])
 
     @torch.no_grad()
-    def fill_bottleneck(self, mean_D, directions_DZ):
+    def fill_bottleneck(self, directions_DZ):
         """U, and the posterior variance s = sigma^2 that minimises Eq. 1 for a linear
         decoder. Per latent number (U is orthonormal: s in the code adds an error of s)
             d/ds [s / 2 + beta (s - 1 - log s) / 2] = 0    =>    s = beta / (1 + beta)
@@ -222,7 +223,6 @@ class VAE(nn.Module):
         directions_DZ = F.pad(directions_DZ, (0, unused))
         self.to_mu.weight.copy_(directions_DZ.T)
         self.up.weight.copy_(directions_DZ)
-        self.mean.copy_(mean_D)
         self.to_logvar.weight.zero_()
         beta = max(self.config.beta, 1e-12)
         self.to_logvar.bias.fill_(math.log(beta / (1 + beta)))
@@ -232,7 +232,7 @@ class VAE(nn.Module):
         """(tensors, metadata) for a safetensors file; record: facts that fit into JSON."""
         metadata = {"lsmerge.vae": json.dumps(asdict(self.config)),
                     "lsmerge.training": json.dumps(record)}
-        return dict(self.state_dict()), metadata
+        return self.state_dict(), metadata
 
     @classmethod
     def from_file(cls, tensors, metadata):
@@ -245,17 +245,13 @@ class VAE(nn.Module):
             record = json.loads(metadata["lsmerge.training"])
             with torch.device("meta"):
                 vae = cls(config)
-            tensors = {name: tensor.float() for name, tensor in tensors.items()}
             vae.load_state_dict(tensors, assign=True)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError("no VAE of this version, train one with train.py "
                              f"({' '.join(str(error).split())[:200]})") from None
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise ValueError(f"{name} holds NaN or Inf")
-        names = record.get("trained_on") if isinstance(record, dict) else None
-        if not names or not all(isinstance(name, str) for name in names):
-            raise ValueError("its record does not name what it was trained on")
+        numbers = nn.utils.parameters_to_vector(vae.float().parameters())
+        if not numbers.isfinite().all():
+            raise ValueError("it holds NaN or Inf")
         return vae, record
 
 
