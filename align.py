@@ -94,8 +94,8 @@ def stacks_of(places):
     stacks = {}
     for name, place in places.items():
         if place.layer is not None:
-            layers = stacks.setdefault(place.stack, {})
-            layers.setdefault(place.layer, {})[place.rest, place.role] = name
+            layer = stacks.setdefault(place.stack, {}).setdefault(place.layer, {})
+            layer.setdefault((place.rest, place.role), name)    # the first of equals
     return stacks
 
 
@@ -162,17 +162,17 @@ def pair_within_layer(target_layer, source_layer):
 def pair_outside_layers(target, source, stacks):
     """{target name: source name} of embeddings, final norms and heads. Two names meet
 
+    - if they are equal, wrappers included
     - as their stacks do: if 'model.language_model.layers' meets 'model.layers', then
       'model.language_model.norm.weight' meets 'model.norm.weight'. The longest leading
       parts first
-    - if they are equal
+    - if they are equal without wrappers
     - if one is the end of the other: 'model.projector.weight', 'projector.weight'. An
       end of a single part ('weight') says nothing
     """
     leads = {("", "")}                              # of equal names
     for t, s in stacks.items():
-        _, lead = common_end(t, s)
-        leads.add(lead)
+        leads.add(common_end(t, s)[1])
     outside = [name for name in target if target[name].layer is None]
     others = [name for name in source if source[name].layer is None]
     scores = {}
@@ -180,9 +180,9 @@ def pair_outside_layers(target, source, stacks):
         for s in others:
             end, lead = common_end(target[t].rest, source[s].rest)
             if lead in leads:
-                scores[t, s] = 1 + len("".join(lead))
+                scores[t, s] = (t == s, len("".join(lead)))
             elif "." in end and "" in lead:
-                scores[t, s] = 0
+                scores[t, s] = (False, -1)
     return best_pairs(scores)
 
 
@@ -509,8 +509,8 @@ def control_latents(kind, z_target_JZ, target, generator):
     if kind == "zero":
         return target.mean_Z.expand_as(z)
     if kind == "shuffled":
-        return z[torch.randperm(len(z), generator=generator).to(z.device)]
+        return z[torch.randperm(len(z), generator=generator)]
     if kind != "noise":
         raise ValueError("the control must be zero, noise or shuffled")
-    noise = torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z.device)
+    noise = torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z)
     return target.mean_Z + noise @ sqrtm(target.cov_ZZ)
