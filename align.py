@@ -202,10 +202,12 @@ def project_rows(z_IZ, i0, n_source, j0, j1, n_target):
                mean; n_s > n_t averages, which shrinks the spread, n_s < n_t blends
     Example:   n_s = 3, n_t = 2:  (2 z0 + z1) / 3,  (z1 + 2 z2) / 3
     """
+    z = z_IZ.double()
+    if n_source == n_target:
+        return z
     # The source is a function that is constant along each of its rows. A slot holds the
     # mean of that function over the slot: the difference of its integral at the slot's
     # two borders, over their distance.
-    z = z_IZ.double()
     integral = torch.cat([z.new_zeros(1, z.shape[1]), z.cumsum(0)])     # (rows + 1, Z)
     # In units of 1 / (n_s n_t) all borders of slots are whole numbers. Between the two
     # edges of a row the integral is a straight line.
@@ -221,9 +223,7 @@ def project(z_IZ, n_target, z_target=None):
     """The whole projection, (n_target, z_target), float64; the identity, bit for bit,
     where sizes agree. Latent numbers too are projected, if two VAEs differ (ours: a
     stand-in, as their axes share no order)."""
-    z = z_IZ.double()
-    if len(z) != n_target:
-        z = project_rows(z, 0, len(z), 0, n_target, n_target)
+    z = project_rows(z_IZ, 0, len(z_IZ), 0, n_target, n_target)
     if z_target in (None, z.shape[1]):
         return z
     return project(z.T, z_target).T
@@ -511,6 +511,6 @@ def control_latents(kind, z_target_JZ, target, generator):
     if kind == "shuffled":
         return z[torch.randperm(len(z), generator=generator)]
     if kind != "noise":
-        raise ValueError("the control must be zero, noise or shuffled")
+        raise ValueError(f"control must be zero, noise or shuffled, not {kind!r}")
     noise = torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z)
     return target.mean_Z + noise @ sqrtm(target.cov_ZZ)
