@@ -1,4 +1,4 @@
-"""experiments/weight_statistics.py. Oracles: the definitions of moments, singular values, an XML
+"""experiments/tools/weight_statistics.py. Oracles: the definitions of moments, singular values, an XML
 parser."""
 import json
 import math
@@ -74,7 +74,7 @@ def test_records(models):
 
 
 def test_the_command_prints_both_tables(models, capsys):
-    line = [sys.executable, ROOT / "experiments/weight_statistics.py", models["a"]]
+    line = [sys.executable, ROOT / "experiments/tools/weight_statistics.py", models["a"]]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr
     assert "kurtosis" in done.stdout and "explained variance" in done.stdout
@@ -113,7 +113,8 @@ def test_a_picture_is_an_svg_and_never_an_input(models, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     (odd := tmp_path / "odd.svg").write_bytes(models["a"].read_bytes())
     assert run(odd, "--figure", odd) == 1
-    assert "input" in capsys.readouterr().err and odd.read_bytes() == models["a"].read_bytes()
+    assert "choose another --figure" in capsys.readouterr().err
+    assert odd.read_bytes() == models["a"].read_bytes()
     assert run(models["a"], "--figure", tmp_path / "none/f.svg") == 1
     assert "its folder" in capsys.readouterr().err
 
