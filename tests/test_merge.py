@@ -480,7 +480,7 @@ def test_the_gate_minds_the_typical_weight(models, tmp_path, capsys):
     lost = (got[NAME] - w[NAME]).double().square().median()
     typical = (w[NAME].double() - w[NAME].double().mean()).square().median()
     value = max(gate["value"] for gate in report["gates"])
-    assert value == pytest.approx((lost / typical).item(), rel=0.02) and value > 1e-2
+    assert value == pytest.approx((lost / typical).item(), rel=0.02) and value > 2e-3
     assert report["roundtrip"]["nmse"] < 1e-3
 
 
