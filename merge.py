@@ -768,7 +768,7 @@ def open_output(run, along):
     it."""
     entries = run.models[0].entries.values()
     if rank_and_size()[0] > 0:
-        output = Output(gather(None)[0], entries, header(run))
+        output = Output(gather(None)[0])
         yield output
         gather(output.written)
         return
@@ -793,7 +793,7 @@ def merge(run, along):
     clock = [time.perf_counter()]
     run = replace(run, tasks=parallel_map(partial(measure_task, run.models), run, "read"))
     clock.append(time.perf_counter())
-    if run.a.init:
+    if run.a.init and any(task.action == "encoded" for task in run.tasks):
         run = replace(run, codecs=train_codec(run))
     gates, trip = check_codec(run)
     clock.append(time.perf_counter())

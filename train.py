@@ -1,20 +1,26 @@
-"""train.py: the two-stage curriculum.                                     (read fifth)
+"""train.py: the two-stage curriculum.                                 (read fifth)
 
     python train.py CHECKPOINT [CHECKPOINT ...] -o vae.safetensors
 
-Paper: abstract, Sec. 3.2. Stage 1 trains a deterministic, high-capacity autoencoder, with
-the KL off. Stage 2 turns the KL on, for the compact code. Why two (paper): with the KL from
-scratch a VAE collapses before it has learnt anything.
+Paper: abstract, Sec. 3.2. Stage 1 trains a deterministic, high-capacity autoencoder,
+with the KL off. Stage 2 turns the KL on, for the compact code. Why two (paper): with
+the KL from scratch a VAE collapses before it has learnt anything. A code that says
+nothing costs no KL, and the decoder then learns to do without it.
 
     stage 1   mse / 2                   the code is the mean of q(z | w); at r > 1 it is
                                         the stream, D numbers for each chunk
     stage 2   mse / 2 + (beta / r) kl   the code is one sample of q(z | w), Z = C / r
 
-ours: at r <= 1 the bottleneck has room for a whole chunk. Both stages go through it, and
-stage 2 refines, at a tenth of the rate: a cut by PCA between them cost a factor of 10 to 30
-in NMSE. At r > 1 PCA cuts, and stage 2 learns anew. Either stage runs all of its steps
-(recovery comes late) and keeps its best state on held-out windows, the start included.
-differs: no distillation, which lost when measured. Ctrl-C keeps the best state so far.
+ours:     at r <= 1 the bottleneck has room for a whole chunk. Both stages go through
+          it, and stage 2 refines, at a tenth of the rate: a cut by PCA between them
+          cost a factor of 10 to 30 in NMSE. At r > 1 PCA cuts, and stage 2 learns anew
+ours:     either stage runs all of its steps, as recovery comes late, and keeps its
+          best state on held-out windows, the start included
+differs:  no distillation, which lost when measured
+
+In this order: the curriculum on one screen; what it calls; the windows; the command;
+and at the end all that several processes need. Ctrl-C keeps the best state so far.
+Not here: a resumption to the step (a stage takes minutes, and --init FILE goes on).
 """
 if __name__ == "__main__":      # Ctrl-C during the imports: end without a traceback
     import signal
@@ -26,26 +32,27 @@ import datetime
 import json
 import math
 import os
+import random
 import re
 import sys
 import time
-import zlib
 from dataclasses import asdict, dataclass, fields
+from os.path import basename, normpath
 
-import numpy as np
 import torch
 from torch import distributed
 from tqdm import tqdm
 
 from align import Moments
-from chunking import (Checkpoint, Parser, check_output, chunk, command, is_selected, measure,
-                      need, say, standardise, to_windows, write_tensors)
+from chunking import (Checkpoint, Parser, appear, check_output, command, is_selected,
+                      measure, need, say, spans, standardise, write_tensors)
 from lsmerge import Codec
 from vae import VAE, Loss, VAEConfig, generator_for, masked_mse, sample, vae_loss
 
 
 @dataclass(frozen=True)
 class Schedule:
+    """How long, on what and where is trained. What is trained: vae.VAEConfig."""
     steps1: int = 1000          # of stage 1
     steps2: int = 400           # of stage 2; both take half a minute on two cores
     lr: float = 0.0             # stage 1's peak; 0: the start's own, see LEARNING_RATES
@@ -57,237 +64,279 @@ class Schedule:
     quiet: bool = True          # no progress bars
 
     def __post_init__(self):
-        if min(self.steps1, self.steps2) < 0 or not 0 <= self.lr < math.inf:
-            raise ValueError("--steps1, --steps2 and --lr must be 0 or more")
-        if self.batch < 1 or not 0 <= self.holdout < 1:
-            raise ValueError("--batch must be 1 or more, --holdout at least 0 and below 1")
-        if not 0 <= self.seed < 2 ** 32:
-            raise ValueError("--seed must be from 0 to 2^32 - 1")
+        least = min(self.steps1, self.steps2, self.seed, self.batch - 1)
+        in_range = 0 <= self.lr < math.inf and 0 <= self.holdout < 1    # a NaN is not
+        if least < 0 or self.seed >= 2 ** 32 or not in_range:
+            raise ValueError("--steps1, --steps2 and --lr must be 0 or more, --batch 1 "
+                             "or more, --holdout 0 or more and below 1, --seed from 0 "
+                             "to 2^32 - 1")
 
 
-LEARNING_RATES = {"random": 8e-3, "pca": 1e-4}      # by trial; paper: 1e-4
+# The peak for each start, by trial; paper: 1e-4. A random start must go far; the warm
+# start is at its goal for r <= 1, and a high rate would only lead away from it.
+LEARNING_RATES = {"random": 8e-3, "pca": 1e-4}
 STAGE2_RATE = 0.1           # of stage 1's peak, at r <= 1 (see above)
-WARMUP = 0.1                # share of a stage in which the rate rises: AdamW starts blind
+WARMUP = 0.1                # share of a stage in which the rate rises
 WEIGHT_DECAY = 1e-5         # paper: AdamW, 1e-5
 CLIP = 1.0                  # paper: gradient clipping, no value given
-CHECKS = 20                 # validations per stage
+CHECKS = 20                 # validations per stage, evenly spread
 CUT_WINDOWS = 8192          # for the cut's covariance: 131,072 chunks
 VALIDATION_WINDOWS = 256    # at most, in one batch: 262,144 weights
-MAX_NMSE = 1e-3             # that merge.py accepts: 3 % of error, whose harm is measurable
+GOLDEN = 0.6180339887       # (sqrt 5 - 1) / 2, for the held-out windows
+MAX_NMSE = 1e-3             # that merge.py accepts: an error of 3 %, whose harm shows
 
 
-# --- The curriculum ---------------------------------------------------------------------
-def train_vae(parents, config, schedule=Schedule(), log=lambda record: None, start=None):
+# --- The curriculum -------------------------------------------------------------------
+def train_vae(parents, config, schedule=Schedule(), log=lambda figures: None,
+              start=None):
     """The whole curriculum: (vae, [record of each stage]).
 
     parents:  [(checkpoint, [TensorStats, ...]), ...]: one VAE for all of them
     log:      called with the figures of each validation
-    start:    a trained VAE, which goes on in stage 2
+    start:    a trained VAE, which goes on in stage 2; its configuration holds
+    Returns:  the VAE in its best state; a record tells the steps, the peak of the
+              learning rate, the best step, its figures (see `validate`), and how the
+              stage ended
+    Raises:   CheckpointError where the loss is not finite, or nothing was learnt before
+              Ctrl-C
     """
     gather(None)        # under torchrun: the processes meet
-    need(schedule.batch >= rank_and_size()[1], "--batch", "is smaller than the number of "
-         "processes", "raise it")
+    need(schedule.batch >= rank_and_size()[1], "--batch", "is smaller than the number "
+         "of processes", "raise it")
     vae = copy.deepcopy(start) or VAE(config).start(generator_for(schedule.seed))
-    vae = vae.to(schedule.device)
-    config = vae.config
-    windows = Windows(parents, config, schedule)
-    peak = schedule.lr or LEARNING_RATES[config.init]
+    vae.to(schedule.device)
+    windows = Windows(parents, vae.config, schedule)
+    peak = schedule.lr or LEARNING_RATES[vae.config.init]
     stages = []
     try:
         if not start:
-            run_stage(vae, windows, schedule, 1, peak, stages, log)
+            run_stage(vae, windows, schedule, 1, schedule.steps1, peak, stages, log)
             cut(vae, windows, schedule)
-        if config.true_ratio <= 1:
+        if vae.config.true_ratio <= 1:      # stage 2 refines what stage 1 has learnt
             peak *= STAGE2_RATE
-        run_stage(vae, windows, schedule, 2, peak, stages, log)
+        run_stage(vae, windows, schedule, 2, schedule.steps2, peak, stages, log)
     except KeyboardInterrupt:           # Ctrl-C; a second one is not heard
         need(stages, "training", "interrupted before its first check", "run it again")
         stages[-1]["ended"] = "interrupted"
         if len(stages) == 1 and not start:
+            # Stage 1 alone has not set the bottleneck, which merge.py goes through.
             cut(vae, windows, schedule)
     return vae.eval(), stages
 
 
-def run_stage(vae, windows, schedule, stage, peak, stages, log):
-    """One stage, to its best held-out state; its record is appended to `stages`."""
-    steps = schedule.steps1 if stage == 1 else schedule.steps2
-    optimiser = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.95),
+def run_stage(vae, windows, schedule, stage, steps, peak, stages, log):
+    """One stage, to its best held-out state.
+
+    Its record is appended to `stages` with the first check, at step 0: then there is a
+    state to keep, whatever interrupts the rest. The start counts as well, so that no
+    training leaves a VAE worse than it was.
+    """
+    # paper: AdamW. ours: it remembers the squares of 20 gradients (0.95) and not of
+    # 1000 (0.999, the default), as a stage has only some hundred steps.
+    optimiser = torch.optim.AdamW(vae.parameters(), peak, betas=(0.9, 0.95),
                                   weight_decay=WEIGHT_DECAY)
-    picks = np.random.default_rng((schedule.seed, stage))       # equal in every process
+    # ours: a rise to the peak first, while AdamW's averages are of few gradients, and
+    # its steps random. Then paper: cosine to zero.
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, steps + 1,
+                                                pct_start=WARMUP, cycle_momentum=False)
+    # Every process draws the same batch, and takes its share; the noise is its own.
+    picks = random.Random(f"{schedule.seed} {stage}")
     noise = generator_for(schedule.seed, stage, rank_and_size()[0])
     record = {"stage": stage, "steps": steps, "lr": peak, "objective": math.inf}
     state = copy.deepcopy(vae.state_dict())
     began = time.perf_counter()
-    bar = tqdm(total=steps, desc=f"stage {stage}", leave=False,
-               disable=schedule.quiet or None)
     try:
-        for step in range(steps + 1):
+        # One round more than steps: the last one only checks.
+        # disable=None: no bar where there is no terminal.
+        for step in tqdm(range(steps + 1), f"stage {stage}", leave=False,
+                         disable=schedule.quiet or None):
             if step % max(1, steps // CHECKS) == 0 or step == steps:
                 figures = validate(vae, windows, stage)
-                need(math.isfinite(figures["objective"]), "training", "the loss is infinite",
-                     "lower --lr, or use --dtype float32")
-                seconds = time.perf_counter() - began
-                log({"stage": stage, "step": step, "seconds": seconds, **figures})
-                bar.set_postfix(NMSE=f"{figures['nmse']:.1e}")
+                need(math.isfinite(figures["objective"]), "training", "the loss is "
+                     "infinite", "lower --lr, or use --dtype float32")
+                log({"stage": stage, "step": step,
+                     "seconds": time.perf_counter() - began, **figures})
                 if figures["objective"] < record["objective"]:
                     record.update(figures, best_step=step)
                     state = copy.deepcopy(vae.state_dict())
-                record["seconds"] = seconds
-                if record not in stages:
+                if step == 0:
                     stages.append(record)
             if step < steps:
-                rate = learning_rate(step, steps, peak)
-                train_step(vae, windows, schedule, stage, optimiser, rate, picks, noise)
-                bar.update()
+                train_step(vae, windows, schedule, stage, optimiser, picks, noise)
+                rates.step()
         record["ended"] = "all steps"
-    finally:
-        bar.close()
+    finally:                            # after Ctrl-C as well
         vae.load_state_dict(state)      # the best, not the last
 
 
-def learning_rate(step, steps, peak):
-    """Linear warm-up, then paper: cosine to zero."""
-    ramp = max(1, round(WARMUP * steps))
-    if step < ramp:
-        return peak * (step + 1) / ramp
-    done = (step - ramp) / max(1, steps - ramp)         # of the way down, 0 to 1
-    return peak * 0.5 * (1 + math.cos(math.pi * done))
+def train_step(vae, windows, schedule, stage, optimiser, picks, noise):
+    """One batch, one step of AdamW.
 
-
-def train_step(vae, windows, schedule, stage, optimiser, rate, picks, noise):
-    """One batch, one step of AdamW. Under torchrun each process takes its share of it."""
+    paper:    gradients are clipped: their norm over all parameters is at most CLIP
+    ours:     --dtype bfloat16 is of the products only. Weights, gradients and the
+              optimiser stay float32: a step of 1e-4 of a weight would be lost in the 8
+              bits of a bfloat16
+    Under torchrun each process takes its share of the batch: windows rank, rank + size,
+    ... Example, 64 windows and 2 processes: the even and the odd ones.
+    """
     rank, size = rank_and_size()
-    chosen = picks.integers(len(windows.training), size=schedule.batch)[rank::size]
-    x_BTC, real_BTC = windows.read(windows.training[chosen])
-    bfloat16 = schedule.dtype == "bfloat16"
-    with torch.autocast(x_BTC.device.type, torch.bfloat16, enabled=bfloat16):
+    chosen = picks.choices(windows.training, k=schedule.batch)
+    x_BTC, real_BTC = windows.read(chosen[rank::size])
+    with torch.autocast(x_BTC.device.type, torch.bfloat16,
+                        enabled=schedule.dtype == "bfloat16"):
         loss = stage_loss(vae, stage, x_BTC, real_BTC, noise)
-    optimiser.zero_grad(set_to_none=True)
+    optimiser.zero_grad()
     loss.total.backward()
     average_gradients(vae)
     torch.nn.utils.clip_grad_norm_(vae.parameters(), CLIP)
-    optimiser.param_groups[0]["lr"] = rate
     optimiser.step()
 
 
 def stage_loss(vae, stage, x_BTC, real_BTC, noise):
-    """Stage 1: mse / 2. Stage 2: Eq. 1, with one sample of each code."""
-    real_BT = real_BTC.any(dim=-1)
+    """The loss of one batch, as vae.Loss(total, mse, kl).
+
+    Stage 1:  mse / 2, the Gaussian log-likelihood, without noise and KL
+    Stage 2:  Eq. 1, with one sample of each code
+    ours:     in stage 1 at r > 1 the loss passes by the bottleneck, which is not set
+              yet. Encoder and decoder learn with D numbers for each chunk, and `cut`
+              then finds the Z directions that hold most of them
+    """
+    real_BT = real_BTC.any(dim=-1)      # a chunk is real if any number of it is
+    config = vae.config
     if stage == 2:
         posterior = vae.encode(x_BTC, real_BT)                          # q(z | w)
         decoded_BTC = vae.decode(sample(posterior, noise), real_BT)     # p(w | z)
-        config = vae.config
         return vae_loss(decoded_BTC, posterior, x_BTC, real_BTC, config.beta,
                         config.true_ratio)
-    if vae.config.true_ratio > 1:                                       # past the bottleneck
+    if config.true_ratio > 1:
         decoded_BTC = vae.decode_stream(vae.encode_stream(x_BTC, real_BT), real_BT)
     else:
         decoded_BTC = vae.decode(vae.encode_mean(x_BTC, real_BT), real_BT)
     mse = masked_mse(decoded_BTC, x_BTC, real_BTC)
-    return Loss(mse / 2, mse, torch.zeros(()))
+    return Loss(mse / 2, mse, 0 * mse)
 
 
 @torch.no_grad()
 def cut(vae, windows, schedule):
-    """Between the stages, at r > 1: the bottleneck takes the principal directions of stage
-    1's latents."""
+    """Between the stages, at r > 1: the bottleneck takes the Z leading principal
+    directions of stage 1's latents, the best linear code of Z numbers (Eckart-Young;
+    see vae.set_bottleneck). At r <= 1 nothing is cut.
+
+    Example:  C = 64, r = 2, D = 64: of the 64 numbers for each chunk, the 32 directions
+              with the largest variance stay
+    """
     if vae.config.true_ratio <= 1:
         return
     moments = Moments()
-    chosen = windows.training[:CUT_WINDOWS]
-    for numbers in np.array_split(chosen, -(-len(chosen) // schedule.batch)):
-        x_BTC, real_BTC = windows.read(numbers)
+    chosen = windows.training[:CUT_WINDOWS]     # their order is random: a fair sample
+    for start, stop in spans(len(chosen), schedule.batch):
+        x_BTC, real_BTC = windows.read(chosen[start:stop])
         real_BT = real_BTC.any(dim=-1)
-        moments.add(vae.encode_stream(x_BTC, real_BT)[real_BT].cpu())
-    vae.set_bottleneck(moments.mean_Z.float(), moments.cov_ZZ)
+        h_BTD = vae.encode_stream(x_BTC, real_BT)
+        moments.add(h_BTD[real_BT].cpu())                   # (real chunks, D)
+    vae.set_bottleneck(moments.mean_Z, moments.cov_ZZ)
 
 
 @torch.no_grad()
 def validate(vae, windows, stage):
-    """Figures on held-out windows: `objective`, the stage's loss; `nmse` of the mean code;
-    in stage 2 `kl` per latent number in nats, `sigma`, the mean posterior deviation, and
-    `active`, the share of latent numbers whose variance is above 0.01 (Burda et al. 2016).
+    """Figures on held-out windows. The noise is the same at each check, so that checks
+    differ by what was learnt alone.
+
+    objective:  the stage's loss, by which the best state is chosen
+    nmse:       of the mean code, which merge.py uses: the squared error over the
+                variance. 1 is to predict the mean, 1e-3 an error of 3 %
+    kl:         per latent number, in nats; 0 in stage 1, where it is off
+    sigma:      the mean deviation of the posterior, in stage 2. 1, with a kl of 0, is a
+                collapsed posterior, which says nothing of the weights; near
+                sqrt(beta) = 0.01 it is nearly as sharp as the mean code
     """
     x_BTC, real_BTC = windows.validation
     loss = stage_loss(vae, stage, x_BTC, real_BTC, generator_for(0))
-    figures = {"objective": loss.total, "nmse": loss.mse}
+    figures = {"objective": loss.total, "nmse": loss.mse, "kl": loss.kl}
     if stage == 2:
         real_BT = real_BTC.any(dim=-1)
         mu_BTZ, logvar_BTZ = vae.encode(x_BTC, real_BT)
         figures["nmse"] = masked_mse(vae.decode(mu_BTZ, real_BT), x_BTC, real_BTC)
-        figures["kl"] = loss.kl
         figures["sigma"] = (0.5 * logvar_BTZ[real_BT]).exp().mean()
-        variance_Z = mu_BTZ[real_BT].var(dim=0, correction=0)
-        figures["active"] = (variance_Z > 0.01).float().mean()
     return {key: value.item() for key, value in figures.items()}        # for JSON
 
 
 class Windows:
-    """All windows of some tensors, numbered, and read when they are asked for: the files
-    may be larger than memory.  parents: as for train_vae."""
+    """All windows of some tensors, read when they are asked for, as the files may be
+    larger than memory. A window is T C neighbouring weights of one tensor.
+
+    parents:      as for train_vae
+    training:     [(checkpoint, TensorStats, start, stop), ...], in random order
+    validation:   (x_BTC, real_BTC) of held-out windows
+    Example:      576 x 1536 weights, T C = 1,024: 864 windows, of which 86 or 87 are
+                  held out at 0.1
+    """
 
     def __init__(self, parents, config, schedule):
-        self.C = config.chunk
-        self.T = config.tokens
+        self.shape = (-1, config.tokens, config.chunk)      # (B, T, C)
+        self.width = config.tokens * config.chunk           # weights per window
         self.device = schedule.device
-        self.tensors = [(checkpoint, stats) for checkpoint, many in parents for stats in many]
-        owner = []              # of each window: the number of its tensor,
-        position = []           # its place there,
-        held = []               # and whether it is held out
-        for number, (_, stats) in enumerate(self.tensors):
-            count = -(-stats.n_chunks(self.C) // self.T)
-            # Held out by layer, name and place, so in all parents at once: two experts of
-            # one base nearly agree there, and the one would give the other away.
-            key = zlib.crc32(f"{stats.place.layer} {stats.place.rest}".encode())
-            draws = np.random.default_rng([schedule.seed, key]).random(count)
-            owner.append(np.full(count, number))
-            position.append(np.arange(count))
-            held.append(draws < schedule.holdout)
-        self.owner = np.concatenate(owner)
-        self.position = np.concatenate(position)
-        held = np.concatenate(held)
-        order = np.random.default_rng(schedule.seed).permutation(len(held))
-        self.training = order[~held[order]]
-        validation = order[held[order]]
-        if len(self.training) == 0 or len(validation) == 0:     # too few to hold any out
-            self.training = order
-            validation = order
-        self.validation = self.read(validation[:VALIDATION_WINDOWS])
+        self.training = []
+        held_out = []
+        for checkpoint, many in parents:
+            for stats in many:
+                layer = stats.place.layer or 0
+                for i, span in enumerate(spans(stats.numel, self.width)):
+                    # ours: held out by layer and position, so in all parents at once.
+                    # Two experts of one base nearly agree there, and the one would
+                    # give the other away. Multiples of the golden ratio fill the
+                    # interval from 0 to 1 evenly (Weyl): of any run of windows about
+                    # the share `holdout` is below it.
+                    # Example, from 1 on: 0.62 0.24 0.85 0.47 0.09: at 0.1 the fifth
+                    turn = (schedule.seed + layer + i + 1) * GOLDEN % 1
+                    chosen = self.training
+                    if turn < schedule.holdout:
+                        chosen = held_out
+                    chosen.append((checkpoint, stats, *span))
+        # Too few to hold any out, or to keep any: then the same for both.
+        held_out = held_out or self.training
+        self.training = self.training or held_out
+        shuffle = random.Random(schedule.seed).shuffle
+        shuffle(self.training)
+        shuffle(held_out)
+        self.validation = self.read(held_out[:VALIDATION_WINDOWS])
 
-    def read(self, numbers):
-        """(x_BTC standardised float32, real_BTC bool) of these windows."""
-        width = self.T * self.C
-        x = []
-        real = []
-        for number in numbers:
-            checkpoint, stats = self.tensors[self.owner[number]]
-            start = int(self.position[number]) * width
-            flat_L = checkpoint.read(stats.name, start, start + width)
-            chunks_NC, real_NC = chunk(standardise(flat_L, stats), self.C)
-            x_1TC, real_1TC = to_windows(chunks_NC, real_NC, self.T)
-            x.append(x_1TC)
-            real.append(real_1TC)
-        return torch.cat(x).to(self.device), torch.cat(real).to(self.device)
+    def read(self, windows):
+        """(x_BTC standardised float32, real_BTC bool) of these windows, B of them.
+
+        What the last window of a tensor lacks is padding: zeros in x, false in real.
+        These are the windows of chunking.chunk and chunking.to_windows, without a pass
+        over the whole tensor.
+        """
+        x_BL = torch.zeros(len(windows), self.width, device=self.device)
+        real_BL = torch.zeros_like(x_BL, dtype=torch.bool)
+        for i, (checkpoint, stats, start, stop) in enumerate(windows):
+            flat_L = checkpoint.read(stats.name, start, stop)
+            x_BL[i, :len(flat_L)] = standardise(flat_L, stats)
+            real_BL[i, :len(flat_L)] = True
+        return x_BL.view(self.shape), real_BL.view(self.shape)  # (B, T C) -> (B, T, C)
 
 
 def save_vae(path, vae, stages, force, **facts):
-    """The VAE file. Wall times stay out of it: same inputs and seed, same bytes."""
-    record = [{k: v for k, v in stage.items() if k != "seconds"} for stage in stages]
-    write_tensors(path, *vae.to_file({"stages": record, **facts}), force)
+    """The VAE file: its weights, and as JSON in the header its configuration and what
+    it was trained on. No pickle, and no wall time: same inputs and seed, same bytes.
+
+    facts:  what else the record says; `trained_on` must be among them
+    """
+    write_tensors(path, *vae.to_file({"stages": stages, **facts}), force)
 
 
 def describe_stage(record):
-    """A line for people on what a stage did."""
-    said = f"stage {record['stage']}: {record['steps']} steps, {record['seconds']:.0f} s, "
-    said += f"held-out NMSE {record['nmse']:.2g}"
-    if "kl" in record:
-        said += f", KL {record['kl']:.3g} nats and sigma {record['sigma']:.3g} per number"
-    return f"{said} (the best state, of step {record['best_step']}); {record['ended']}"
+    """A line for people on what a stage did. The KL of stage 1 is 0, as it is off."""
+    return ("stage {stage}: {steps} steps ({ended}); the best state, of step "
+            "{best_step}: held-out NMSE {nmse:.2g}, KL {kl:.3g} nats per latent number"
+            ).format(**record)
 
 
-# --- The command line, and what merge.py shares of it -----------------------------------
+# --- The command line, and what merge.py shares of it --------------------------------
 def start_parser(name, description):
-    """A parser with the flags of both commands."""
+    """A parser with the flags of both commands: which tensors, how repeatable, where
+    and how wide it computes, what it may overwrite, what it shows."""
     parser = Parser(prog=name, description=description,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -295,14 +344,17 @@ def start_parser(name, description):
         help="only tensors whose name it finds (floats of 2 or more dimensions)")
     add("--seed", type=int, default=0, help="of everything random")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help=" ")
-    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of products")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"),
+        help="of products")
     add("--force", action="store_true", help="overwrite an output (never an input)")
     add("--quiet", action="store_true", help="no progress bars")
     return parser
 
 
 def regex(value):
-    """The type of --select."""
+    """The type of --select: what cannot be compiled is a usage error.
+    Example:  'a{99999999999}' is an OverflowError, 3000 brackets a RecursionError
+    """
     try:
         re.compile(value)
     except (re.error, OverflowError, RecursionError) as error:
@@ -311,14 +363,16 @@ def regex(value):
 
 
 def pick_device(name):
-    """"auto", "cpu" or "cuda" -> a torch device; under torchrun a GPU for each process."""
-    found = torch.cuda.is_available()
-    need(found or name != "cuda", "--device cuda", "torch finds no GPU", "use --device cpu")
-    if not found or name == "cpu":
+    """"auto", "cpu" or "cuda" -> a torch device. Under torchrun each process has a GPU.
+    Example:  rank 5 of two machines of 4 GPUs: cuda:1 of the second"""
+    if name == "cpu" or not torch.cuda.is_available():
+        need(name != "cuda", "--device cuda", "torch finds no GPU", "use --device cpu")
         return "cpu"
     return f"cuda:{rank_and_size()[0] % torch.cuda.device_count()}"
 
 
+# The flags that fill VAEConfig and Schedule: their types, defaults and reasons stand
+# there, so that the command and Python cannot differ.
 FLAGS = {
     "ratio": "r, weights per latent number", "chunk": "C, weights per chunk",
     "tokens": "T, chunks per window", "width": "D, of the network",
@@ -329,110 +383,126 @@ FLAGS = {
 
 
 def parse(argv):
-    """(arguments, VAEConfig, Schedule)."""
+    """(arguments, VAEConfig, Schedule).
+
+    --init FILE becomes arguments.start, a VAE file to go on from. It brings its own
+    network: flags of the network beside it would change nothing, and are refused.
+    """
     parser = start_parser("train.py", "Train a VAE on checkpoints, in two stages.")
     add = parser.add_argument
-    add("checkpoints", nargs="+", metavar="CHECKPOINT", help="files or folders")
+    add("checkpoints", nargs="+", help="files or folders")
     add("-o", "--output", default="vae.safetensors", help="the VAE")
-    add("--log", help="a JSON line for each validation is appended to this file")
-    add("--init", default="random", help="the start: random, pca, or a VAE file to go on")
-    known = {field.name: field for field in (*fields(VAEConfig), *fields(Schedule))}
-    for name, what in FLAGS.items():
-        add(f"--{name}", type=known[name].type, default=known[name].default, help=what)
+    add("--log", help="a file for a JSON line of each validation")
+    add("--init", default="random",
+        help="the start: random, pca, or a VAE file to go on from")
+    for field in (*fields(VAEConfig), *fields(Schedule)):
+        if field.name in FLAGS:
+            add(f"--{field.name}", type=field.type, default=field.default,
+                help=FLAGS[field.name])
     a = parser.read(argv)
-    given = vars(a) | {"device": pick_device(a.device)}
-    if a.init not in ("random", "pca"):
-        given["init"] = VAEConfig.init
-        if any(given[field.name] != field.default for field in fields(VAEConfig)):
-            parser.error("--init FILE brings its network: drop the network's flags")
+    a.device = pick_device(a.device)
+    a.start = None
+    if a.init not in LEARNING_RATES:        # it is no start of ours, so a file
+        a.start = a.init
+        a.init = VAEConfig.init
     try:
-        config = VAEConfig(**{f.name: given[f.name] for f in fields(VAEConfig)})
-        schedule = Schedule(**{f.name: given[f.name] for f in fields(Schedule)})
+        config = filled(VAEConfig, a)
+        schedule = filled(Schedule, a)
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(error)
+    if a.start and config != VAEConfig():
+        parser.error("--init FILE brings its network: drop the network's flags")
     return a, config, schedule
 
 
+def filled(cls, a):
+    """A dataclass, of the arguments that bear its fields' names.
+    Example:  filled(VAEConfig, a) is VAEConfig(chunk=a.chunk, tokens=a.tokens, ...)"""
+    return cls(**{field.name: getattr(a, field.name) for field in fields(cls)})
+
+
 def main(argv=None):
+    """Open and measure the checkpoints, train, write. All that can be refused without
+    training is refused before it. Returns the exit code."""
     a, config, schedule = parse(argv)
     start = None
     inputs = []
-    if a.init not in ("random", "pca"):
-        need(os.path.exists(a.init), a.init, "no such file", "--init takes random, pca or a "
-             "VAE file")
-        codec = Codec.load(a.init)
+    if a.start:
+        codec = Codec.load(a.start)
         start = codec.vae
         inputs += codec.files
     parents = []
     for path in a.checkpoints:
         checkpoint = Checkpoint(path)
         inputs += checkpoint.files
-        entries = [e for e in checkpoint.entries.values() if is_selected(e, a.select)]
-        need(entries, path, "no tensor is selected", "change --select")
-        parents.append((checkpoint, [measure(checkpoint, entry.name) for entry in entries]))
-        say(f"{path}: {len(entries)} tensors")
+        names = [entry.name for entry in checkpoint.entries.values()
+                 if is_selected(entry, a.select)]
+        need(names, path, "no tensor is selected", "change --select")
+        parents.append((checkpoint, [measure(checkpoint, name) for name in names]))
+        say(f"{path}: {len(names)} tensors")
     check_output(a.output, inputs, a.force)
-    first = rank_and_size()[0] == 0         # under torchrun only the first process writes
-    lines = open(os.devnull, "w")
-    if a.log and first:
-        check_output(a.log, [*inputs, a.output], force=True, flag="--log")
-        for file in inputs:                 # it is appended to in place: a hard link is read
-            same = os.path.exists(a.log) and os.path.samefile(file, a.log)
-            need(not same, a.log, f"is the input {file}", "choose another --log")
-        lines = open(a.log, "a", encoding="utf-8")
-    with lines:
-        vae, stages = train_vae(parents, config, schedule, lambda record: print(
-            json.dumps(record), file=lines, flush=True), start)
+    if a.log:
+        check_output(a.log, [*inputs, a.output], a.force, "--log")
+
+    # The log appears with the VAE, in one piece: a run that fails leaves neither.
+    figures = []
+    vae, stages = train_vae(parents, config, schedule, figures.append, start)
     say(*map(describe_stage, stages))
-    if first:
-        names = [os.path.basename(os.path.normpath(path)) for path in a.checkpoints]
+    if rank_and_size()[0] == 0:             # under torchrun only one process writes
+        names = [basename(normpath(path)) for path in a.checkpoints]
         save_vae(a.output, vae, stages, a.force, trained_on=names, select=a.select,
                  schedule=asdict(schedule))
+        if a.log:
+            with appear(a.log, a.force) as path, open(path, "w") as file:
+                print(*map(json.dumps, figures), sep="\n", file=file)
         say(f"wrote {a.output}: r = {vae.config.true_ratio:g}")
     if stages[-1]["nmse"] > MAX_NMSE:
-        say(f"warning: merge.py refuses a codec whose NMSE is above {MAX_NMSE:g}: train for "
-            "longer, or at a lower --ratio", stream=sys.stderr)
+        say("warning: merge.py refuses a codec whose NMSE is above "
+            f"{MAX_NMSE:g}: train for longer, or at a lower --ratio", stream=sys.stderr)
     if stages[-1]["ended"] == "interrupted":
         return 130                          # as shells expect
     return 0
 
 
-# --- Under torchrun: several processes, one result. Nothing is read at import. ----------
+# --- Under torchrun: several processes, one result ------------------------------------
+# The only place that reads the environment, and only when it is asked: torchrun sets
+# RANK, WORLD_SIZE and the address of process 0 for each process that it starts.
 def rank_and_size():
-    """(number of this process, of all): (0, 1) unless a launcher has set both."""
+    """(number of this process, number of all): (0, 1) unless a launcher has set both.
+    One of them alone is left over from something else."""
     try:
-        rank = int(os.environ["RANK"])
-        size = int(os.environ["WORLD_SIZE"])
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     except (KeyError, ValueError):
         return 0, 1
-    return rank, max(1, size)
 
 
 def gather(value):
-    """[value of process 0, of process 1, ...], in every process; alone, [value]."""
+    """[value of process 0, of process 1, ...], in every process; alone, [value]. Each
+    process must call it equally often, and waits there for the others."""
     size = rank_and_size()[1]
     if size == 1:
         return [value]
     values = [None] * size
     try:
         if not distributed.is_initialized():
-            # Processes may wait for each other for long: one of them has the largest tensor.
+            # A day: one process may have the largest tensor, for which all wait.
             distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
             atexit.register(distributed.destroy_process_group)      # an exit may abort
         distributed.all_gather_object(values, value)
     except ValueError as error:         # the launcher's environment is not whole
-        need(False, "torchrun", " ".join(str(error).split()), "unset RANK and WORLD_SIZE")
+        need(False, "torchrun", error, "unset RANK and WORLD_SIZE")
     except RuntimeError:                # another process has gone, and has said why
         raise SystemExit(1) from None
     return values
 
 
 def average_gradients(vae):
-    """Data parallel: the mean of all processes' gradients."""
+    """Data parallel: the mean of all processes' gradients. Where shares are of equal
+    size, it is the gradient of the whole batch, as the loss is a mean over it."""
     size = rank_and_size()[1]
     for parameter in vae.parameters():
         if size > 1 and parameter.grad is not None:
-            distributed.all_reduce(parameter.grad.div_(size))
+            distributed.all_reduce(parameter.grad.div_(size))       # in place: the sum
 
 
 if __name__ == "__main__":

@@ -1,8 +1,14 @@
 """Tiny checkpoints with Llama's names, written by the safetensors library itself (an
 independent writer). Small for testing."""
 import os
+import signal
+import socket
+import time
+import traceback
 
-os.environ["OMP_NUM_THREADS"] = "1"     # before torch: threads would not survive a fork
+# Before torch: neither a pool of threads nor MKL's record of who owns which memory would
+# survive a fork.
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_DISABLE_FAST_MM": "1"}
 import sys
 from pathlib import Path
 
@@ -70,7 +76,8 @@ def models(tmp_path_factory):
     import train
     import vae
     folder = tmp_path_factory.mktemp("models")
-    paths = {name: folder / f"{name}.safetensors" for name in [*MODELS, "b", "vae", "lossy"]}
+    names = [*MODELS, "b", "vae", "lossy"]
+    paths = {name: folder / f"{name}.safetensors" for name in names}
     for name, options in MODELS.items():
         save(paths[name], llama_tensors(**options))
     save(paths["b"], relative(llama_tensors(**MODELS["a"]), 2))
@@ -88,3 +95,70 @@ def exact(monkeypatch, models):
     (The reference VAE is tried where it is named, and by the README's commands.)"""
     import merge
     monkeypatch.setattr(merge, "REFERENCE", str(models["vae"]))
+
+
+# --- Commands in processes of their own: forked, so that nothing is imported anew -------
+def forked(log, arguments, prepare=lambda: None, main=None):
+    """Start merge.py, or another main; its process number. stdout and stderr go to log.out
+    and log.err."""
+    import chunking
+    import merge
+    if pid := os.fork():
+        return pid
+    code = 99
+    try:
+        sys.stdout = open(f"{log}.out", "w", encoding="utf-8")
+        sys.stderr = open(f"{log}.err", "w", encoding="utf-8")
+        prepare()
+        argv = [*map(str, arguments), "--quiet"]
+        code = chunking.command(lambda: (main or merge.main)(argv))
+    except SystemExit as leaving:
+        code = leaving.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def ended(pid, seconds=60):
+    for _ in range(seconds * 100):
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    pytest.fail("the command hangs")
+
+
+def two_processes(log, *arguments, prepare=lambda: None, main=None):
+    """(exit codes, stdouts, stderrs) of a command in two processes, started as torchrun
+    does: who fails ends the other one (SIGTERM; torchrun sends SIGKILL after 30 s)."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    facts = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+    def start(rank):
+        os.environ.update(facts, RANK=str(rank))
+        prepare()
+    pids = [forked(f"{log}{rank}", arguments, lambda rank=rank: start(rank), main)
+            for rank in range(2)]
+    codes, until = {}, time.monotonic() + 60
+    while len(codes) < 2 and time.monotonic() < until:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            codes[pid] = os.waitstatus_to_exitcode(status)
+            time.sleep(0.3)             # torchrun looks from time to time, too
+        elif any(codes.values()):
+            for other in {*pids} - {*codes}:
+                os.kill(other, signal.SIGTERM)
+        time.sleep(0.01)
+    for other in {*pids} - {*codes}:
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
+    texts = [[open(f"{log}{rank}.{kind}").read() for rank in range(2)]
+             for kind in ("out", "err")]
+    assert len(codes) == 2, ("one does not end", *texts)
+    return [codes[pid] for pid in pids], *texts
