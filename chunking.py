@@ -696,6 +696,9 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"the value of {name} is empty")
         return found
 
+    def print_help(self, file=None):
+        say(self.format_help(), stream=file)
+
     def error(self, message):
         say(f"error: {self.prog}: {message}; fix: see --help", stream=sys.stderr)
         raise SystemExit(2)             # argparse's own prints the usage as well
