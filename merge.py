@@ -51,11 +51,11 @@ from tqdm import tqdm
 
 import align as ot
 import lsmerge as ls
+import train
 from chunking import (STOP, Checkpoint, Entry, Output, appear, check_output, command,
-                      create, is_selected, measure, need, say, spans, write_tensors)
-from train import (MAX_NMSE, Schedule, describe_stage, gather, pick_device,
-                   rank_and_size, save_vae, start_parser, train_vae)
-from vae import VAEConfig
+                      create, is_selected, measure, need, say, spans, standardise,
+                      write_tensors)
+from train import MAX_NMSE, gather, pick_device, rank_and_size, start_parser
 
 VERSION = "3.0"
 REFERENCE = join(dirname(abspath(__file__)), "experiments/models/vae.safetensors")
@@ -77,8 +77,7 @@ def main(argv=None):
     run.models = [Checkpoint(path) for path in run.paths]
     check_outputs(run)
     warnings = plan(run)
-    for warning in warnings:
-        say(f"warning: {warning}", stream=sys.stderr)
+    warn(warnings)
     if run.dry_run:
         print_plan(run)
         print_pairs(run)
@@ -92,7 +91,11 @@ def main(argv=None):
     print_plan(run)
     print_report(report)
     say(f"wrote {run.output} and {len(run.along or [])} companions")
-    for warning in warnings + late_warnings(run, report):       # again, as the last lines
+    warn(warnings + late_warnings(run, report))     # again, as the last lines
+
+
+def warn(warnings):
+    for warning in warnings:
         say(f"warning: {warning}", stream=sys.stderr)
 
 
@@ -102,7 +105,7 @@ def merge(run):
     run.tasks = parallel_map(measure_task, run, "read")
     tie(run)
     if run.init:
-        run.codecs = train_codec(run)
+        train_codec(run)
     gates, trip = check_codec(run)
     entries = run.models[0].entries.values()
     header = {f"lsmerge.{key}": str(value) for key, value in facts_of(run).items()}
@@ -205,9 +208,6 @@ def plan(run):
         warnings.append(f"shapes differ. {HARM}; {MATCH}")
         if run.operator == "lerp":
             share = 0.1 / n                         # paper: best from 0.05 to 0.2
-    else:
-        need(not run.source_vae, run.source_vae, "is not needed: equal shapes share one "
-             "VAE", "drop --source-vae")
     run.lam = run.lam or [share] * n
     return warnings
 
@@ -245,8 +245,7 @@ def check_shapes(run, task):
         fits = other.numel <= SHARE * entry.numel and not strict
         need(fits or other.shape == entry.shape, run.models[0].path,
              f"{list(entry.shape)} meets {other.name!r} {list(other.shape)} of "
-             f"{run.models[k].path}", f"use lerp in latent space, or narrow --select; or, "
-             f"{MATCH}", entry.name)
+             f"{run.models[k].path}", f"use lerp in latent space, or narrow --select; or, {MATCH}", entry.name)
 
 
 def float_places(model):
@@ -293,19 +292,18 @@ def mean_cosine(target, source, pairs):
 def strangers(run):
     """Warnings of models that are no relatives of the target, judged role by role: one
     role in another order is enough to ruin a merge, and the mean over all hides it."""
-    warnings = []
-    for k, model in enumerate(run.models[1:], 1):
-        pairs = defaultdict(list)               # of each role
-        for task in run.tasks:
-            if task.action == "encoded" and k in task.parents:
-                names = (task.entry.name, task.parents[k].name)
-                pairs[task.entry.place.role].append(names)
-        apart = [role for role, names in pairs.items()
-                 if mean_cosine(run.models[0], model, names) < RELATED]
-        if apart:
-            warnings.append(f"{model.path} and the target are strangers in "
-                            f"{', '.join(apart)}. {HARM}; {MATCH}")
-    return warnings
+    pairs = defaultdict(list)
+    for task in run.tasks:
+        if task.action == "encoded":
+            for k, other in task.parents.items():
+                names = (task.entry.name, other.name)
+                pairs[k, task.entry.place.role].append(names)
+    apart = defaultdict(list)
+    for (k, role), names in pairs.items():
+        if mean_cosine(run.models[0], run.models[k], names) < RELATED:
+            apart[run.models[k].path].append(role)
+    return [f"{path} and the target are strangers in {', '.join(roles)}. {HARM}; {MATCH}"
+            for path, roles in apart.items()]
 
 
 # --- Statistics and ties --------------------------------------------------------------
@@ -343,17 +341,16 @@ def tie(run):
     redundant head) is merged once: the other is a copy of the result, so that both stay
     equal. What is merged leads what is copied, the embedding its head. Constants are
     equal by accident."""
-    outside = []
-    for task in run.tasks:
-        if task.entry.place.layer is None and len(task.entry.shape) > 1:
-            outside.append(task)
-    outside.sort(key=lambda task: (task.action == "copied", task.entry.place.role != "embed"))
+    def last(task):
+        return task.action == "copied", task.entry.place.role != "embed"
+
     leaders = {}
-    for task in outside:
-        leader = leaders.setdefault(digest(run.models[0], task.entry), task)
-        if leader is not task and not leader.why and not leader.parents[0].constant:
-            leader.tied += (task.entry.name,)
-            task.copy("tied to another")
+    for task in sorted(run.tasks, key=last):
+        if task.entry.place.layer is None and len(task.entry.shape) > 1:
+            leader = leaders.setdefault(digest(run.models[0], task.entry), task)
+            if leader is not task and not leader.why and not leader.parents[0].constant:
+                leader.tied += (task.entry.name,)
+                task.copy("tied to another")
 
 
 # --- The codec, and whether it can carry these weights --------------------------------
@@ -369,23 +366,21 @@ def load_codecs(run):
 
 
 def train_codec(run):
-    """--init random: the paper's VAE, trained on the encoded tensors of all inputs."""
-    encoded = [task for task in run.tasks if task.action == "encoded"]
-    if not encoded:
-        return []
-    parents = []
-    for k, model in enumerate(run.models):
-        stats = [task.parents[k] for task in encoded if k in task.parents]
-        parents.append((model, stats))
-    device = pick_device(run.device)
-    schedule = Schedule(seed=run.seed, device=device, dtype=run.dtype, quiet=run.quiet)
-    vae, stages = train_vae(parents, VAEConfig(), schedule)
-    say(*map(describe_stage, stages))
-    if stages[-1]["ended"] == "interrupted":        # no merge with half a codec
-        raise KeyboardInterrupt
-    if run.save_vae and rank_and_size()[0] == 0:
-        save_vae(run.save_vae, vae, stages, run.force, trained_on=names_of(run))
-    return [ls.Codec(vae, device, getattr(torch, run.dtype))] * 2
+    """--init random: train.py on the inputs, with the paper's start and its own defaults;
+    the VAE goes to --save-vae, or is forgotten. Under torchrun all processes train it, and
+    the first one writes it."""
+    with tempfile.TemporaryDirectory() as folder:
+        run.vae = gather(run.save_vae or join(folder, "vae.safetensors"))[0]
+        argv = [*run.paths, f"--output={run.vae}", f"--seed={run.seed}",
+                f"--device={run.device}", f"--dtype={run.dtype}"]
+        if run.select:
+            argv.append(f"--select={run.select}")
+        argv += ["--force"] * run.force + ["--quiet"] * run.quiet
+        if train.main(argv):
+            raise KeyboardInterrupt             # no merge with half a codec
+        gather(None)                            # it is written
+        run.codecs = load_codecs(run)
+        gather(None)                            # and read by all
 
 
 def parents_of(run, task):
@@ -423,10 +418,9 @@ def round_trip(run, task):
         flat_L = torch.cat([parent.read(start, start + width) for start in starts])
         z_NZ = parent.codec.encode(flat_L, stats)
         decoded_L = parent.codec.decode(z_NZ, stats, len(flat_L)).cpu()
-        lost_L = (decoded_L.double() - flat_L.double()) / stats.scale
-        unit_L = (flat_L.double() - stats.mean) / stats.scale
-        errors.append(lost_L.square())
-        squares.append(unit_L[unit_L != 0].square().median())       # 0: pruned weights
+        x_L = standardise(flat_L, stats).double()
+        errors.append((standardise(decoded_L, stats) - x_L).square())
+        squares.append(x_L[x_L != 0].square().median())     # 0: pruned weights
     rows = []
     for error, stats in zip(errors, task.parents.values()):
         typical = (error.median() + noise) / max(squares)
@@ -565,7 +559,7 @@ def facts_of(run):
         tensors["weights_total"] += weights
         tensors["weights_encoded"] += weights * (task.action == "encoded")
         size += weights * task.entry.dtype.itemsize
-    codec = basename(run.vae or run.init or "none")
+    codec = basename(run.init or run.vae or "none")
     return {"version": VERSION, "kind": run.kind, "operator": run.operator,
             "space": run.space, "lambda": run.lam, "codec": codec, "ratio": ratio,
             "align": align, "control": run.control, "samples": run.samples,
@@ -700,8 +694,6 @@ def check_outputs(run):
         if behind:
             say(f"note: not taken along: {', '.join(behind)}")
     run.output = run.output or name
-    need(inside or not run.output.endswith(os.sep), run.output, "is a folder's name, and "
-         f"{target.path} is a file", "give -o the name of a file")
     if run.dry_run:
         return
     check_output(run.output, inputs, run.force, "-o", inside)
@@ -722,11 +714,10 @@ def put_companions(run, folder):
     for file in run.along:
         os.makedirs(dirname(join(folder, file)), exist_ok=True)
         shutil.copyfile(join(run.models[0].folder, file), join(folder, file))
-    rows = "\n".join(f"| {key} | {value} |" for key, value in facts_of(run).items())
-    with open(join(folder, "README.md"), "w", encoding="utf-8",
-              errors="backslashreplace") as card:
-        card.write("---\ntags:\n- merge\n- lsmerge\n---\n\nMerged with LS-Merge: "
-                   f"{', '.join(names_of(run))}\n\n| | |\n|---|---|\n{rows}\n")
+    facts = json.dumps(facts_of(run) | {"inputs": names_of(run)}, indent=1)
+    with open(join(folder, "README.md"), "w") as card:
+        card.write(f"---\ntags: [merge, lsmerge]\n---\nMerged with LS-Merge:\n\n"
+                   f"```json\n{facts}\n```\n")
 
 
 # --- The command line -----------------------------------------------------------------
@@ -805,12 +796,11 @@ def check_usage(run, parser):
             name = flag.replace("-", "_")
             if holds and getattr(run, name) != parser.get_default(name):
                 parser.error(f"{why}: drop --{flag}")
-    # Beyond these a number is surely a typing error. So put, NaN is refused, too.
-    for flag, value, low, high in (
-            ("seed", run.seed, 0, 2 ** 32 - 1), ("samples", run.samples or 0, 0, 4096),
-            ("epsilon", run.epsilon, 1e-6, 1e6), ("max-nmse", run.max_nmse, 1e-30, 1e6)):
-        if not low <= value <= high:
-            parser.error(f"--{flag} must be from {low} to {high}")
+    # So put, NaN is refused, too.
+    if not (0 < run.epsilon < math.inf and 0 < run.max_nmse < math.inf):
+        parser.error("--epsilon and --max-nmse must be above 0, and finite")
+    if not (0 <= (run.samples or 0) <= 4096 and 0 <= run.seed < 2 ** 32):
+        parser.error("--samples must be from 0 to 4096, --seed from 0 to 2^32 - 1")
     if run.roundtrip and n > 0 or operator == "slerp" and n != 1:
         parser.error("--roundtrip takes TARGET alone, slerp TARGET and one SOURCE")
     if operator == "task-arithmetic" and not run.base:
