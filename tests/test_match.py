@@ -296,6 +296,15 @@ def test_layers_that_repeat_are_found():
     assert back.related and [stack[i] for i in back.layers.values()] == [0, 1, 2, 3]
 
 
+def attention_of(tensors):
+    """What match_heads takes of a model of one layer."""
+    layers, _ = match.open_layers(StateDict(tensors), StateDict(tensors))
+    return {axis: layers.rows(0, axis) for axis in ("heads", "groups")}
+
+
+EVERY = match.Positions(torch.arange(48), torch.arange(48))
+
+
 def test_heads_stay_with_their_group():
     """What was a head of group 1 stands in group 0, where other keys and values serve it."""
     target = made(31, layers=1)
@@ -308,13 +317,38 @@ def test_heads_stay_with_their_group():
     alien = slice(2 * SIZE, 3 * SIZE)
     source[q][alien] = stranger[q][alien]
     source[o][:, alien] = stranger[o][:, alien]
-    sides = []
-    for layers in match.open_layers(StateDict(target), StateDict(source)):
-        sides.append({axis: layers.rows(0, axis) for axis in ("heads", "groups")})
-    positions = match.Positions(torch.arange(48), torch.arange(48))
-    rows, _ = match.match_heads(*sides, positions, SIZE, match.SLACK)
+    rows, _ = match.match_heads(attention_of(target), attention_of(source), EVERY, SIZE,
+                                match.SLACK)
     assert rows["groups"][::SIZE].tolist() == [0, 8, 16]
     assert rows["heads"][::SIZE].tolist() == [0, -1, -1, 24, 32, 40]
+
+
+def test_all_heads_count_that_can_have_a_partner():
+    """One of two heads in each group is left: it matches as well as its keys do, whichever
+    side has fewer."""
+    target = made(7, layers=1)
+    few = dict(target)
+    rows = rows_of(torch.tensor([1, 2, 5]))
+    for role in ("q_proj.weight", "q_norm.weight"):
+        few[f"model.layers.0.self_attn.{role}"] = target[f"model.layers.0.self_attn.{role}"][rows]
+    few["model.layers.0.self_attn.o_proj.weight"] = (
+        target["model.layers.0.self_attn.o_proj.weight"][:, rows])
+    for one, other, heads in ((target, few, [-1, 0, 8, -1, -1, 16]), (few, target, [8, 16, 40])):
+        found, score = match.match_heads(attention_of(one), attention_of(other), EVERY, SIZE,
+                                         match.SLACK)
+        assert score == pytest.approx(1, abs=1e-5)          # float32 algebra
+        assert found["heads"][::SIZE].tolist() == heads
+
+
+def test_groups_of_equal_keys_and_values_are_told_apart_by_their_heads():
+    target = made(21, layers=1)
+    for role in "kv":
+        name = f"model.layers.0.self_attn.{role}_proj.weight"
+        target[name] = target[name][:SIZE].repeat(3, 1)
+    source, _, order = planted(target, 22, (0,))
+    _, units = matched(source, target)
+    assert torch.equal(units[0]["groups"], order[0][1]["groups"])
+    assert torch.equal(units[0]["heads"], order[0][1]["heads"])
 
 
 def test_of_sizes_that_match_the_largest_is_taken():

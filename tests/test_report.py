@@ -351,7 +351,7 @@ def test_colours_have_contrast_on_white_and_on_dark(colour):
         assert (light + 0.05) / (dark + 0.05) >= 3, (colour, ground)
 
 
-@pytest.mark.parametrize("name", ["figure4", "codec", "bench"])
+@pytest.mark.parametrize("name", ["figure4", "bench"])
 def test_pictures_are_what_the_rows_draw(name, results):
     """Their words, which are text in the file: another matplotlib may draw other bytes."""
     pytest.importorskip("matplotlib")

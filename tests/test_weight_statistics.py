@@ -139,10 +139,11 @@ def test_the_picture(models, tmp_path, capsys):
     assert fills and not any("fill: #" in style and "opacity: 0" not in style for style in fills)
 
 
-def test_a_model_of_many_roles_gets_a_picture_of_a_page(tmp_path):
-    """Experts of a mixture are roles of their own: 40 of them do not make 40 panels."""
+def test_a_model_of_many_roles_gets_a_picture_of_a_page(tmp_path, monkeypatch):
+    """Experts of a mixture are roles of their own: more of them do not make more panels."""
     pytest.importorskip("matplotlib")
-    tensors = {f"layers.0.experts.{i}.w1.weight": torch.randn(4, 4) for i in range(40)}
+    monkeypatch.setattr(ws, "PANELS", 4)
+    tensors = {f"layers.0.experts.{i}.w1.weight": torch.randn(4, 4) for i in range(6)}
     save_file(tensors, tmp_path / "x.safetensors")
     assert run(tmp_path / "x.safetensors", "--figure", tmp_path / "f.svg") == 0
-    assert (tmp_path / "f.svg").read_text().count('id="axes_') == ws.PANELS
+    assert (tmp_path / "f.svg").read_text().count('id="axes_') == 4

@@ -93,8 +93,8 @@ NORM_AXES = [("heads", r"q_(layer_?)?norm|attn_sub_norm"),
 # A cosine up to this is no evidence: among the models of experiments/models, neurons of
 # strangers reach it with their best partner, those of relatives are far above.
 SLACK = 0.3
-# Neurons of a layer that tell which layer is which. A relative's have a partner each, so a
-# few are enough.
+# Neurons of a layer that tell which layer is which. Those of a relative have a partner
+# each, so that few are enough.
 SAMPLE = 32
 # Tokens of the vocabulary that tell which position of the stream is which: by chance,
 # columns of 4096 random numbers have cosines of 0.016.
@@ -401,8 +401,10 @@ def find_stream(target, source):
 
 
 def some_tokens(layers, vocabulary):
-    """(V, stream): at most TOKENS rows of the embedding, evenly spread over the first
-    `vocabulary` ones: the same tokens of both models, if one has more."""
+    """Some rows of the embedding, evenly spread over the first `vocabulary` ones, which
+    both models have.
+    Returns:   (V, stream), V at most TOKENS
+    Example:   49,152 tokens: every twelfth"""
     width = layers.stream
     tokens = []
     for row in range(0, vocabulary, -(-vocabulary // TOKENS)):
