@@ -137,8 +137,9 @@ def run_stage(vae, windows, schedule, stage, steps, peak, stages, log):
                                   weight_decay=WEIGHT_DECAY)
     # ours: a rise to the peak first, while AdamW's averages are of few gradients, and
     # its steps random. Then paper: cosine to zero.
-    rates = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, steps + 1,
-                                                pct_start=WARMUP, cycle_momentum=False)
+    total = max(steps + 1, 11)          # it divides by the steps of the rise, less one
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, total, pct_start=WARMUP,
+                                                cycle_momentum=False)
     # Every process draws the same batch, and takes its share; the noise is its own.
     picks = random.Random(f"{schedule.seed} {stage}")
     noise = generator_for(schedule.seed, stage, rank_and_size()[0])
@@ -403,6 +404,8 @@ def parse(argv):
     a.device = pick_device(a.device)
     a.start = None
     if a.init not in LEARNING_RATES:        # it is no start of ours, so a file
+        need(os.path.exists(a.init), a.init, "is no start and no file", "give --init "
+             "random, pca, or a VAE file")
         a.start = a.init
         a.init = VAEConfig.init
     try:
