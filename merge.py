@@ -89,7 +89,8 @@ HARM = ("Merging unrelated models does harm: +0.09 bits per byte and more in our
 def main(argv=None):
     """The command. What it decides and does stands here and in `merge`, in order.
     Returns None, which is exit code 0; every error is raised, and chunking.command says
-    it.""" run = parse(argv)
+    it."""
+    run = parse(argv)
     run.codecs = load_codecs(run)
     run.models = [Checkpoint(path) for path in run.paths]
     for model in run.models:
@@ -124,7 +125,8 @@ def warn(warnings):
 def merge(run):
     """Statistics, codec, gate, merge: the report. The output is opened only when
     nothing can be refused any more. Under torchrun the first process makes it, and all
-    fill it. """
+    fill it.
+    """
     run.tasks = parallel_map(measure_task, run, "read")
     tie(run)
     if run.init:
@@ -430,7 +432,8 @@ def train_codec(run):
 def parents_of(run, task):
     """The tensor's Parents: how each is read, its statistics, its codec. Noise is
     seeded by run, tensor and parent, so that it is the same whoever draws it, and
-    when.""" parents = []
+    when."""
+    parents = []
     for k, stats in task.parents.items():
         read = partial(run.models[k].read, stats.name)
         other = stats.shape != task.entry.shape
@@ -453,7 +456,8 @@ def round_trip(run, task):
     others may be lost at an NMSE of 3e-4. The typical error is that of a weight in the
     middle. median(x^2) is the largest of all parents': a target near zero has no unit
     of its own. The noise is that of K draws, each with the posterior's variance, near
-    beta. """
+    beta.
+    """
     if task.action != "encoded" or not run.codecs:
         return []
     noise = 0.0
