@@ -3,8 +3,9 @@
     python merge.py TARGET [SOURCE ...] [options]
     python merge.py a.safetensors b.safetensors
 
-TARGET gives names, shapes, dtypes and companions of the result; alone, it is merged with
-itself. A model is a .safetensors file, a Hugging Face folder, or an index of shards.
+TARGET gives names, shapes, dtypes and companions of the result; alone, it is merged
+with itself. A model is a .safetensors file, a Hugging Face folder, or an index of
+shards.
 
 The run, straight down (`main` and `merge`): open the models; plan who meets whom
 (Algorithm 1, line 1); take each tensor's statistics; get a codec, and check that it can
@@ -13,13 +14,37 @@ carry these weights; merge tensor by tensor; report. What happens to a tensor:
     encoded     attention and MLP: merged in latent space, by lsmerge.ls_merge
     averaged    norms, biases, embeddings: the same operator on the weights themselves
     copied      the target's own: whole numbers, what met nobody, what is not merged
+
+Example, `python merge.py base.safetensors code.safetensors --dry-run` for a model of
+one layer, whose target has a score head of its own:
+
+    same-shape: lerp in latent space, lambda [0.5], align none, codec vae.safetensors
+    7 in latent space + 5 averaged + 2 copied = 14 tensors, 85,464 bytes
+      copied, whole numbers: 1
+      copied, met nobody: 1
+      averaged lm_head.weight <- code.safetensors: lm_head.weight
+      encoded model.layers.0.mlp.up_proj.weight <- code.safetensors: model.layers.0...
+      ...
+      copied position_ids <- whole numbers
+      copied score.weight <- met nobody
+
+All functions share one namespace, `run`. It holds the flags as the command line has
+them (run.lam, run.operator, ...), and what was found since:
+
+    run.models  Checkpoints: the target, the sources, and the base of a task arithmetic
+    run.codecs  the target's Codec, and that of sources of other shapes; or none
+    run.along   the files beside the weights of a result folder; None for a file
+    run.kind    self, same-shape or cross-shape
+    run.tasks   a Task for each tensor of the target, in its order
+    run.sink    the Output that is written to
+    run.seconds of each stage
 """
 if __name__ == "__main__":      # Ctrl-C during the imports: end without a traceback
     import signal
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-import argparse
 import contextlib
 import glob
+import hashlib
 import io
 import json
 import math
@@ -28,823 +53,889 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from os.path import abspath, basename, dirname, isfile, join, normpath, relpath
+from os.path import (abspath, basename, dirname, isfile, join, normpath, realpath,
+                     relpath)
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import align as ot
 import lsmerge as ls
-from chunking import (STOP, Checkpoint, Entry, Output, appear, check_output, command, create,
-                      is_selected, measure, need, say, spans, write_tensors)
-from train import (MAX_NMSE, Schedule, describe_stage, gather, pick_device,
-                   rank_and_size, save_vae, start_parser, train_vae)
-from vae import VAEConfig
+import train
+from chunking import (STOP, Checkpoint, Entry, Output, appear, check_output, command,
+                      create, is_selected, measure, need, say, spans, standardise,
+                      write_tensors)
+from train import MAX_NMSE, gather, pick_device, rank_and_size, start_parser
 
 VERSION = "3.0"
 REFERENCE = join(dirname(abspath(__file__)), "experiments/models/vae.safetensors")
 SAMPLES = 8             # draws of a self-merge: their noise shrinks by sqrt(8)
 RELATED = 0.1           # cosine of weights: trained apart 0.00, experts of one base 0.9
-GLANCE = 1 << 12        # weights of a tensor for that cosine, which is then right to 0.02
+GLANCE = 1 << 12        # weights of a tensor for that cosine, then right to 0.02
 FAR = 0.8               # distance of two parents over the target's norm; strangers: 1.4
-SHARE = 1 << 12         # source weights for each of the target's, at most: a piece of them
+SHARE = 1 << 12         # source weights for each of the target's, at most: a piece
 GATE_WEIGHTS = 1 << 16  # of a tensor, in windows evenly spread: the gate takes seconds
 MATCH = "if they are relatives, run python experiments/tools/match.py first"
-HARM = ("Merging unrelated models does harm: +0.09 bits per byte and more in our measurements "
-        "(experiments/RESULTS.md, Table 5)")
+HARM = ("Merging unrelated models does harm: +0.09 bits per byte and more in our "
+        "measurements (experiments/RESULTS.md, Table 5)")
 
 
-# --- The plan: who meets whom (paper: Algorithm 1, line 1) ------------------------------
-@dataclass(frozen=True)
-class Task(Entry):
-    """A tensor of the target, and what happens to it."""
-    number: int = 0         # its position in the target: part of every seed
-    parents: tuple = ()     # (index, name there): 0 the target, k the k-th source
-    action: str = ""        # "encoded", "averaged" or "copied"
-    why: str = ""           # it is copied
-    stats: tuple = ()       # of the parents, once they are measured
-    tied: tuple = ()        # names of tensors that the target holds equal to this one
+# --- The run, straight down -----------------------------------------------------------
+def main(argv=None):
+    """The command. What it decides and does stands here and in `merge`, in order.
+    Returns None, which is exit code 0; every error is raised, and chunking.command says
+    it."""
+    run = parse(argv)
+    run.codecs = load_codecs(run)
+    run.models = [Checkpoint(path) for path in run.paths]
+    for model in run.models:
+        single = join(model.path, "model.safetensors")
+        if isfile(single) and single not in model.files:    # people may expect either
+            say(f"note: {single} is not used: the index names other files")
+    check_outputs(run)
+    warnings = plan(run)
+    warn(warnings)
+    if run.dry_run:
+        print_plan(run)
+        print_pairs(run)
+        return
+    report = merge(run)
+    if rank_and_size()[0] > 0:
+        return                      # under torchrun the first process speaks for all
+    if run.report:
+        with appear(run.report, run.force) as path, open(path, "w") as file:
+            json.dump(report, file, indent=1, allow_nan=False)
+    print_plan(run)
+    print_report(report)
+    say(f"wrote {run.output}")
+    warn(warnings + late_warnings(run, report))     # again, as the last lines
 
 
-def mean_cosine(target, source, pairs):
-    """The mean cosine of two models' weights: 0.00 for models trained apart, 0.9 for experts
-    of one base. The first weights of each tensor are enough to tell.
+def warn(warnings):
+    """On stderr: what is printed on stdout scrolls away, or into a file."""
+    for warning in warnings:
+        say(f"warning: {warning}", stream=sys.stderr)
 
-    Args:     pairs: (target name, source name); only encoded pairs of one shape count
-    Returns:  NaN, which is neither small nor large, if there is nothing to compare
+
+def merge(run):
+    """Statistics, codec, gate, merge: the report. The output is opened only when
+    nothing can be refused any more. Under torchrun the first process makes it, and all
+    fill it.
     """
-    values = []
-    for mine, theirs in pairs:
-        entry = target.entries[mine]
-        if is_selected(entry) and entry.shape == source.entries[theirs].shape:
-            target_L = target.read(mine, 0, GLANCE).double()
-            source_L = source.read(theirs, 0, GLANCE).double()
-            if target_L.any() and source_L.any():       # zero has no direction
-                values.append(torch.cosine_similarity(target_L, source_L, dim=0))
-    return torch.tensor(values).mean().item()
+    run.tasks = parallel_map(measure_task, run, "read")
+    tie(run)
+    if run.init:
+        train_codec(run)
+    gates, trip = check_codec(run)
+    entries = run.models[0].entries.values()
+    header = {f"lsmerge.{key}": str(value) for key, value in facts_of(run).items()}
+    # `create` gives the file its name at the end, when it is complete; an error before
+    # that leaves nothing behind.
+    with contextlib.ExitStack() as stack:
+        if rank_and_size()[0] == 0:
+            output = stack.enter_context(create(run.output, entries, header,
+                                                run.along is not None, run.force))
+            put_companions(run, dirname(output.path))
+            gather(output.path)             # the others wait for it
+        else:
+            output = Output(gather(None)[0])
+        run.sink = output
+        results = parallel_map(merge_tensor, run, "merge")
+        output.written = sum(gather(output.written), [])
+    return make_report(run, gates, trip, results)
+
+
+def parallel_map(work, run, label):
+    """[work(run, task) for every task]. Split over the processes of a torchrun; in each
+    one thread per core, with a tensor of its own, the largest first: reading, computing
+    and writing overlap. One thread for a tensor: so the bytes do not depend on the
+    number of threads."""
+    began = time.perf_counter()
+    rank, size = rank_and_size()
+    order = sorted(run.tasks, key=lambda task: -task.entry.numel)[rank::size]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(min(threads, 16))     # each holds a piece of every parent
+    found = {}
+    try:
+        done = pool.map(partial(work, run), order)
+        for task in tqdm(order, label, leave=False, disable=run.quiet or None):
+            found[task.number] = next(done)
+    except BaseException:
+        STOP.set()                                  # threads that read notice it
+        gather(None)                                # and so do the other processes
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)          # waits for those that run
+        torch.set_num_threads(threads)
+        STOP.clear()
+    # Every process knows all results: what follows is decided alike in all of them.
+    for part in gather(found):
+        if part is None:
+            raise SystemExit(1)                     # that process has said why
+        found.update(part)
+    run.seconds[label] = time.perf_counter() - began
+    return [found[task.number] for task in run.tasks]
+
+
+# --- The plan: who meets whom (paper: Algorithm 1, line 1) ----------------------------
+@dataclass
+class Task:
+    """A tensor of the target, and what happens to it.
+
+    parents: {0: its entry in the target, k: that of its partner in the k-th source};
+    with their statistics, once they are measured.
+
+    Example:  the target's up_proj meets the second of two sources only:
+              {0: Entry('model.layers.0.mlp.up_proj.weight', ...),
+               2: Entry('layers.0.mlp.up_proj.weight', ...)}
+    """
+    entry: Entry
+    number: int                 # its position in the target: part of every seed
+    parents: dict
+    action: str = "averaged"    # or "encoded", or "copied"
+    why: str = ""               # it is copied
+    tied: tuple = ()            # names of tensors that are to stay equal to this one
+
+    def copy(self, why):
+        """The tensor stays the target's own."""
+        self.action = "copied"
+        self.why = why
+        self.parents = {0: self.entry}
+
+
+def plan(run):
+    """Decide kind, tasks and, where none is given, lambda. Returns warnings. What can
+    be refused without reading all weights is refused here.
+
+    paper:    across shapes lambda is best from 0.05 to 0.2; sources share it
+    ours:     equal shapes: 1 / (N + 1), the uniform average of target and N sources
+    """
+    target, *sources = run.models
+    run.tasks = []
+    for number, entry in enumerate(target.entries.values()):
+        run.tasks.append(Task(entry, number, {0: entry}))
+    for k, source in enumerate(sources, 1):
+        pairs = ot.pair_names(float_places(target), float_places(source),
+                              partial(layer_partners, target, source))
+        for task in run.tasks:
+            if task.entry.name in pairs:
+                task.parents[k] = source.entries[pairs[task.entry.name]]
+    run.kind = "self"
+    if sources:
+        run.kind = "same-shape"
+    for task in run.tasks:
+        decide(run, task)
+    # Norms and embeddings are averaged in a plain merge of one shape only.
+    plain = run.kind == "same-shape" and run.align in ("auto", "none")
+    plain = plain and not run.control and not run.select
+    for task in run.tasks:
+        if task.action == "averaged" and not plain:
+            task.copy("not encoded")
+    warnings = strangers(run)
+    n = len(sources) - bool(run.base)               # sources proper
+    share = 1 / (n + 1)
+    if run.kind == "cross-shape":
+        warnings.append(f"shapes differ. {HARM}; {MATCH}")
+        if run.operator == "lerp":
+            share = 0.1 / n
+    run.lam = run.lam or [share] * n
+    return warnings
+
+
+def decide(run, task):
+    """What happens to a tensor that has met its partners; the kind of the run with it:
+    cross-shape if an encoded pair differs in shape. What one model alone has (a score
+    head, a mask, a larger vocabulary) does not make it so.
+
+    An encoded tensor may meet any shape: it is projected. What is averaged must meet
+    its own shape, as there is no projection of an embedding or of a norm.
+    """
+    entry = task.entry
+    met = task.parents
+    alike = {k: other for k, other in met.items() if other.shape == entry.shape}
+    if is_selected(entry, run.select):
+        task.action = "encoded"
+        if alike != met:
+            run.kind = "cross-shape"
+            check_shapes(run, task)
+    else:
+        task.parents = alike
+    if not entry.is_float:
+        task.copy("whole numbers")
+    elif len(met) == 1 and len(run.models) > 1:
+        task.copy("met nobody")
+    elif len(task.parents) == 1 < len(met):
+        task.copy("met another shape")
+    elif run.base and len(task.parents) < len(run.models):
+        task.copy("not in every model")     # there is no task vector without a base
+
+
+def check_shapes(run, task):
+    """Refuse another shape if the operator needs equal ones (an angle and a difference
+    are between vectors of one length), or if a chunk would meet more of a source than a
+    piece holds: memory would then grow with the source."""
+    entry = task.entry
+    strict = run.space == "weight" or run.operator in ("slerp", "task-arithmetic")
+    for k, other in task.parents.items():
+        fits = other.numel <= SHARE * entry.numel and not strict
+        need(fits or other.shape == entry.shape, run.models[0].path,
+             f"{list(entry.shape)} meets {other.name!r} {list(other.shape)} of "
+             f"{run.models[k].path}",
+             f"use lerp in latent space, or narrow --select; or, {MATCH}", entry.name)
+
+
+def float_places(model):
+    """{name: Place} of all that can be merged: whole numbers meet nobody."""
+    return {name: e.place for name, e in model.entries.items() if e.is_float}
 
 
 def layer_partners(target, source, mine, theirs):
     """{target layer: source layer} of two stacks, as align.pair_names asks for them.
 
-    By depth, which for equal numbers of layers is by index. But if nearly all layers of the
-    same number are alike, one model only has layers of its own (for multi-token prediction,
-    or of a draft model): then by index too, and those layers meet nobody.
+    By depth, which for equal numbers of layers is by index. But if nearly all layers of
+    the same number are alike, one model only has layers of its own (for multi-token
+    prediction, or of a draft model): then by index too, and those layers meet nobody.
     Example:  62 layers and 61, of which 61 are alike: the 62nd stays the target's
     """
     common = mine.keys() & theirs.keys()
     alike = 0
     for layer in common:
-        keys = mine[layer].keys() & theirs[layer].keys()
-        pairs = [(mine[layer][key], theirs[layer][key]) for key in keys]
-        alike += mean_cosine(target, source, pairs) > RELATED
+        pairs = ot.pair_within_layer(mine[layer], theirs[layer])
+        alike += mean_cosine(target, source, pairs.items()) > RELATED
     if len(mine) != len(theirs) and alike >= 0.9 * len(common) > 0:
         return {layer: layer for layer in common}
     return ot.partners_by_depth(mine, theirs)
 
 
-def plan_tasks(models, a):
-    """(kind, [Task, ...]) in the target's order: the one table of who meets whom.
+def mean_cosine(target, source, pairs):
+    """The mean cosine of two models' weights: 0.00 for models trained apart, 0.9 for
+    experts of one base. The first weights of each tensor are enough to tell.
 
-    kind: "self"; "same-shape"; "cross-shape" if an encoded pair differs in shape. What one
-    model alone has (a score head, a mask, a larger vocabulary) does not make it so.
+    Args:     pairs: (target name, source name); only encoded pairs of one shape count
+    Returns:  NaN, which is neither small nor large, if there is nothing to compare
     """
-    target, *sources = models
-    tables = []             # one per source: {target name: source name}
-    for source in sources:
-        mine, theirs = ({name: entry.place for name, entry in model.entries.items()
-                         if entry.is_float} for model in (target, source))
-        partners = partial(layer_partners, target, source)
-        tables.append(ot.pair_names(mine, theirs, partners))
-    kind = "same-shape" if sources else "self"
-    tasks = []
-    for number, (name, entry) in enumerate(target.entries.items()):
-        met = [(k, table[name]) for k, table in enumerate(tables, 1) if name in table]
-        parents = [(k, there) for k, there in met
-                   if models[k].entries[there].shape == entry.shape]
-        action = "averaged"
-        if is_selected(entry, a.select):
-            action = "encoded"
-            if parents != met:
-                check_shapes(models, name, met, a)
-                parents = met
-                kind = "cross-shape"
-        why = ""
-        if not entry.is_float:
-            why = "whole numbers"
-        elif sources and not met:
-            why = "met nobody"
-        elif sources and not parents:
-            why = "met another shape"
-        elif a.base and len(parents) < len(sources):
-            why = "not in every model"
-        tasks.append(Task(**vars(entry), number=number, parents=((0, name), *parents),
-                          action=action, why=why))
-    # Norms and embeddings are averaged in a plain merge of one shape only.
-    plain = kind == "same-shape" and a.align in ("auto", "none")
-    plain = plain and not a.control and a.select is None
-    for task in tasks:
-        why = task.why
-        if task.action == "averaged" and not plain:
-            why = why or "not encoded"
-        if why:
-            tasks[task.number] = replace(task, action="copied", why=why,
-                                         parents=task.parents[:1])
-    return kind, tie(target, tasks)
+    cosines = []
+    for mine, theirs in pairs:
+        entry = target.entries[mine]
+        if is_selected(entry) and entry.shape == source.entries[theirs].shape:
+            mine_L = target.read(mine, 0, GLANCE).double()
+            theirs_L = source.read(theirs, 0, GLANCE).double()
+            # Zero has no direction: 0 / 0 is NaN, which the mean leaves out.
+            cosines.append(mine_L.dot(theirs_L) / (mine_L.norm() * theirs_L.norm()))
+    return torch.tensor(cosines).nanmean().item()
 
 
-def check_shapes(models, name, met, a):
-    """Refuse an encoded tensor that meets another shape, if the operator needs equal ones,
-    or if a chunk of it would meet more of a source than a piece holds."""
-    mine = models[0].entries[name]
-    strict = a.space == "weight" or a.operator in ("slerp", "task-arithmetic")
-    for k, there in met:
-        theirs = models[k].entries[there]
-        need(not strict or theirs.shape == mine.shape, models[0].path,
-             f"{list(mine.shape)} meets {there!r} {list(theirs.shape)} of {models[k].path}",
-             f"use lerp in latent space; or, {MATCH}", name)
-        need(theirs.numel <= SHARE * mine.numel, models[k].path,
-             f"is over {SHARE} times as large as its partner", "narrow --select", there)
+def strangers(run):
+    """Warnings of models that are no relatives of the target, judged role by role.
+
+    One role in another order is enough to ruin a merge, and the mean over all hides it:
+    a copy whose MLP neurons are permuted computes the same, has cosine 1 in attention
+    and 0 in gate, up and down, and its average with the target is noise.
+    """
+    pairs = defaultdict(list)
+    for task in run.tasks:
+        if task.action == "encoded":
+            for k, other in task.parents.items():
+                names = (task.entry.name, other.name)
+                pairs[k, task.entry.place.role].append(names)
+    apart = defaultdict(list)
+    for (k, role), names in pairs.items():
+        if mean_cosine(run.models[0], run.models[k], names) < RELATED:
+            apart[run.models[k].path].append(role)
+    return [f"{path} and the target are strangers in {', '.join(roles)}. {HARM}; "
+            f"{MATCH}" for path, roles in apart.items()]
 
 
-def equal(one, name, other, there):
-    """Whether two tensors are equal, bit for bit."""
-    mine = one.entries[name]
-    theirs = other.entries[there]
-    if (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
-        return False
-    for span in spans(mine.numel):
-        bits = one.read(name, *span).view(torch.uint8)
-        if not torch.equal(bits, other.read(there, *span).view(torch.uint8)):
-            return False
-    return True
-
-
-def tie(target, tasks):
-    """The tasks, with every matrix outside the layers that the target holds twice (an
-    embedding and its redundant head) merged once: the other is a copy of the result, so
-    that both stay equal. What is merged leads what is copied, the embedding its head."""
-    outside = [task for task in tasks if task.place.layer is None and len(task.shape) > 1]
-    outside.sort(key=lambda task: (task.action == "copied", task.place.role != "embed"))
-    leaders = []
-    for task in outside:
-        some_L = target.read(task.name, 0, GLANCE).float()
-        if torch.all(some_L == some_L[:1]):     # zeros, say: equal to others by accident
-            continue
-        twins = [n for n in leaders if equal(target, task.name, target, tasks[n].name)]
-        if twins:
-            leader = tasks[twins[0]]
-            tasks[leader.number] = replace(leader, tied=(*leader.tied, task.name))
-            tasks[task.number] = replace(task, action="copied", why="tied to another",
-                                         parents=task.parents[:1])
-        elif task.action != "copied":
-            leaders.append(task.number)
-    return tasks
-
-
-# --- The run: what the command line and the files have decided --------------------------
-@dataclass(frozen=True)
-class Run:
-    a: object               # the command line
-    models: list            # the target first; the base of a task arithmetic last
-    kind: str
-    tasks: list
-    lam: list               # one per source proper
-    alignment: ls.Alignment
-    samples: int
-    codecs: tuple           # the target's, and that of sources of other shapes; or none
-
-    def coefficients(self, task):
-        """The parents' c_k; a source without a partner leaves its share to the target."""
-        if self.a.base and len(task.parents) > 1:
-            return ls.task_coefficients(self.lam)
-        return ls.convex_coefficients([self.lam[k - 1] for k, _ in task.parents[1:]])
-
-    def parents(self, task):
-        """The tensor's Parents. Noise is seeded by run, tensor and parent."""
-        parents = []
-        for (k, name), stats in zip(task.parents, task.stats):
-            codec = self.codecs[stats.shape != task.shape]
-            read = partial(self.models[k].read, name)
-            seed = (self.a.seed, task.number, k)
-            parents.append(ls.Parent(read, stats, codec, self.samples, seed))
-        return ls.share_statistics(parents)
-
-
-def plan_run(a, models, codecs):
-    """(Run, warnings). What can be refused without reading all weights is refused here."""
-    kind, tasks = plan_tasks(models, a)
-    n = len(models) - 1 - bool(a.base)          # sources proper
-    share = 1 / (n + 1)
-    warnings = []
-    if kind == "cross-shape":
-        warnings.append(f"shapes differ. {HARM}; {MATCH}")
-        if a.operator == "lerp":
-            share = 0.1 / n                     # paper: best from 0.05 to 0.2
-    else:
-        need(not a.source_vae, a.source_vae, "is not needed: equal shapes share one VAE",
-             "drop --source-vae")
-    for k in range(1, n + 1):
-        pairs = {}          # role -> [(target name, source name), ...]
-        for task in tasks:
-            there = dict(task.parents).get(k)
-            if there and task.action == "encoded":
-                pairs.setdefault(task.place.role, []).append((task.name, there))
-        apart = [role for role, names in pairs.items()
-                 if mean_cosine(models[0], models[k], names) < RELATED]
-        if apart:
-            warnings.append(f"{models[k].path} and the target are strangers in "
-                            f"{', '.join(apart)}. {HARM}; {MATCH}")
-    samples = a.samples
-    if samples is None and kind == "self" and not a.roundtrip:
-        samples = SAMPLES
-    alignment = ls.Alignment(a.align, a.control, a.epsilon or ot.EPSILON)
-    run = Run(a, models, kind, tasks, a.lam or [share] * n, alignment, samples or 0, codecs)
-    return run, warnings
-
-
-def parallel_map(work, run, label):
-    """[work(task) for every task]. Split over the processes of a torchrun; in each one
-    thread per core, with a tensor of its own, the largest first: reading, computing and
-    writing overlap. One thread for a tensor: so the bytes do not depend on the number."""
-    rank, size = rank_and_size()
-    order = sorted(run.tasks, key=lambda task: -task.numel)[rank::size]
-    threads = torch.get_num_threads()
-    found = {}
-    problem = None
-    torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(min(threads, 16))     # each holds a piece of every parent
-    bar = tqdm(total=sum(task.numel for task in order), desc=label, unit=" weights",
-               unit_scale=True, leave=False, disable=run.a.quiet or None)
-    try:
-        for task, result in zip(order, pool.map(work, order)):
-            found[task.number] = result
-            bar.update(task.numel)
-    except BaseException as error:
-        STOP.set()          # threads that read notice it
-        problem = error
-    finally:
-        bar.close()
-        pool.shutdown(cancel_futures=True)          # waits for those that run
-        torch.set_num_threads(threads)
-        STOP.clear()
-    parts = gather(None if problem else found)
-    if problem or None in parts:                    # an error in one process ends all
-        raise problem or SystemExit(1)
-    for part in parts:
-        found.update(part)
-    return [found[task.number] for task in run.tasks]
-
-
-def measure_task(models, task):
-    """The task with the statistics of its parents. All that enters the result is read here,
-    so that NaN and Inf are refused before any work. What is only copied may hold them."""
+# --- Statistics and ties --------------------------------------------------------------
+def measure_task(run, task):
+    """The task with the statistics of its parents. All that enters the result is read
+    here, so that NaN and Inf are refused before any work. What is only copied may hold
+    them, as may a mask of -inf that is equal in all models."""
+    if task.action == "averaged":
+        found = {digest(run.models[k], entry) for k, entry in task.parents.items()}
+        if len(found) == 1:
+            task.copy("equal in all")
     if task.action == "copied":
         return task
-    if task.action == "averaged" and all(
-            equal(models[0], task.name, models[k], there) for k, there in task.parents):
-        # Nothing is to be averaged; and a mask may well hold -inf.
-        return replace(task, action="copied", why="equal in all", parents=task.parents[:1])
-    stats = tuple(measure(models[k], there) for k, there in task.parents)
-    if task.action == "averaged" or not stats[0].constant:
-        return replace(task, stats=stats)
-    if any(each.shape != stats[0].shape for each in stats):
-        return replace(task, action="copied", why="constant", parents=task.parents[:1])
-    if all(each.constant for each in stats):        # there is no pattern for a codec
-        return replace(task, stats=stats, action="averaged")
-    return replace(task, stats=stats)
+    for k, entry in task.parents.items():
+        task.parents[k] = measure(run.models[k], entry.name)
+    parents = task.parents.values()
+    if task.action == "encoded" and task.parents[0].constant:
+        if any(stats.shape != task.entry.shape for stats in parents):
+            task.copy("constant")
+        elif all(stats.constant for stats in parents):
+            task.action = "averaged"                # there is no pattern for a codec
+    return task
 
 
-# --- The codec, and whether it can carry these weights ----------------------------------
-def load_codecs(a):
-    """(the target's Codec, that of sources of other shapes), before anything else: a wrong
-    file is noticed at once."""
-    codecs = []
-    for path in (a.vae, a.source_vae):
-        if path:
-            codecs.append(ls.Codec.load(path, pick_device(a.device), getattr(torch, a.dtype)))
-    return tuple(codecs * 2)[:2]
+def digest(model, entry):
+    """A fingerprint of a tensor: equal for tensors that are equal, bit for bit."""
+    found = hashlib.sha256(f"{entry.dtype} {entry.shape}".encode())
+    for start, stop in spans(entry.numel):
+        found.update(model.read(entry.name, start, stop).view(torch.uint8).numpy())
+    return found.digest()
+
+
+def tie(run):
+    """A matrix outside the layers that the target holds twice (an embedding and its
+    redundant head) is merged once: the other is a copy of the result, so that both stay
+    equal. What is merged leads what is copied, the embedding its head. Constants are
+    equal by accident."""
+    def last(task):
+        return task.action == "copied", task.entry.place.role != "embed"
+
+    leaders = {}
+    for task in sorted(run.tasks, key=last):
+        if task.entry.place.layer is None and len(task.entry.shape) > 1:
+            leader = leaders.setdefault(digest(run.models[0], task.entry), task)
+            if leader is not task and not leader.why and not leader.parents[0].constant:
+                leader.tied += (task.entry.name,)
+                task.copy("tied to another")
+
+
+# --- The codec, and whether it can carry these weights --------------------------------
+def load_codecs(run):
+    """[the target's Codec, that of sources of other shapes], before anything else: a
+    wrong file is noticed at once."""
+    if not run.vae:
+        return []                               # none, or it is trained here
+    device = pick_device(run.device)
+    dtype = getattr(torch, run.dtype)
+    paths = (run.vae, run.source_vae or run.vae)
+    return [ls.Codec.load(path, device, dtype) for path in paths]
 
 
 def train_codec(run):
-    """--init random: the paper's VAE, trained on the encoded tensors of all inputs."""
-    a = run.a
-    device = pick_device(a.device)
-    stats = [{} for _ in run.models]    # by name: a source's tensor may meet two
-    for task in run.tasks:
-        for (k, name), each in zip(task.parents, task.stats):
-            if task.action == "encoded":
-                stats[k][name] = each
-    parents = [(model, [*found.values()]) for model, found in zip(run.models, stats)]
-    schedule = Schedule(seed=a.seed, device=device, dtype=a.dtype, quiet=a.quiet)
-    vae, stages = train_vae(parents, VAEConfig(), schedule)
-    say(*map(describe_stage, stages))
-    if stages[-1]["ended"] == "interrupted":        # no merge with half a codec
-        raise KeyboardInterrupt
-    if a.save_vae and rank_and_size()[0] == 0:
-        save_vae(a.save_vae, vae, stages, a.force, trained_on=names_of(run))
-    return (ls.Codec(vae, device, getattr(torch, a.dtype)),) * 2
+    """--init random: train.py on the inputs, with the paper's start and its own
+    defaults. The VAE goes to --save-vae, or is forgotten. Under torchrun all processes
+    train it, the first one writes it, and all read it."""
+    with tempfile.TemporaryDirectory() as folder:
+        run.vae = gather(run.save_vae or join(folder, "vae.safetensors"))[0]
+        argv = [*run.paths, f"--output={run.vae}", f"--seed={run.seed}",
+                f"--device={run.device}", f"--dtype={run.dtype}"]
+        if run.select:
+            argv.append(f"--select={run.select}")
+        argv += ["--force"] * run.force + ["--quiet"] * run.quiet
+        if train.main(argv):
+            raise KeyboardInterrupt             # no merge with half a codec
+        gather(None)                            # it is written
+        run.codecs = load_codecs(run)
+        gather(None)                            # and read by all
+
+
+def parents_of(run, task):
+    """The tensor's Parents: how each is read, its statistics, its codec. Noise is
+    seeded by run, tensor and parent, so that it is the same whoever draws it, and
+    when."""
+    parents = []
+    for k, stats in task.parents.items():
+        read = partial(run.models[k].read, stats.name)
+        other = stats.shape != task.entry.shape
+        codec = run.codecs[other]               # 0: the target's, 1: of other shapes
+        seed = (run.seed, task.number, k)
+        parents.append(ls.Parent(read, stats, codec, run.samples, seed))
+    return ls.share_statistics(parents)
 
 
 def round_trip(run, task):
-    """[(NMSE, typical error) of each parent], of D(E(w)) on GATE_WEIGHTS of an encoded
-    tensor, in the unit that it is encoded in.
+    """[(NMSE, typical error, weights, name) of each parent], of D(E(w)) on GATE_WEIGHTS
+    of an encoded tensor, in the unit that it is encoded in.
 
-    NMSE is the mean squared error over the variance. It weighs variance, not weights:
-    beside one outlier all others may be lost. So also the typical error, the median squared
-    error over the median square; of these the largest of all parents of the tensor.
+    With x the standardised weights and e = D(E(x)) - x:
+
+        NMSE            mean(e^2), as x has variance 1
+        typical error   (median(e^2) + noise) / median(x^2)
+
+    NMSE weighs variance, not weights: beside one outlier of 1e4 standard deviations all
+    others may be lost at an NMSE of 3e-4. The typical error is that of a weight in the
+    middle. median(x^2) is the largest of all parents': a target near zero has no unit
+    of its own. The noise is that of K draws, each with the posterior's variance, near
+    beta.
     """
     if task.action != "encoded" or not run.codecs:
         return []
+    noise = 0.0
+    if run.samples:
+        noise = run.codecs[0].vae.config.beta / run.samples
     errors = []
     squares = []
-    for parent in run.parents(task):
+    for parent in parents_of(run, task):
         stats = parent.stats
-        width = parent.codec.C * parent.codec.T
+        width = parent.codec.C * parent.codec.T             # weights of a window
         step = width * max(1, stats.numel // GATE_WEIGHTS)
-        flat_L = torch.cat([parent.read(start, start + width)
-                            for start in range(0, stats.numel, step)])
+        starts = range(0, stats.numel, step)
+        flat_L = torch.cat([parent.read(start, start + width) for start in starts])
         z_NZ = parent.codec.encode(flat_L, stats)
-        decoded_L = parent.codec.decode(z_NZ, stats, len(flat_L)).cpu().double()
-        unit = (flat_L.double() - stats.mean) / stats.scale
-        errors.append(((decoded_L - flat_L.double()) / stats.scale).square())
-        squares.append(unit[unit != 0].square().median().item())    # 0: pruned weights
-    typical = max(squares)
-    noise = 0.0
-    if run.samples:         # the mean of K draws, each with the posterior's variance: near beta
-        noise = run.codecs[0].vae.config.beta / run.samples
-    return [(error.mean().item(), (error.median().item() + noise) / typical)
-            for error in errors]
+        decoded_L = parent.codec.decode(z_NZ, stats, len(flat_L)).cpu()
+        x_L = standardise(flat_L, stats).double()
+        errors.append((standardise(decoded_L, stats) - x_L).square())
+        squares.append(x_L[x_L != 0].square().median())     # 0: pruned weights
+    rows = []
+    for error, stats in zip(errors, task.parents.values()):
+        typical = (error.median() + noise) / max(squares)
+        rows.append((error.mean().item(), typical.item(), stats.numel, stats.name))
+    return rows
 
 
 def check_codec(run):
-    """(gates, round trip of the target) for the report. A codec that loses more of a parent
-    than the bound is refused before anything is merged: on average over all encoded
-    weights, or of the typical weight of any tensor. With --residual what is lost of an
-    unaligned parent comes back: no gate."""
-    found = [[] for _ in run.models]    # (NMSE, typical error, weights, tensor), by parent
-    for task, errors in zip(run.tasks, parallel_map(partial(round_trip, run), run, "check")):
-        for (k, name), (nmse, typical) in zip(task.parents, errors):
-            found[k].append((nmse, typical, run.models[k].entries[name].numel, name))
+    """(gates, round trip of the target) for the report. A codec that loses more of a
+    parent than the bound is refused before anything is merged: on average over all
+    encoded weights, or of the typical weight of any tensor. With --residual what is
+    lost of an unaligned parent comes back: no gate.
+
+    gates: [{name, passed, value, bound}, ...]: who gets here has passed them all.
+    round trip: {nmse, worst: {name, nmse}}; None without a codec, or if nothing is
+    encoded.
+    """
+    found = [[] for _ in run.models]
+    for task, rows in zip(run.tasks, parallel_map(round_trip, run, "codec")):
+        for k, row in zip(task.parents, rows):
+            found[k].append(row)
     trip = {"nmse": None, "worst": {"name": None, "nmse": None}}
     gates = []
-    bound = run.a.max_nmse or MAX_NMSE
     for k, rows in enumerate(found):
         if not rows:
             continue
-        nmse = sum(row[0] * row[2] for row in rows) / sum(row[2] for row in rows)
-        worst = max(rows)
+        errors, typicals, weights, names = zip(*rows)
+        nmse = float(np.average(errors, weights=weights))
+        worst, where = max(zip(errors, names))
         if k == 0:
-            trip = {"nmse": nmse, "worst": {"name": worst[3], "nmse": worst[0]}}
-        if run.a.residual and (k == 0 or run.kind == "same-shape"):
+            trip = {"nmse": nmse, "worst": {"name": where, "nmse": worst}}
+        if run.residual and (k == 0 or run.kind == "same-shape"):
             continue
-        typical = max(rows, key=lambda row: row[1])
-        for what, value, tensor in (("NMSE", nmse, worst[3]),
-                                    ("typical error", typical[1], typical[3])):
-            need(value <= bound, run.models[k].path, f"the codec would lose too much ({what} "
-                 f"{value:.2g} > {bound:g}); nothing was merged", "--residual, --vae exact, "
-                 "or a VAE trained for longer or at a lower ratio", tensor)
+        for what, value, name in (("NMSE", nmse, where),
+                                  ("typical error", *max(zip(typicals, names)))):
+            need(value <= run.max_nmse, run.models[k].path, "the codec would lose too "
+                 f"much ({what} {value:.2g} > {run.max_nmse:g}); nothing was merged",
+                 "--residual, --vae exact, or a VAE trained for longer or at a lower "
+                 "ratio", name)
             gates.append({"name": f"{what}, {names_of(run)[k]}", "passed": True,
-                          "value": value, "bound": bound})
+                          "value": value, "bound": run.max_nmse})
     return gates, trip
 
 
-# --- The merge --------------------------------------------------------------------------
-def merge_tensor(run, output, task):
-    """Merge one tensor into the output. Returns (squared distances, records of transports).
+# --- The merge of a tensor ------------------------------------------------------------
+def merge_tensor(run, task):
+    """Merge one tensor into the output, piece by piece: memory depends neither on the
+    model nor on its largest tensor.
 
+    Returns (squared distances, records of transports), for the report.
     In all an encoded tensor is read four times: for its statistics, by the gate, to be
-    encoded, and for the distances; six times for slerp and with --residual."""
-    def slerp(readers, steps):
-        """The coefficients that the angle between two vectors asks for."""
-        pieces = ([read(*step) for read in readers] for step in steps)
-        return ls.slerp_coefficients(run.lam[0], *ls.inner(pieces))
-
-    if task.why == "tied to another":
-        return {}, []                       # written with that one
-    readers = [partial(run.models[k].read, name) for k, name in task.parents]
-    encoded = task.action == "encoded"
-    plain = run.coefficients(task)          # c_k of raw weights
-    if encoded and run.a.operator == "slerp":
-        plain = slerp(readers, spans(task.numel))
-    transports = []
-    # Where only the target is left, and what the codec loses comes back, it is the target.
-    if not encoded or not run.codecs or run.a.residual and not any(plain[1:]):
-        merged = ls.weight_merge(readers, plain, task)
-    else:
-        target, *sources = parents = run.parents(task)
-        coefficients = plain
-        if run.a.operator == "slerp":
-            steps = spans(target.N, target.per_piece)
-            coefficients = slerp([parent.latents for parent in parents], steps)
-        sources = [ls.as_source(target, source, run.alignment, (*source.seed, 1))
-                   for source in sources]
-        transports = [each for each in sources if isinstance(each, ls.Transport)]
-        merged = ls.ls_merge(target, sources, coefficients, run.a.residual)
-
+    encoded, and for the distances; six times for slerp and with --residual.
+    """
     squares = Counter()
-    for start, piece_L in merged:
+    records = []
+    if task.why == "tied to another":
+        return squares, records             # written with that one
+    entry = task.entry
+    readers = []
+    for k, each in task.parents.items():
+        readers.append(partial(run.models[k].read, each.name))
+    encoded = task.action == "encoded"
+    plain = coefficients_of(run, task, readers, spans(entry.numel))
+    # Only the target is left, and what the codec loses comes back: it is the target.
+    nothing_lost = run.residual and not any(plain[1:])
+    if not encoded or not run.codecs or nothing_lost:
+        pieces = ls.weight_merge(readers, plain, entry)
+        sources = []
+    else:
+        target, *sources = parents_of(run, task)
+        latents = [parent.latents for parent in (target, *sources)]
+        steps = spans(target.N, target.per_piece)
+        coefficients = coefficients_of(run, task, latents, steps)
+        alignment = ls.Alignment(run.align, run.control, run.epsilon)
+        sources = [ls.as_source(target, source, alignment, (*source.seed, 1))
+                   for source in sources]
+        pieces = ls.ls_merge(target, sources, coefficients, run.residual)
+    for start, piece_L in pieces:
         piece_L = piece_L.cpu()
-        for name in (task.name, *task.tied):
-            output.put(name, start, piece_L)
+        for name in (entry.name, *task.tied):
+            run.sink.put(name, start, piece_L)
         if encoded:
             squares.update(distances(run, task, readers, plain, start, piece_L))
-    return squares, [transport.report() for transport in transports]
+    for source in sources:
+        if isinstance(source, ls.Transport):
+            records.append(source.report())
+    return squares, records
+
+
+def coefficients_of(run, task, vectors, steps):
+    """c_k of the parents, z_lambda = sum_k c_k z_k; the same for raw weights.
+
+    A source without a partner leaves its share to the target.
+    vectors: the parents' weights or latents, read in steps: slerp asks for the angle
+    between two of them, over the whole tensor.
+    Example:  lambda 0.3, 0.2 and a tensor that only the second source has: 0.8, 0.2
+    """
+    if run.operator == "slerp" and task.action == "encoded":
+        pieces = ([vector(*step) for vector in vectors] for step in steps)
+        return ls.slerp_coefficients(run.lam[0], *ls.inner(pieces))
+    if run.base and len(task.parents) > 1:
+        return ls.task_coefficients(run.lam)
+    return ls.convex_coefficients([run.lam[k - 1] for k in task.parents if k > 0])
 
 
 def distances(run, task, readers, coefficients, start, piece_L):
-    """Squared distances of a merged piece, by index, to the parents of its shape; by name:
+    """Squared distances of a merged piece, by number, to its parents; by name:
+    norm     of the target to zero
     average  to what --space weight gives
     plain    of that to the target: the difference that was to be merged
-    norm     of the target to zero
-    In float64, as squares of weights may leave float32."""
-    def square(one_L, other_L):
+    Across shapes there is no distance but to the target. Squares add up over pieces and
+    tensors; the report takes the root.
+    """
+    def square(one_L, other_L):         # in float64: it may leave float32
         return (one_L.double() - other_L.double()).square().sum().item()
 
-    raw = {}
-    for (k, _), stats, read in zip(task.parents, task.stats, readers):
-        if stats.shape == task.shape:
-            raw[k] = read(start, start + len(piece_L))
-    squares = {k: square(piece_L, raw_L) for k, raw_L in raw.items()}
+    if run.kind == "cross-shape":
+        readers = readers[:1]
+    raw = [read(start, start + len(piece_L)) for read in readers]
+    squares = {k: square(piece_L, raw_L) for k, raw_L in zip(task.parents, raw)}
     squares["norm"] = square(raw[0], torch.zeros(1))
     if run.kind == "same-shape":
-        average_L = ls.combine(raw.values(), coefficients, task)
+        average_L = ls.combine(raw, coefficients, task.entry)
         squares["average"] = square(piece_L, average_L)
         squares["plain"] = square(raw[0], average_L)
     return squares
 
 
-# --- The report -------------------------------------------------------------------------
+# --- The report -----------------------------------------------------------------------
 def names_of(run):
     """The models' names, without folders: paths mean nothing elsewhere."""
     return [basename(normpath(model.path)) for model in run.models]
 
 
-def recipe(run):
-    """How the result was made, for its header, its card and the report. No time, no path:
-    equal runs give equal bytes."""
-    a = run.a
-    codec = basename(normpath(a.vae or "trained here"))
-    if a.space == "weight":
-        codec = "none"
-    align = a.align
+def facts_of(run):
+    """How the result was made: one dictionary for the header of its file, the card of
+    its folder, the report and the screen. No time, no path: equal runs, equal bytes.
+
+    Example (shortened):  {"kind": "same-shape", "operator": "lerp", "lambda": [0.5],
+                           "codec": "vae.safetensors", "align": "none",
+                           "tensors": {"encoded": 7, "averaged": 5, "copied": 2}}
+    """
+    align = run.align
     if align == "auto":
-        align = "gaussian" if run.kind == "cross-shape" else "none"
-    return {"version": VERSION, "kind": run.kind, "operator": a.operator, "space": a.space,
-            "lambda": run.lam, "codec": codec, "align": align,
-            "control": a.control, "samples": run.samples, "seed": a.seed,
-            "residual": a.residual, "select": a.select}
-
-
-def header(run):
-    """The recipe as text, for the metadata of the result."""
-    return {f"lsmerge.{key}": str(value) for key, value in recipe(run).items()}
-
-
-def make_report(run, gates, trip, results, seconds):
-    """The JSON report. Distances are Frobenius norms over the encoded tensors, over the
-    target's; null where undefined."""
-    squares = Counter()
-    for part, _ in results:
-        squares.update(part)            # adds up
-    far = {}
-    for key, value in squares.items():
-        if 0 < squares["norm"] < math.inf and (key == 0 or run.kind == "same-shape"):
-            far[key] = math.sqrt(value / squares["norm"])
-    count = Counter(task.action for task in run.tasks)
-    weights = Counter()
-    for task in run.tasks:
-        weights[task.action] += task.numel
+        align = "none"
+        if run.kind == "cross-shape":
+            align = "gaussian"
     ratio = None
     if run.codecs:
         ratio = run.codecs[0].vae.config.true_ratio
-    return recipe(run) | {
-        "inputs": names_of(run), "output": basename(normpath(run.a.output)),
-        "ratio": ratio, "roundtrip": trip, "gates": gates, "seconds": seconds,
-        "tensors": {
-            "encoded": count["encoded"], "averaged": count["averaged"],
-            "copied": count["copied"], "total": len(run.tasks),
-            "weights_encoded": weights["encoded"], "weights_total": sum(weights.values())},
+    tensors = Counter(encoded=0, averaged=0, copied=0, total=len(run.tasks))
+    size = 0
+    for task in run.tasks:
+        weights = task.entry.numel
+        tensors[task.action] += 1
+        tensors["weights_total"] += weights
+        tensors["weights_encoded"] += weights * (task.action == "encoded")
+        size += weights * task.entry.dtype.itemsize
+    codec = basename(run.init or run.vae or "none")
+    return {"version": VERSION, "kind": run.kind, "operator": run.operator,
+            "space": run.space, "lambda": run.lam, "codec": codec, "ratio": ratio,
+            "align": align, "control": run.control, "samples": run.samples,
+            "seed": run.seed, "residual": run.residual, "select": run.select,
+            "tensors": dict(tensors), "bytes": size}
+
+
+def make_report(run, gates, trip, results):
+    """The JSON report: the facts, and what was measured.
+
+    distance: Frobenius norms over the encoded tensors, over the target's norm; null
+    where undefined.  to_average: to what --space weight gives.  average_to_target: of
+    that to the target, the difference that was to be merged.
+    Example:  parents 0.27 apart, lambda 0.5: to_target 0.14, to_source [0.14],
+              to_average 6e-4, which is the codec's error
+    """
+    squares = Counter()
+    records = []
+    for part, transports in results:
+        squares.update(part)            # adds up
+        records += transports
+    far = {}
+    for key, value in squares.items():
+        if 0 < squares["norm"] < math.inf:
+            far[key] = math.sqrt(value / squares["norm"])
+    return facts_of(run) | {
+        "inputs": names_of(run), "output": basename(normpath(run.output)),
+        "roundtrip": trip, "gates": gates, "seconds": run.seconds,
         "distance": {
             "to_target": far.get(0), "to_average": far.get("average"),
             "average_to_target": far.get("plain"),
             "to_source": [far.get(k) for k in range(1, len(run.lam) + 1)]},
-        "alignment": [record for _, records in results for record in records],
-        "unpaired": [task.name for task in run.tasks if task.why == "met nobody"]}
+        "alignment": records,
+        "unpaired": [task.entry.name for task in run.tasks if task.why == "met nobody"]}
 
 
-def model_card(run):
-    """README.md of a result folder, in the Hub's format."""
-    lines = ["---", "tags:", "- merge", "- lsmerge", "---", "", "Merged with LS-Merge: "
-             + ", ".join(names_of(run)), "", "| | |", "|---|---|"]
-    lines += [f"| {key} | {value} |" for key, value in recipe(run).items()]
-    return "\n".join([*lines, ""])
+def show(template, facts):
+    """Print facts of the report, their numbers to two digits: by way of JSON, whose
+    reader passes over every number, however deep it stands."""
+    def short(digits):
+        return float(f"{float(digits):.2g}")
+    say(template.format_map(json.loads(json.dumps(facts), parse_float=short)))
 
 
 def print_plan(run):
-    """What is done, for people: counts first, then why tensors are copied."""
-    facts = recipe(run)
-    lam = ", ".join(f"{value:g}" for value in run.lam)
-    size = sum(e.numel * e.dtype.itemsize for e in run.models[0].entries.values())
-    count = Counter(task.action for task in run.tasks)
-    say(f"{run.kind}: {run.a.operator} in {run.a.space} space, lambda {lam or 'none'}, align "
-        f"{facts['align']}, codec {facts['codec']}",
-        f"{count['encoded']} encoded + {count['averaged']} averaged + {count['copied']} "
-        f"copied = {len(run.tasks)} tensors, {size:,} bytes")
-    for why, number in Counter(task.why for task in run.tasks if task.why).items():
-        first = next(task.name for task in run.tasks if task.why == why)
-        say(f"  copied, {why}: {number}, the first is {first}")
+    """What is done, for people; then why tensors are copied."""
+    show("{kind}: {operator} in {space} space, lambda {lambda}, align {align}, "
+         "codec {codec}\n{tensors[encoded]} in {space} space + {tensors[averaged]} "
+         "averaged + {tensors[copied]} copied = {tensors[total]} tensors, {bytes:,} "
+         "bytes", facts_of(run))
+    copied = defaultdict(list)
+    for task in run.tasks:
+        copied[task.why].append(task.entry.name)
+    for why, names in copied.items():
+        if why:
+            say(f"  copied, {why}: {len(names)}, the first is {names[0]}")
 
 
 def print_pairs(run):
     """--dry-run: who meets whom, by the names in the files; then what is copied."""
     for task in sorted(run.tasks, key=lambda task: task.action == "copied"):
-        met = [f"{run.models[k].path}: {there}" for k, there in task.parents[1:]]
-        say(f"  {task.action} {task.name} <- {task.why or ', '.join(met) or 'itself'}")
+        met = []
+        for k, other in task.parents.items():
+            if k > 0:
+                met.append(f"{run.models[k].path}: {other.name}")
+        why = task.why or ", ".join(met) or "itself"
+        say(f"  {task.action} {task.entry.name} <- {why}")
 
 
 def print_report(report):
     """For people: how far the result went."""
-    trip = report["roundtrip"]
-    if trip["nmse"] is not None:
-        say(f"round trip of the target: NMSE {trip['nmse']:.1e}, its worst tensor "
-            f"{trip['worst']['nmse']:.1e}")
-    far = report["distance"]
-    shown = {"the target": far["to_target"],
-             "the same operator on weights": far["to_average"]}
-    for k, value in enumerate(far["to_source"], 1):
-        shown[f"source {k}"] = value
-    said = [f"{value:.2g} to {name}" for name, value in shown.items() if value is not None]
-    say(f"distance, over the target's norm: {', '.join(said)}")
-    ratios = [record["std_ratio"] for record in report["alignment"]]
-    if ratios:
-        say(f"aligned: {len(ratios)} tensors, which now have {min(ratios):.2f} to "
-            f"{max(ratios):.2f} of the target's spread")
-    say("seconds: " + ", ".join(f"{key} {value:.1f}"
-                                for key, value in report["seconds"].items()))
+    if report["ratio"]:
+        show("round trip of the target: NMSE {roundtrip[nmse]}, its worst tensor "
+             "{roundtrip[worst][nmse]}", report)
+    show("distance, over the target's norm: {distance[to_target]} to the target, "
+         "{distance[to_source]} to the sources, {distance[to_average]} to the same "
+         "operator on weights\nseconds: {seconds}", report)
 
 
-def late_warnings(report, run):
-    """What only the result shows: parents too far apart, a codec too coarse."""
+def late_warnings(run, report):
+    """What only the result shows: parents too far apart, a codec too coarse.
+
+    Two parents are at most as far apart as both distances to the result add up to; for
+    a result between them, on their line, exactly so.
+    """
     far = report["distance"]
-    moved = far["to_target"] or 0.0
     warnings = []
-    if run.a.control or not any(run.lam):
-        return warnings
+    if run.control or not any(run.lam) or far["average_to_target"] is None:
+        return warnings                         # there is nothing to compare with
     for k, rest in enumerate(far["to_source"], 1):
-        if moved + (rest or 0.0) > FAR:
-            warnings.append(f"source {k} is {moved + rest:.2f} of the target's norm away. "
+        way = far["to_target"] + (rest or 0.0)
+        if way > FAR:
+            warnings.append(f"source {k} is {way:.2f} of the target's norm away. "
                             f"{HARM}")
-    difference = far["average_to_target"] or 0.0
-    if 0 < difference < (far["to_average"] or 0.0) and run.a.vae != "exact":
+    if 0 < far["average_to_target"] < far["to_average"] and run.vae != "exact":
         warnings.append("the codec's error exceeds the difference that was merged: add "
                         "--residual, or --vae exact")
     return warnings
 
 
-# --- The command line -------------------------------------------------------------------
-def parse(argv):
-    """The arguments: `models` with the base at its end, `lam` a list of numbers or None."""
-    parser = start_parser("merge.py", "Merge checkpoints in latent space.")
-    add = parser.add_argument
-    add("models", nargs="+", metavar="MODEL", help="TARGET, then sources: .safetensors "
-        "files, folders or indexes. TARGET alone is merged with itself")
-    add("-o", "--output", help="the result (merged.safetensors, or merged/ for a folder)")
-    add("--lam", "--lambda", type=lambdas, metavar="L[,L...]", help="weight of each source, 0 to 1; 0 is "
-        "the target's round trip (1/(N+1) each of N; across shapes 0.1 in all)")
-    add("--operator", choices=("lerp", "slerp", "soup", "task-arithmetic"), default="lerp",
-        help="soup: uniform; task-arithmetic: z_target + sum of lambda (z_i - z_base)")
-    add("--base", metavar="MODEL", help="the sources' ancestor, for task arithmetic")
-    add("--space", choices=("latent", "weight"), default="latent",
-        help="weight: the same operator without a codec")
-    add("--samples", type=limited(int, -1, 4097), metavar="K", help="average K posterior draws of each parent "
-        "(8 for TARGET alone, else 0: the mean)")
-    add("--align", choices=("auto", *ot.ALIGNERS), default="auto",
-        help="auto: none for equal shapes, gaussian for others")
-    add("--epsilon", type=limited(float, 0, 1e6), help="Sinkhorn's regularisation, over the largest cost")
-    add("--control", choices=ot.CONTROLS, help="a null control in the sources' place")
-    add("--residual", action="store_true", help="add back what the codec lost")
-    add("--vae", metavar="FILE|exact", help="a trained VAE (the reference VAE); exact: "
-        "LS-Merge is then plain averaging")
-    add("--init", choices=("random",), help="train the paper's VAE on the inputs first")
-    add("--save-vae", metavar="FILE", help="and keep it")
-    add("--source-vae", metavar="FILE", help="a second VAE, for sources of other shapes")
-    add("--max-nmse", type=limited(float, 0, 1e6), help="refuse a codec that loses more (0.001)")
-    add("--roundtrip", action="store_true", help="encode and decode the target only")
-    add("--dry-run", action="store_true", help="print the plan, write nothing")
-    add("--report", metavar="FILE", help="a JSON report")
-    a = parser.read(argv)
-    check_usage(a, parser)
-    if a.base:
-        a.models.append(a.base)
-    if not a.vae and not a.init and a.space == "latent":
-        a.vae = REFERENCE
-    return a
-
-
-def check_usage(a, parser):
-    """What the command line alone decides. A flag that would change nothing is refused, as
-    it shows a wrong expectation.  rules: (it holds, why, flags of no use)"""
-    n = len(a.models) - 1
-    codec = "vae source_vae init save_vae max_nmse samples roundtrip residual dtype device"
-    rules = [
-        (n == 0, "there is no source", "lam align control source_vae operator base space"),
-        (a.roundtrip, "a round trip takes the posterior's mean", "samples"),
-        (a.space == "weight", "there is no codec", codec + " align control epsilon"),
-        (a.operator == "slerp", "slerp takes latents as they are", "align control samples"),
-        (a.operator == "soup", "a soup is uniform", "lam"),
-        (a.operator != "task-arithmetic", "only task arithmetic has a base", "base"),
-        (a.control, "a control replaces what is aligned", "align epsilon"),
-        (a.residual, "what is lost comes back", "max_nmse samples"),
-        (a.init, "--init trains one VAE for all", "vae source_vae"),
-        (not a.init, "no VAE is trained", "save_vae"),
-        (a.align != "sinkhorn", "only Sinkhorn is regularised", "epsilon"),
-        (a.dry_run, "nothing is written", "report save_vae")]
-    for holds, why, names in rules:
-        for name in names.split():
-            if holds and getattr(a, name) != parser.get_default(name):
-                parser.error(f"{why}: drop --{name.replace('_', '-')}")
-    if a.roundtrip and n > 0 or a.operator == "slerp" and n != 1:
-        parser.error("--roundtrip takes TARGET alone, slerp TARGET and one SOURCE")
-    if a.operator == "task-arithmetic" and not a.base:
-        parser.error("task arithmetic needs --base")
-    if a.lam is None:
-        return
-    if len(a.lam) == 1:
-        a.lam = a.lam * n               # one for all
-    if len(a.lam) != n:
-        parser.error(f"--lam has {len(a.lam)} values for {n} sources")
-    try:
-        if a.base:
-            ls.task_coefficients(a.lam)
-        else:
-            ls.convex_coefficients(a.lam)
-    except ValueError as error:
-        parser.error(f"--lam: {error}")
-
-
-def lambdas(value):
-    """The type of --lam: numbers with commas between."""
-    return [float(part) for part in value.split(",")]
-
-
-def limited(kind, low, high):
-    """The type of a number from low to high, both excluded."""
-    def number(value):
-        if not low < kind(value) < high:
-            raise argparse.ArgumentTypeError(f"must be above {low} and below {high}")
-        return kind(value)
-    return number
-
-
+# --- What stands beside the weights ---------------------------------------------------
 # What holds weights, or belongs to a training or an adapter: it stays behind.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf",
            ".onnx", ".onnx_data", ".ot", ".npz", ".index.json", "trainer_state.json",
            "adapter_config.json")
 
 
-def text_of(*path):
-    """The text of a file, or nothing if it is not there."""
-    if not isfile(join(*path)):
-        return ""
-    with open(join(*path), encoding="utf-8", errors="replace") as file:
-        return file.read()
-
-
 def companions(folder):
-    """(files that go along with the weights, files that stay behind), as paths relative to
-    a model's folder. All goes along but weights, states of a training, and sub-folders that
-    are checkpoints of their own; weights too if modules.json names their folder, as
-    sentence-transformers do with parts of a model. The model card is written anew."""
-    modules = text_of(folder, "modules.json")
+    """(files that go along with the weights, files that stay behind), as paths relative
+    to a model's folder. The model card is written anew.
+
+    All goes along but weights, states of a training, and sub-folders that hold weights:
+    they are checkpoints of their own. But a folder whose name begins with a number is a
+    part of the model (sentence-transformers), and goes along with its weights.
+
+    Example:  tokenizer.json               along
+              1_Pooling/config.json        along
+              2_Dense/model.safetensors    along: a part of the model
+              model.safetensors            behind: the result brings its own
+              optimizer.pt                 behind: of a training
+              checkpoint-500/config.json   behind, with the weights beside it
+    """
     along = []
     behind = []
     for where, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name[0] != "."]
-        part = f'"{relpath(where, folder)}"' in modules
-        own = "trainer_state.json" in names or "model_type" in text_of(where, "config.json")
+        sub = relpath(where, folder)
+        part = sub[0].isdigit()
+        own = sub != "." and any(name.endswith(WEIGHTS) for name in names)
         for name in sorted(names):
-            path = relpath(join(where, name), folder)
-            if not part and (name.endswith(WEIGHTS) or own and where != folder):
+            path = normpath(join(sub, name))
+            if not part and (own or name.endswith(WEIGHTS)):
                 behind.append(path)
             elif name[0] != "." and path != "README.md":
                 along.append(path)
     return along, behind
 
 
-def check_outputs(a, models, codecs):
-    """The files that go into a result folder, or None: the result is a file. All outputs
-    are checked before any work."""
-    target = models[0]
-    others = [file for each in (*models, *codecs) for file in each.files]
-    along = None
+def check_outputs(run):
+    """Decide where the result goes, and what goes along. All outputs are checked before
+    any work."""
+    target = run.models[0]
+    inputs = []
+    for each in (*run.models, *run.codecs):
+        inputs += each.files
+    run.along = None
     inside = None
-    if target.folder and not (a.output or "").endswith(".safetensors"):
-        along, behind = companions(target.folder)
-        inside = ["model.safetensors", "README.md", *along]
-        behind = [path for path in behind if join(target.folder, path) not in others]
-        if behind:
-            say(f"not taken along: {', '.join(behind)}")
-    a.output = a.output or ("merged.safetensors" if along is None else "merged")
-    need(along is not None or not a.output.endswith(os.sep), a.output, "is a folder's name, "
-         f"and {target.path} is a file", "give -o the name of a file")
-    for flag, path in (("-o", a.output), ("--save-vae", a.save_vae), ("--report", a.report)):
-        if path and not a.dry_run:
-            check_output(path, others, a.force, flag, inside if flag == "-o" else None)
-            others.append(path)
-    folder = dirname(abspath(a.output))
-    for left in glob.glob(join(glob.escape(folder), ".lsmerge-*")):
-        say(f"note: {left} is of process {left.split('-')[-2]}: delete it once that has ended")
-    return along
-
-
-@contextlib.contextmanager
-def open_output(run, along):
-    """The result, open for writing. Under torchrun the first process makes it, and all fill
-    it."""
-    entries = run.models[0].entries.values()
-    if rank_and_size()[0] > 0:
-        output = Output(gather(None)[0])
-        yield output
-        gather(output.written)
+    name = "merged.safetensors"
+    if target.folder and not (run.output or "").endswith(".safetensors"):
+        run.along, behind = companions(target.folder)
+        inside = ["model.safetensors", "README.md", *run.along]
+        name = "merged"
+        behind = [path for path in behind if join(target.folder, path) not in inputs]
+        say(f"{len(run.along)} companions; not taken along: "
+            f"{', '.join(behind) or 'none'}")
+    run.output = run.output or name
+    if run.dry_run:
         return
-    is_folder = along is not None
-    with create(run.a.output, entries, header(run), is_folder, run.a.force) as output:
-        gather(output.path)             # the others wait for it
-        folder = dirname(output.path)
-        for file in along or []:
-            os.makedirs(dirname(join(folder, file)), exist_ok=True)
-            shutil.copyfile(join(run.models[0].folder, file), join(folder, file))
-        if is_folder:
-            with open(join(folder, "README.md"), "w", encoding="utf-8",
-                      errors="backslashreplace") as card:
-                card.write(model_card(run))
-        yield output
-        output.written = sum(gather(output.written), [])
+    check_output(run.output, inputs, run.force, "-o", inside)
+    for flag, path in (("--save-vae", run.save_vae), ("--report", run.report)):
+        if path:
+            inputs.append(run.output)
+            check_output(path, inputs, run.force, flag)
+    litter = join(glob.escape(dirname(realpath(run.output))), ".lsmerge-*")
+    for left in glob.glob(litter):
+        say(f"note: {left}: unfinished; delete it once the process of that number has "
+            "ended")
 
 
-def merge(run, along):
-    """Statistics, codec, gate, merge: the report. The output is opened only when nothing
-    can be refused any more."""
-    clock = [time.perf_counter()]
-    run = replace(run, tasks=parallel_map(partial(measure_task, run.models), run, "read"))
-    clock.append(time.perf_counter())
-    if run.a.init:
-        run = replace(run, codecs=train_codec(run))
-    gates, trip = check_codec(run)
-    clock.append(time.perf_counter())
-    with open_output(run, along) as output:
-        results = parallel_map(partial(merge_tensor, run, output), run, "merge")
-    clock.append(time.perf_counter())
-    seconds = {"read": clock[1] - clock[0], "codec": clock[2] - clock[1],
-               "merge": clock[3] - clock[2]}
-    return make_report(run, gates, trip, results, seconds)
-
-
-def main(argv=None):
-    a = parse(argv)
-    codecs = load_codecs(a)
-    models = [Checkpoint(path) for path in a.models]
-    for model in models:
-        single = join(model.folder or "", "model.safetensors")
-        if model.folder and isfile(single) and single not in model.files:
-            say(f"note: {model.path} is read by its index, without its model.safetensors")
-    along = check_outputs(a, models, codecs)
-    run, warnings = plan_run(a, models, codecs)
-    for warning in warnings:
-        say(f"warning: {warning}", stream=sys.stderr)
-    if a.dry_run:
-        print_plan(run)
-        print_pairs(run)
+def put_companions(run, folder):
+    """What a result folder holds beside the weights, and a model card in the Hub's
+    format. JSON escapes what is no plain text in a name."""
+    if run.along is None:
         return
-    report = merge(run, along)
-    if rank_and_size()[0] > 0:
-        return                          # under torchrun the first process speaks for all
-    if a.report:
-        with appear(a.report, a.force) as path, open(path, "w") as file:
-            json.dump(report, file, indent=1, allow_nan=False)
-    print_plan(run)
-    print_report(report)
-    say(f"wrote {a.output}" + f" and {len(along or [])} companions" * bool(along))
-    for warning in warnings + late_warnings(report, run):       # again, as the last lines
-        say(f"warning: {warning}", stream=sys.stderr)
+    for file in run.along:
+        os.makedirs(dirname(join(folder, file)), exist_ok=True)
+        shutil.copyfile(join(run.models[0].folder, file), join(folder, file))
+    facts = json.dumps(facts_of(run) | {"inputs": names_of(run)}, indent=1)
+    with open(join(folder, "README.md"), "w") as card:
+        card.write(f"---\ntags: [merge, lsmerge]\n---\nMerged with LS-Merge:\n\n"
+                   f"```json\n{facts}\n```\n")
 
 
+# --- The command line -----------------------------------------------------------------
+def parse(argv):
+    """The namespace `run`: the flags; `paths` with the base at its end; `lam` a list of
+    numbers, or None where the plan decides."""
+    parser = start_parser("merge.py", "Merge checkpoints in latent space.")
+    add = parser.add_argument
+    add("paths", nargs="+", metavar="MODEL", help="TARGET, then sources: .safetensors "
+        "files, folders or indexes. TARGET alone is merged with itself")
+    add("-o", "--output", help="the result (merged.safetensors; of a folder merged/)")
+    add("--lam", "--lambda", type=numbers, metavar="L[,L...]", help="weight of each "
+        "source, 0 to 1; 0: the target's round trip (1/(N+1) each of N; across shapes "
+        "0.1 in all)")
+    add("--operator", choices=("lerp", "slerp", "soup", "task-arithmetic"),
+        default="lerp", help="soup: uniform; task-arithmetic: z_target + sum of lambda "
+        "(z_i - z_base)")
+    add("--base", metavar="MODEL", help="the sources' ancestor, for task arithmetic")
+    add("--space", choices=("latent", "weight"), default="latent",
+        help="weight: the same operator without a codec")
+    add("--samples", type=int, metavar="K", help="average K posterior draws of each "
+        f"parent ({SAMPLES} for TARGET alone, else 0: the mean)")
+    add("--align", choices=("auto", *ot.ALIGNERS), default="auto",
+        help="auto: none for equal shapes, gaussian for others")
+    add("--epsilon", type=float, default=ot.EPSILON,
+        help="Sinkhorn's regularisation, over the largest cost")
+    add("--control", choices=ot.CONTROLS, help="a null control in the sources' place")
+    add("--residual", action="store_true", help="add back what the codec lost")
+    add("--vae", metavar="FILE|exact", help="a trained VAE (the reference VAE); exact: "
+        "LS-Merge is then plain averaging")
+    add("--init", choices=("random",), help="train the paper's VAE on the inputs first")
+    add("--save-vae", metavar="FILE", help="and keep it")
+    add("--source-vae", metavar="FILE", help="a VAE for sources of other shapes")
+    add("--max-nmse", type=float, default=MAX_NMSE, help="refuse a lossier codec")
+    add("--roundtrip", action="store_true", help="encode and decode the target only")
+    add("--dry-run", action="store_true", help="print the plan, write nothing")
+    add("--report", metavar="FILE", help="a JSON report")
+    run = parser.read(argv)
+    check_usage(run, parser)
+    if run.samples is None:
+        run.samples = 0
+        if len(run.paths) == 1 and not run.roundtrip:
+            run.samples = SAMPLES
+    if run.base:
+        run.paths.append(run.base)
+    if not run.vae and not run.init and run.space == "latent":
+        run.vae = REFERENCE
+    run.seconds = {}
+    return run
+
+
+def numbers(value):
+    """The type of --lam: numbers with commas between."""
+    return [float(part) for part in value.split(",")]
+
+
+def check_usage(run, parser):
+    """What the command line alone decides. A flag that would change nothing is refused,
+    as it shows a wrong expectation.  rules: (it holds, why, flags of no use)"""
+    n = len(run.paths) - 1
+    codec = ("vae source-vae init save-vae max-nmse samples roundtrip residual dtype "
+             "device align control epsilon")
+    operator = run.operator
+    rules = [
+        (n == 0, "there is no source",
+         "lam align control source-vae operator base space"),
+        (run.roundtrip, "a round trip takes the posterior's mean", "samples"),
+        (run.space == "weight", "there is no codec", codec),
+        (operator == "slerp", "slerp takes latents as they are",
+         "align control samples"),
+        (operator == "soup", "a soup is uniform", "lam"),
+        (operator != "task-arithmetic", "only task arithmetic has a base", "base"),
+        (run.control, "a control replaces what is aligned", "align epsilon"),
+        (run.residual, "what is lost comes back", "max-nmse samples"),
+        (run.init, "--init trains one VAE for all", "vae source-vae"),
+        (not run.init, "no VAE is trained", "save-vae"),
+        (run.align != "sinkhorn", "only Sinkhorn is regularised", "epsilon"),
+        (run.dry_run, "nothing is written", "report save-vae")]
+    for holds, why, flags in rules:
+        for flag in flags.split():
+            name = flag.replace("-", "_")
+            if holds and getattr(run, name) != parser.get_default(name):
+                parser.error(f"{why}: drop --{flag}")
+    # So put, NaN is refused, too.
+    if not (0 < run.epsilon < math.inf and 0 < run.max_nmse < math.inf):
+        parser.error("--epsilon and --max-nmse must be above 0, and finite")
+    if not (0 <= (run.samples or 0) <= 4096 and 0 <= run.seed < 2 ** 32):
+        parser.error("--samples must be from 0 to 4096, --seed from 0 to 2^32 - 1")
+    if run.roundtrip and n > 0 or operator == "slerp" and n != 1:
+        parser.error("--roundtrip takes TARGET alone, slerp TARGET and one SOURCE")
+    if operator == "task-arithmetic" and not run.base:
+        parser.error("task arithmetic needs --base")
+    if run.lam is None:
+        return
+    if len(run.lam) == 1:
+        run.lam = run.lam * n           # one for all
+    if len(run.lam) != n:
+        parser.error(f"--lam has {len(run.lam)} values for {n} sources")
+    coefficients = ls.convex_coefficients
+    if run.base:
+        coefficients = ls.task_coefficients
+    try:
+        coefficients(run.lam)
+    except ValueError as error:
+        parser.error(f"--lam: {error}")
+
+
+# --- From Python ----------------------------------------------------------------------
 def merge_state_dicts(target, *sources, **flags):
-    """What the command does, for state dicts: {name: tensor}, all of them new, by way of
-    temporary files. Flags by their names; what the command prints is not printed.
-    Example:  merge_state_dicts(a, b, lam=0.3, vae="exact")"""
+    """What the command does, for state dicts: {name: tensor}, all of them new, by way
+    of temporary files. Flags by their names; what the command prints is not printed.
+    Example:  merge_state_dicts(a, b, lam=0.3, vae="exact")
+    """
     with tempfile.TemporaryDirectory() as folder:
-        paths = []
-        for tensors in (target, *sources):
-            paths.append(join(folder, f"{len(paths)}.safetensors"))
-            write_tensors(paths[-1], tensors, {})
-        argv = [*paths, "--quiet", f"--output={folder}/merged.safetensors"]
-        argv += [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+        argv = ["--quiet", f"--output={folder}/merged.safetensors"]
+        for name, value in flags.items():
+            argv.append(f"--{name.replace('_', '-')}={value}")
+        for k, tensors in enumerate((target, *sources)):
+            argv.append(join(folder, f"{k}.safetensors"))
+            write_tensors(argv[-1], tensors, {})
         with contextlib.redirect_stdout(io.StringIO()):
             main(argv)
         merged = Checkpoint(join(folder, "merged.safetensors"))

@@ -1,131 +1,102 @@
 """Merging in weight space: the baselines that the tables hold latent merging against.
 
-In:    state dicts, name -> tensor, on the CPU: equal names and shapes, as sources of one
-       architecture have them.
-Out:   a state dict in the order of the first: every float tensor (embeddings and norms too) merged,
-       in float64; whatever is no float is the first one's. `as_stored` makes the one rounding to
-       the stored types. Nothing is changed in place.
+In:    state dicts, name -> tensor, on the CPU: equal names and shapes, as sources of
+       one architecture have them.
+Out:   a state dict in the order of the first: every float tensor (embeddings and norms
+       too) merged, in float64; whatever is no float is the first one's. Nothing is
+       changed in place.
 Paper: Sec. 4, Tables 3 and 4. delta_i = W_i - W_base is the task vector of model i.
     soup             Wortsman et al. 2022, "Model soups", Recipe 1:  W = mean_i W_i
-    task_arithmetic  Ilharco et al. 2023, "Editing models with task arithmetic":
-                     W = W_base + lam sum_i delta_i
-    slerp            Shoemake 1985:  (sin((1 - t) theta) a + sin(t theta) b) / sin theta, theta the
-                     angle between a and b
-    ties             Yadav et al. 2023, "TIES-Merging", Algorithm 1:  W = W_base + lam tau, tau from
-                     trim, elect, merge
+    ties             Yadav et al. 2023, "TIES-Merging", Algorithm 1:  W = W_base + lam
+                     tau, tau from trim, elect, merge
     dare, dare_ties  Yu et al. 2023, "Language Models are Super Mario":
                      delta^ = m delta / (1 - p), m ~ Bernoulli(1 - p)
-    noise_average    ours: the control of self-merging, which averages k samples around one model
-differs: TIES. The authors' code breaks a drawn election by the majority of all elected signs; here,
-       as Algorithm 1 reads, a draw leaves the base. mergekit trims each tensor to the same density,
-       so that a tensor which fine-tuning hardly moved keeps as large a share as one it changed;
-       here, as in the paper, one threshold holds for the whole model.
-differs: DARE-TIES. Dropping takes the place of trimming, as in mergekit (which then adds where we
-       average, as TIES does).
-Left out on purpose: weights per layer, what needs data (AIM, Fisher); which models to keep
-       (greedy_soup.py). Previous: scores.py. Next: grid.py.
+    noise_average    ours: the control of self-merging, which averages k samples around
+                     one model
+differs: TIES. The authors' code breaks a drawn election by the majority of all elected
+       signs; here, as Algorithm 1 reads, a draw leaves the base. mergekit trims each
+       tensor to the same density, so that a tensor which fine-tuning hardly moved keeps
+       as large a share as one it changed; here, as in the paper, one threshold holds
+       for the whole model.
+differs: DARE-TIES. Dropping takes the place of trimming, as in mergekit (which then
+       adds where we average, as TIES does).
+Left out on purpose: lerp, slerp and task arithmetic of weights (merge.py --space
+       weight); weights per layer, what needs data (AIM, Fisher). Previous: scores.py.
+       Next: grid.py.
 """
 import math
 
 import torch
 
-from lsmerge import combine, convex_coefficients
 
-PARALLEL = 1e-6     # sine of an angle so small that slerp and lerp agree to 1e-12 (at 0: 0 / 0)
-
-
-# --- What all share -------------------------------------------------------------------------------
+# --- What all share -------------------------------------------------------------------
 def float_names(models):
     """Names of the float tensors, in the first model's order.
-    Raises ValueError, naming the tensor, unless all models agree in names, shapes and in what is a
-    float, and all values are finite (an election would silently drop a NaN)."""
+
+    Raises ValueError, naming the tensor, unless all models agree in names, shapes and
+    in what is a float, and all values are finite (an election would silently drop a
+    NaN)."""
     if not models:
         raise ValueError("no models: give at least one")
     first = models[0]
     for number, model in enumerate(models):
-        for name in [*first, *model]:
-            if name not in model or name not in first:
-                raise ValueError(f"{name}: not in model {number if name in first else 0}; "
-                                 "merge models of one architecture")
-            theirs, own = model[name], first[name]
-            agree = theirs.is_floating_point() == own.is_floating_point()   # float types may differ
+        for name in first:
+            if name not in model:
+                raise ValueError(f"{name}: not in model {number}; merge models of one "
+                                 "architecture")
+        for name, theirs in model.items():
+            if name not in first:
+                raise ValueError(f"{name}: not in model 0; merge models of one "
+                                 "architecture")
+            own = first[name]
+            # Float types may differ.
+            agree = theirs.is_floating_point() == own.is_floating_point()
             if theirs.shape != own.shape or not agree:
-                raise ValueError(f"{name}: {theirs.dtype} {tuple(theirs.shape)} in model {number}, "
-                                 f"{own.dtype} {tuple(own.shape)} in model 0")
+                raise ValueError(f"{name}: {theirs.dtype} {tuple(theirs.shape)} in "
+                                 f"model {number}, {own.dtype} {tuple(own.shape)} in "
+                                 "model 0")
             if not torch.isfinite(theirs).all():
                 raise ValueError(f"{name}: not finite in model {number}")
     return [name for name in first if first[name].is_floating_point()]
 
 
 def task_vectors(base, models):
-    """[{name: W_i - W_base}] of the float tensors, float64. Errors as float_names; the base is
-    model 0."""
+    """[{name: W_i - W_base}] of the float tensors, float64. Errors as float_names; the
+    base is model 0."""
     if not models:
         raise ValueError("no models: give at least one besides the base")
-    names, deltas = float_names([base, *models]), []
+    names = float_names([base, *models])
+    deltas = []
     for model in models:
-        deltas.append({name: model[name].double() - base[name].double() for name in names})
+        delta = {}
+        for name in names:
+            delta[name] = model[name].double() - base[name].double()
+        deltas.append(delta)
     return deltas
 
 
 def plus(base, update, lam=1.0):
-    """base + lam update in float64 where there is an update; the rest of base as it is."""
-    return {name: w.double() + lam * update[name] if name in update else w
-            for name, w in base.items()}
+    """base + lam update in float64 where there is an update; the rest of base as it
+    is."""
+    moved = dict(base)
+    for name, change in update.items():
+        moved[name] = base[name].double() + lam * change
+    return moved
 
 
-def as_stored(tensors, like):
-    """Round once to the types of `like`.  Raises ValueError, naming the tensor, if a value does not
-    fit: no Inf in a model."""
-    stored = {name: w.to(like[name].dtype) for name, w in tensors.items()}
-    for name, w in stored.items():
-        if not torch.isfinite(w).all():
-            raise ValueError(f"{name}: {tensors[name].abs().max():.3g} does not fit {w.dtype}; "
-                             "lower lam or the weights")
-    return stored
-
-
-# --- Averages and sums ----------------------------------------------------------------------------
 def soup(models):
     """The uniform soup, mean_i W_i. Errors as float_names."""
-    names, merged = float_names(models), dict(models[0])
-    for name in names:
-        parts = [model[name].double() for model in models]
-        merged[name] = combine(parts, [1 / len(models)] * len(models))
+    merged = dict(models[0]) if models else {}
+    for name in float_names(models):
+        merged[name] = sum(model[name].double() for model in models) / len(models)
     return merged
 
 
-def task_arithmetic(base, models, lam=1.0):
-    """W_base + lam sum_i delta_i; lam = 1 / N is the soup. Errors as task_vectors."""
-    deltas = task_vectors(base, models)
-    return plus(base, {name: sum(delta[name] for delta in deltas) for name in deltas[0]}, lam)
-
-
-def slerp(a, b, t):
-    """Each tensor as one vector along the arc from a (t = 0) to b (t = 1); lerp where the two are
-    parallel, opposed or zero. Norms may differ.
-    differs: mergekit goes over to lerp below 1.8 degrees, where fine-tuned tensors may lie; float64
-             has digits for far less.
-    Raises ValueError if t is outside [0, 1], else as float_names.
-    """
-    line, merged = convex_coefficients([t]), {}
-    for name in float_names([a, b]):
-        v_a, v_b = a[name].double(), b[name].double()
-        u_a, u_b = v_a / v_a.norm(), v_b / v_b.norm()
-        # acos of the product is blind to small angles.
-        theta = 2 * math.atan2((u_a - u_b).norm(), (u_a + u_b).norm())
-        weights = line
-        if math.sin(theta) > PARALLEL:                      # never for NaN: a zero has no direction
-            weights = [math.sin(w * theta) / math.sin(theta) for w in line]
-        merged[name] = combine([v_a, v_b], weights)
-    return {**a, **merged}
-
-
-# --- Sparse task vectors --------------------------------------------------------------------------
+# --- Sparse task vectors --------------------------------------------------------------
 def trim(delta, density):
-    """Zero all but the share `density` of one model's entries, the largest of the whole model by
-    magnitude. At least one stays, and all that equal the smallest one kept: no order among tensors
-    decides."""
+    """Zero all but the share `density` of one model's entries, the largest of the whole
+    model by magnitude. At least one stays, and all that equal the smallest one kept: no
+    order among tensors decides."""
     magnitudes_L = torch.cat([w.abs().flatten() for w in delta.values()])
     keep = max(1, round(density * len(magnitudes_L)))
     threshold = magnitudes_L.kthvalue(len(magnitudes_L) - keep + 1).values
@@ -133,22 +104,24 @@ def trim(delta, density):
 
 
 def elect_and_merge(deltas):
-    """The sign of larger total magnitude wins an entry: the mean of those who have it, 0 after a
-    draw or if nobody moved it."""
+    """The sign of larger total magnitude wins an entry: the mean of those who have it,
+    0 after a draw or if nobody moved it."""
     merged = {}
     for name in deltas[0]:
         parts = torch.stack([delta[name] for delta in deltas])      # (N, *shape)
-        agrees = parts.sign() == parts.sum(0).sign()                # after a draw: zeros, if any
-        voters = agrees.sum(0).clamp(min=1)                         # else 0 / 0 where nobody voted
+        agrees = parts.sign() == parts.sum(0).sign()    # after a draw: zeros, if any
+        voters = agrees.sum(0).clamp(min=1)             # 0 / 0 where nobody voted
         merged[name] = (parts * agrees).sum(0) / voters
     return merged
 
 
 def ties(base, models, density=0.2, lam=1.0):
-    """W_base + lam tau:  trim each task vector to its largest entries, elect signs, average those
-    that agree.
-    density: of a model's entries, over all float tensors; the paper's, without validation data: 0.2
-             and lam = 1.
+    """W_base + lam tau:  trim each task vector to its largest entries, elect signs,
+    average those that agree.
+
+    density: of a model's entries, over all float tensors; the paper's, without
+             validation
+             data: 0.2 and lam = 1.
     Raises ValueError if density is outside (0, 1], else as task_vectors.
     """
     if not 0 < density <= 1:
@@ -158,45 +131,48 @@ def ties(base, models, density=0.2, lam=1.0):
 
 
 def drop(deltas, p, generator):
-    """m delta / (1 - p): each entry stays with probability 1 - p, and the mean over draws is delta.
-    A seed settles it: models are drawn in their order, tensors in the base's.
-    Raises ValueError if p is outside [0, 1)."""
+    """m delta / (1 - p): each entry stays with probability 1 - p, and the mean over
+    draws is delta. A seed settles it: models are drawn in their order, tensors in the
+    base's. Raises ValueError if p is outside [0, 1)."""
     if not 0 <= p < 1:
         raise ValueError(f"p {p} must lie in [0, 1)")
     dropped = []
     for delta in deltas:
-        dropped.append({})
+        kept = {}
         for name, w in delta.items():
             stays = torch.rand(w.shape, generator=generator, dtype=w.dtype) >= p
-            dropped[-1][name] = w * stays / (1 - p)
+            kept[name] = w * stays / (1 - p)
+        dropped.append(kept)
     return dropped
 
 
-def dare(base, models, p=0.9, weights=None, *, generator):
-    """W_base + sum_i w_i delta^_i, entries dropped with probability p; its mean over draws is that
-    of p = 0.
-    weights: one per model (task arithmetic); None: 1 / N each, the soup of the dropped models.
-    Raises ValueError if p is outside [0, 1) or the weights are not as many as the models, else as
-    task_vectors.
+def dare(base, models, p=0.9, lam=None, *, generator):
+    """W_base + lam sum_i delta^_i, entries dropped with probability p; its mean over
+    draws is that of p = 0.
+
+    lam: None: 1 / N, the soup of the dropped models.
+    Raises ValueError if p is outside [0, 1), else as task_vectors.
     """
     deltas = drop(task_vectors(base, models), p, generator)
-    weights = [1 / len(models)] * len(models) if weights is None else weights
-    if len(weights) != len(models):
-        raise ValueError(f"{len(weights)} weights for {len(models)} models: give one each")
-    update = {name: combine([delta[name] for delta in deltas], weights) for name in deltas[0]}
-    return plus(base, update)
+    if lam is None:
+        lam = 1 / len(models)
+    update = {name: sum(delta[name] for delta in deltas) for name in deltas[0]}
+    return plus(base, update, lam)
 
 
 def dare_ties(base, models, p=0.9, lam=1.0, *, generator):
-    """W_base + lam tau, where dropping takes the place of TIES' trimming. Errors as dare.
-    Not unbiased: the mean runs over those whose entry survived, so that N equal task vectors give
-    delta (1 - p^N) / (1 - p) in the mean, 1.9 delta for N = 2 at p = 0.9. lam is to be chosen with
-    that in mind.
+    """W_base + lam tau, where dropping takes the place of TIES' trimming. Errors as
+    dare.
+
+    Not unbiased: the mean runs over those whose entry survived, so that N equal task
+    vectors give delta (1 - p^N) / (1 - p) in the mean, 1.9 delta for N = 2 at p = 0.9.
+    lam is to be chosen with that in mind.
     """
-    return plus(base, elect_and_merge(drop(task_vectors(base, models), p, generator)), lam)
+    dropped = drop(task_vectors(base, models), p, generator)
+    return plus(base, elect_and_merge(dropped), lam)
 
 
-# --- The control of self-merging ------------------------------------------------------------------
+# --- The control of self-merging ------------------------------------------------------
 def noise(w, relative, generator):
     """A random direction, `relative` times as long as the tensor."""
     g = torch.randn(w.shape, generator=generator, dtype=torch.float64)
@@ -204,11 +180,13 @@ def noise(w, relative, generator):
 
 
 def noise_average(model, k, relative, generator):
-    """The mean of k copies of a model, each tensor moved by `relative` times its norm in a random
-    direction: in all, by about relative / sqrt(k).
-    Raises ValueError if k < 1 or relative is negative or not finite, else as float_names."""
+    """The mean of k copies of a model, each tensor moved by `relative` times its norm
+    in a random direction: in all, by about relative / sqrt(k). Raises ValueError if k <
+    1 or relative is negative or not finite, else as float_names."""
     if k < 1 or not 0 <= relative < math.inf:
-        raise ValueError(f"k {k} must be at least 1, relative {relative} finite and not negative")
-    moves = {name: sum(noise(model[name], relative, generator) for _ in range(k)) / k
-             for name in float_names([model])}
+        raise ValueError(f"k {k} must be at least 1, relative {relative} finite and at "
+                         "least 0")
+    moves = {}
+    for name in float_names([model]):
+        moves[name] = sum(noise(model[name], relative, generator) for _ in range(k)) / k
     return plus(model, moves)

@@ -14,7 +14,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import chunking
-from vae import VAE
+from vae import VAE, generator_for
+
+MODELS = Path(__file__).resolve().parent / "models"
 
 SPREAD = 0.02               # standard deviation of the weights, as of a new Llama
 NOISE = 0.005               # of what the second model of a pair has on top of the first
@@ -56,7 +58,8 @@ def qwen2_shapes(config):
 
 def write_model(path, shapes, seed, noise_seed=None):
     """A file of N(0, SPREAD^2) weights, with `noise_seed` plus N(0, NOISE^2); returns entries."""
-    entries = [chunking.Entry(name, torch.bfloat16, shape, "", 0) for name, shape in shapes.items()]
+    entries = [chunking.Entry(name, torch.bfloat16, shape, place=chunking.parse_name(name))
+               for name, shape in shapes.items()]
     with chunking.create(path, entries) as output:
         for number, entry in enumerate(entries):
             draws = torch.Generator().manual_seed(1000 * seed + number)
@@ -96,9 +99,9 @@ def qwen2_pair(folder, **changes):
 
 def full_network(config):
     """A VAE in which every block computes, as after a training; its branches are small, so that it
-    still carries weights. (As built, the branches are zero, and passed over.)"""
-    vae, generator = VAE(config, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
+    still carries weights."""
+    vae = VAE(config).start(generator_for(0))
     for block in [*vae.encoder, *vae.decoder]:
         for last in (block.out, block.down):
-            torch.nn.init.normal_(last.weight, std=1e-3, generator=generator)
+            torch.nn.init.normal_(last.weight, std=1e-3, generator=generator_for(1))
     return vae

@@ -5,9 +5,9 @@
 In:    a family the codec is fitted on (code, prose), and what it has never seen: another expert of
        the same base (arithmetic), another seed (base-seed2), another size (large).
 Out:   per compression ratio r, checkpoint and method: NMSE (squared relative error), bits per byte
-       of the decoded model, the paired difference to the model as it was; one record each.
+       of the decoded model, the paired difference to the model as it was; one row each.
 
-       VAE               as train.py makes it, warm start and curriculum; one row per seed
+       VAE               from the principal directions, then stage 2; one row for all seeds
        PCA               the best linear code of C weights into C / r numbers, fitted on the family
        PCA of its own    the same, fitted on the checkpoint itself: the best that one basis can do
        PCA, c = 1024     chunks as long as a window: has as many numbers as the family has weights
@@ -16,13 +16,10 @@ Out:   per compression ratio r, checkpoint and method: NMSE (squared relative er
        Beside r the white-noise line 1 - 1/r, what PCA would lose if weights were noise, and the
        effective ratio, weights / (latent numbers + the codec's own numbers).
 Paper: Sec. 5.4, Table 7 (a VAE of Gemma-3-4B on other models), Table 8 (beside PCA).
-ours:  one neck for all tensors. The records of commit 7a067b4 are of a VAE with a neck of its own
-       per tensor (`VAEConfig.necks`), which kept more of the family than PCA at every r > 1, and
-       cannot be run any more.
 Previous: merging_tables.py. Next: curriculum.py.
 """
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +29,8 @@ from tqdm import tqdm
 from chunking import Checkpoint, chunk, is_selected, measure, standardise, unstandardise
 from evaluate import DOMAINS
 from lsmerge import Codec
-from scores import QUICK, difference, machine, pooled, score, stacked, summary
+from records import machine
+from scores import QUICK, difference, pooled, score, stacked, summary
 from train import Schedule, train_vae
 from vae import VAEConfig
 
@@ -41,10 +39,13 @@ UNSEEN = ("arithmetic", "base-seed2", "large")
 # 64 / 63: one number less per chunk, the least that compresses.
 RATIOS = (0.5, 1.0, 64 / 63, 1.25, 1.6, 2.0, 4.0)
 LONG = 1024                                             # weights in a window
-# The paper's MMLU (%), for orientation: Table 8, Gemma-3-1B, 41.44 before; Table 7, the same model
-# by a VAE of another, 40.76 before.
-PAPER = {"8": {1.6: "PCA 25.5, VAE 39.9", 2.0: "PCA 24.1, VAE 39.8", 4.0: "PCA 24.1, VAE 39.8"},
-         "7": {1.6: "VAE 40.0", 4.0: "VAE 25.0"}}
+# Stage 1 has nothing to learn: the streams of this start are exact.
+SCHEDULE = Schedule(steps1=0)
+
+
+def config_of(ratio):
+    """The best start there is for a code that compresses: PCA's."""
+    return VAEConfig(ratio=ratio, init="pca")
 
 
 @dataclass(frozen=True)
@@ -52,41 +53,46 @@ class Model:
     """A checkpoint with the statistics of its encoded tensors."""
     name: str
     file: Checkpoint
-    slots: list
+    stats: list
 
     @classmethod
     def open(cls, path):
         file = Checkpoint(path)
-        chosen = [entry.name for entry in file.entries.values() if is_selected(entry)]
-        return cls(Path(path).resolve().stem, file, [measure(file, name) for name in chosen])
+        chosen = filter(is_selected, file.entries.values())
+        return cls(Path(path).resolve().stem, file, [measure(file, e.name) for e in chosen])
 
     @property
     def parent(self):
-        return self.file, self.slots
+        return self.file, self.stats
 
     @property
     def weights(self):
-        return sum(slot.numel for slot in self.slots)
+        return sum(stats.numel for stats in self.stats)
 
     def tensors(self):
         return {name: self.file.read_tensor(name) for name in self.file.entries}
 
-    def chunks(self, C):
-        """All chunks of all encoded tensors, standardised, (N, C) float64; padding as zeros, as the
-        codec sees it."""
-        parts = [standardise(self.file.read(slot.name), slot) for slot in self.slots]
-        return torch.cat([chunk(part, C)[0] for part in parts]).double()
+    def chunks(self, C, every=1):
+        """All chunks of all encoded tensors, standardised, (N, C) float64, or one in `every` of
+        each tensor; padding as zeros, as the codec sees it."""
+        parts = []
+        for stats in self.stats:
+            x_L = standardise(self.file.read(stats.name), stats)
+            parts.append(chunk(x_L, C)[0][::every].double())
+        return torch.cat(parts)
 
     def rebuilt(self, way):
         """(tensors, NMSE, NMSE per tensor) after each encoded tensor went `way`, a function
-        (its weights in float64, slot) -> others."""
-        tensors, errors = self.tensors(), {}
-        for slot in self.slots:
-            weights_L = self.file.read(slot.name).double()
-            decoded_L = way(weights_L, slot).double()
-            errors[slot.name] = ((decoded_L - weights_L) / slot.scale).square().mean().item()
-            tensors[slot.name] = decoded_L.to(slot.dtype).reshape(slot.shape)
-        nmse = sum(errors[slot.name] * slot.numel for slot in self.slots) / self.weights
+        (its weights in float64, stats) -> others."""
+        tensors = self.tensors()
+        errors = {}
+        for stats in self.stats:
+            weights_L = self.file.read(stats.name).double()
+            decoded_L = way(weights_L, stats).double()
+            error_L = (decoded_L - weights_L) / stats.scale
+            errors[stats.name] = error_L.square().mean().item()
+            tensors[stats.name] = decoded_L.to(stats.dtype).reshape(stats.shape)
+        nmse = sum(errors[stats.name] * stats.numel for stats in self.stats) / self.weights
         return tensors, nmse, errors
 
 
@@ -97,86 +103,99 @@ def pca(fit_NC, Z):
     return mean_C, torch.linalg.eigh(spread_CC).eigenvectors[:, max(0, fit_NC.shape[1] - Z):]
 
 
-# --- Ways through a code: callables for Model.rebuilt ---------------------------------------------
+# --- Ways through a code: callables for Model.rebuilt -----------------------------------------
 @dataclass
 class ThroughPCA:
     mean_C: torch.Tensor
     directions_CZ: torch.Tensor
 
-    def __call__(self, weights_L, slot):
-        chunks_NC, _ = chunk(standardise(weights_L, slot), len(self.mean_C))
+    def __call__(self, weights_L, stats):
+        chunks_NC, _ = chunk(standardise(weights_L, stats), len(self.mean_C))
         z_NZ = (chunks_NC.double() - self.mean_C) @ self.directions_CZ
         decoded_NC = self.mean_C + z_NZ @ self.directions_CZ.T
-        return unstandardise(decoded_NC.reshape(-1)[:slot.numel], slot)
+        return unstandardise(decoded_NC.reshape(-1)[:stats.numel], stats)
 
 
 @dataclass
 class ThroughCodec:
     codec: Codec
 
-    def __call__(self, weights_L, slot):
-        return self.codec.decode(self.codec.encode(weights_L, slot), slot, slot.numel)
+    def __call__(self, weights_L, stats):
+        return self.codec.decode(self.codec.encode(weights_L, stats), stats, stats.numel)
 
 
 class ThroughNoise:
     """errors: tensor name -> NMSE that its noise is to have."""
 
     def __init__(self, errors, seed):
-        self.errors, self.generator = errors, torch.Generator().manual_seed(seed)
+        self.errors = errors
+        self.generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self, weights_L, slot):
-        noise_L = torch.randn(slot.numel, generator=self.generator, dtype=torch.float64)
-        return weights_L + slot.scale * self.errors[slot.name] ** 0.5 * noise_L
+    def __call__(self, weights_L, stats):
+        noise_L = torch.randn(stats.numel, generator=self.generator, dtype=torch.float64)
+        return weights_L + stats.scale * self.errors[stats.name] ** 0.5 * noise_L
 
 
-# --- Rows -----------------------------------------------------------------------------------------
+# --- Rows -------------------------------------------------------------------------------------
 def effective(ratio, weights, numbers):
-    """Weights per number that has to be kept, the codec's own included."""
-    return weights / (weights / ratio + numbers)
+    """Weights per number that has to be kept, the codec's own included; None without those."""
+    return numbers and weights / (weights / ratio + numbers)
 
 
 class Sheet:
     """Everything measured so far; `before` holds each model's own scores."""
 
-    def __init__(self, models, seeds, documents, bar):
-        self.family, self.unseen = ([Model.open(models / f"{name}.safetensors") for name in names]
-                                    for names in (FAMILY, UNSEEN))
-        self.seeds, self.documents, self.bar, self.rows = seeds, documents, bar, []
-        self.before = {model.name: score(model.tensors(), documents=documents)
-                       for model in (*self.family, *self.unseen)}
+    def __init__(self, family, models, seeds, documents, bar):
+        self.family = family
+        self.models = models
+        self.seeds = seeds
+        self.documents = documents
+        self.bar = bar
+        self.rows = []
+        self.before = {}
+        for model in models:
+            self.before[model.name] = score(model.tensors(), documents=documents)
 
     def add(self, model, ratio, method, ways, numbers, **facts):
-        """One row: a way per seed. `numbers`: those of the codec itself, None where it has none."""
+        """One row: a way per seed. `numbers`: those of the codec itself, None where it has none.
+        Returns the errors of each way."""
         found = [model.rebuilt(way) for way in ways]
         after = stacked([score(tensors, documents=self.documents) for tensors, _, _ in found])
-        before, nmse = self.before[model.name], [error for _, error, _ in found]
+        before = self.before[model.name]
+        nmse = [error for _, error, _ in found]
         fitted = sum(m.weights for m in self.family)
         self.rows.append({
             "checkpoint": model.name, "ratio": ratio, "method": method,
             "nmse": float(np.mean(nmse)), "nmse_per_seed": nmse,
             "white_noise": max(0.0, 1 - 1 / ratio),
-            "effective_ratio": numbers and effective(ratio, fitted, numbers),
+            "effective_ratio": effective(ratio, fitted, numbers),
             "before": summary(before), "test": summary(after),
             "per_seed": pooled(after).tolist(), "difference": difference(after, before).record(),
             **facts})
         self.bar.update()
         return [errors for _, _, errors in found]
 
-    def measure(self, ratio, models):
-        """All methods at one ratio, on the family (Table 8) or on unseen models (Table 7)."""
-        parents = [model.parent for model in self.family]
-        trained = [train_vae(parents, VAEConfig(ratio=ratio), Schedule(seed=seed))
-                   for seed in range(self.seeds if ratio > 1 else 1)]
-        vaes, stages = zip(*trained)
-        C, Z, r = vaes[0].config.chunk, vaes[0].config.latent, vaes[0].config.true_ratio
+    def measure(self, ratio):
+        """All methods at one ratio."""
+        vaes = []
+        stages = []
+        for seed in range(self.seeds if ratio > 1 else 1):
+            schedule = Schedule(**asdict(SCHEDULE) | {"seed": seed})
+            parents = [model.parent for model in self.family]
+            vae, records = train_vae(parents, config_of(ratio), schedule)
+            vaes.append(vae)
+            stages.append(records)
+        C = vaes[0].config.chunk
+        Z = vaes[0].config.latent
+        r = vaes[0].config.true_ratio
         numbers = sum(p.numel() for p in vaes[0].parameters())
         bases = {}
         for length in (C, LONG) if r > 1 else ():
             fit_NC = torch.cat([model.chunks(length) for model in self.family])
             bases[length] = pca(fit_NC, round(length / r))
-        for model in models:
-            errors = self.add(model, r, "VAE", [ThroughCodec(Codec(vae)) for vae in vaes], numbers,
-                              stages=list(stages))
+        for model in self.models:
+            ways = [ThroughCodec(Codec(vae)) for vae in vaes]
+            errors = self.add(model, r, "VAE", ways, numbers, stages=stages)
             if r > 1:
                 noises = [ThroughNoise(errors[0], seed) for seed in range(self.seeds)]
                 self.add(model, r, "noise", noises, None)
@@ -189,31 +208,21 @@ class Sheet:
 
 
 def measure_codec(table, models, seeds=3, documents=None, quick=False, quiet=False):
-    """The records of Table 7 or 8."""
+    """The rows of Table 7 or 8."""
     began = time.perf_counter()
+    family = [Model.open(models / f"{name}.safetensors") for name in FAMILY]
+    judged = family
+    if table == "7":
+        judged = [Model.open(models / f"{name}.safetensors") for name in UNSEEN]
+    if quick:
+        seeds = 1
+        documents = QUICK
     with tqdm(desc=f"table {table}", unit="row", disable=quiet) as bar:
-        sheet = Sheet(models, 1 if quick else seeds, QUICK if quick else documents, bar)
+        sheet = Sheet(family, judged, seeds, documents, bar)
         for ratio in (1.0, 2.0) if quick else RATIOS:
-            sheet.measure(ratio, sheet.family if table == "8" else sheet.unseen)
-    facts = {"table": table, "family": FAMILY,
-             "documents": sheet.before[FAMILY[0]][DOMAINS[0]].shape[1],
-             "seconds_of_table": round(time.perf_counter() - began), "schedule": vars(Schedule()),
-             **machine()}
+            sheet.measure(ratio)
+    before = sheet.before[judged[0].name]
+    facts = {"family": FAMILY, "documents": before[DOMAINS[0]].shape[1],
+             "seconds_of_table": round(time.perf_counter() - began),
+             "schedule": asdict(SCHEDULE), **machine()}
     return [row | facts for row in sheet.rows]
-
-
-def print_codec(table, rows):
-    title = ("weights that the codec was fitted on" if table == "8" else
-             f"weights that the codec of {' and '.join(FAMILY)} has not seen")
-    print(f"\nTable {table} in miniature, {title}: NMSE, bits per byte on test text and what the "
-          "code cost, ± standard error")
-    print(f"{'r':>7} {'1 - 1/r':>8}  {'checkpoint':<12}{'method':<16}{'NMSE':>10}"
-          f"{'effective r':>13}{'bits':>9}{'minus before':>20}")
-    for row in rows:
-        d, effective_ratio = row["difference"], row["effective_ratio"]
-        orient = PAPER[table].get(row["ratio"], "") if row["method"] == "VAE" else ""
-        print(f"{row['ratio']:>7.4g} {row['white_noise']:>8.3f}  {row['checkpoint']:<12}"
-              f"{row['method']:<16}{row['nmse']:>10.2e}"
-              f"{'' if effective_ratio is None else format(effective_ratio, '.2f'):>13}"
-              f"{row['test']['pooled']:>9.4f}{d['mean']:>+12.4f} ± {d['se']:.4f}"
-              + (f"   paper: {orient}" if orient else ""))

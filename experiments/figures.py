@@ -1,6 +1,6 @@
-"""The pictures of RESULTS.md, drawn from the records that report.py reads.
+"""The pictures of RESULTS.md, drawn from the rows that report.py reads.
 
-In:    results (report.Results): the records of results/*.jsonl.
+In:    results (records.Results): the rows of results/*.jsonl.
 Out:   SVG text; equal records give equal bytes (fixed salt for names, no date, the matplotlib of
        experiments/requirements.txt).
 Paper: Fig. 4 (curves over lambda), Fig. 2 (spectra); the others are ours.
@@ -13,6 +13,8 @@ import io
 import math
 
 import numpy as np
+
+from records import curve, grouped
 
 GREY = "#7a7a7a"        # text and axes: contrast 4.3 on white, 4.4 on #0d1117, a common dark page
 BLUE, VERMILION, GREEN, PURPLE = COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -88,20 +90,12 @@ def ratio_axis(panel, ratios):
     panel.set_xlabel("compression ratio r")
 
 
-def grouped(rows, *keys):
-    """key values -> rows, in the order of the records."""
-    found = {}
-    for row in rows:
-        found.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return found
-
-
 # --- Pictures of the paper's tables ---------------------------------------------------------------
 def figure4(figure, results):
     """paper: Fig. 4. Bits over lambda per alignment; the controls without content as a band."""
     axes = panels(figure, 2, height=3.1, sharey=True)
     for panel, source, kind in zip(axes, ("large", "grown"), ("unrelated", "a relative")):
-        curves = [results.curve(control=control) for control in ("zero", "noise", "shuffled")]
+        curves = [curve(results, control=control) for control in ("zero", "noise", "shuffled")]
         lambdas = [lam for lam, _, _ in curves[0]]
         low = [min(mean - se for _, mean, se in at) for at in zip(*curves)]
         high = [max(mean + se for _, mean, se in at) for at in zip(*curves)]
@@ -109,7 +103,7 @@ def figure4(figure, results):
                            label="zero, noise, shuffled")
         for align, (colour, style) in FIGURE_4.items():
             pairing = "weights" if align == "units" else "depth"
-            found = results.curve(source=source, pairing=pairing, **(
+            found = curve(results, source=source, pairing=pairing, **(
                 {"control": align} if align == "carried" else {"align": align}))
             if not found:
                 continue
@@ -142,12 +136,12 @@ def codec_panel(panel, rows, value, methods):
 
 def codec(figure, results):
     """NMSE and loss over r: on weights that the code was fitted on, on others, on a real model."""
-    real = results.rows("real", "model", "ratio", "method")
+    real = results.rows("real")
     axes = panels(figure, 4 if real else 3, height=2.5, columns=2)
     r = np.geomspace(0.5, 4, 50)
     for panel, table, name, seen in ((axes[0], "table8", "code", "the codec was fitted on it"),
                                      (axes[1], "table7", "base-seed2", "another seed, unseen")):
-        rows = [row for row in results.rows(table, "checkpoint", "ratio", "method")
+        rows = [row for row in results.rows(table)
                 if row["checkpoint"] == name]
         codec_panel(panel, rows, nmse_of, ("VAE", "PCA", "PCA, c = 1024"))
         panel.plot(r, np.maximum(0, 1 - 1 / r), color=GREY, linestyle="-", linewidth=1,
@@ -180,7 +174,7 @@ def loss_of(row):
 # --- Speed and memory -----------------------------------------------------------------------------
 def bench(figure, results):
     """Seconds and memory beside mergekit; Sinkhorn beside the fastest of POT's over epsilon."""
-    align = [row for row in results.rows("bench-align", "what", "n", "m", "kind", "epsilon")
+    align = [row for row in results.rows("bench-align")
              if row["what"] == "sinkhorn"]
     axes = panels(figure, 3 if align else 2, height=1.9)
     peer = results.rows("bench-peer")[-1]
@@ -220,7 +214,7 @@ def sinkhorn_panel(panel, rows):
 def curves(figure, results):
     """NMSE over seconds of training: a colour per recipe, a line per seed, a dot where stage 2
     begins (its seconds are counted from stage 1's last)."""
-    rows = results.rows("curves", "name", "model", "seed")
+    rows = results.rows("curves")
     models = list(dict.fromkeys(row["model"] for row in rows))
     names = list(dict.fromkeys(row["name"] for row in rows))
     axes = panels(figure, len(models), height=2.8, columns=2, sharey=True)
@@ -251,7 +245,7 @@ def shifted(points):
 def kinship(figure, results):
     """Similarity of every layer of a source (rows) with every layer of one target, that of the
     first record; a ring marks the layers that were paired."""
-    rows = results.rows("kinship", "source", "target")
+    rows = results.rows("kinship")
     rows = sorted((row for row in rows if row["target"] == rows[0]["target"]), key=unrelated)
     axes = panels(figure, len(rows), height=2.3)
     for panel, row in zip(axes, rows):
@@ -281,40 +275,10 @@ def unrelated(row):
     return not row["related"]
 
 
-def drift(figure, results):
-    """How far two models may drift apart: over training steps, and over the share of units that
-    were initialised anew. Above kinship and its null, below what a merge costs."""
-    rows = results.rows("drift", "steps", "share")
-    sweeps = []
-    for key, other, label in (("steps", "share", "training steps"),
-                              ("share", "steps", "share of units initialised anew")):
-        least = min(row[other] for row in rows)
-        line = sorted((row[key], i) for i, row in enumerate(rows) if row[other] == least)
-        if len(line) > 1:
-            sweeps.append((label, [rows[i] for _, i in line], key))
-    sweeps = sweeps or [("training steps", rows, "steps")]
-    axes = panels(figure, 2 * len(sweeps), height=2.1, columns=len(sweeps), sharey="row",
-                  sharex="col")
-    for (label, line, key), above, below in zip(sweeps, axes, axes[len(sweeps):]):
-        x = [row[key] for row in line]
-        above.plot(x, [row["kinship"] for row in line], "o-", color=BLUE, label="kinship")
-        above.plot(x, [row["null"] for row in line], "--", color=GREY, label="its null")
-        for index, domain in enumerate(line[0]["difference"]):
-            found = [row["difference"][domain] for row in line]
-            below.errorbar(x, [d["mean"] for d in found], [2 * d["se"] for d in found],
-                           marker="s", label=domain, **line_style(index + 1))
-        below.axhline(0, color=GREY, linewidth=1)
-        below.set_xlabel(label)
-        above.set_ylim(0, 1.05)
-    axes[0].set_ylabel("kinship")
-    axes[len(sweeps)].set_ylabel("difference to the target")
-    legend(figure, axes, 5)
-
-
 def clouds(figure, results):
     """The source's latents before and after alignment, among the target's, in the target's first
     two principal components."""
-    rows = results.rows("clouds", "align")
+    rows = results.rows("clouds")
     axes = panels(figure, len(rows), height=2.1, sharex=True, sharey=True)
     for panel, row in zip(axes, rows):
         for key, colour, mark in (("target", BLUE, "o"), ("source", VERMILION, "^")):
@@ -335,7 +299,7 @@ def spread(points):
 
 def spectra(figure, results):
     """paper: Fig. 2. Explained variance of the leading components, and of white noise's."""
-    rows = results.rows("spectra", "model", "role")
+    rows = results.rows("spectra")
     models = list(dict.fromkeys(row["model"] for row in rows))
     roles = grouped(rows, "role")
     axes = panels(figure, len(roles), height=1.9, sharex=True, sharey=True)
@@ -356,4 +320,4 @@ def spectra(figure, results):
 
 
 DRAW = {"figure4": figure4, "codec": codec, "bench": bench, "curves": curves, "kinship": kinship,
-        "drift": drift, "clouds": clouds, "spectra": spectra}
+        "clouds": clouds, "spectra": spectra}

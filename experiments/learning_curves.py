@@ -5,13 +5,13 @@
 
 In:    the experts code and prose: one VAE of both, from a random start.
 Out:   per recipe and seed the checks of its training: stage, step, seconds, NMSE of the mean code
-       on held-out windows, KL per latent number (null in stage 1, which has none), learning rate.
-       Seconds count from the start of their stage, checks included. The last point is where the
-       training ended, not the best state, which is what train.py keeps.
+       on held-out windows, KL per latent number (null in stage 1, which has none). Seconds count
+       from the start of their stage, checks included. The last point is where the training ended,
+       not the best state, which is what train.py keeps.
 
-       two stages                  train.py --init random, as it comes
-       one stage, beta 1           the KL counts from the first step, for as many steps, at the rate
-                                   of the other's first stage
+       two stages                  train.py, as it comes
+       one stage, beta 1           the KL counts from the first step, for as many steps, at the
+                                   rate of the other's first stage
        two stages, beta 1          the same weight of the KL, after a first stage without it
        the same at beta 0.1        where Eq. 1 has its optimum far from the collapse: for white
                                    weights and r = 1 the mean code's NMSE is then beta^2
@@ -21,102 +21,84 @@ Out:   per recipe and seed the checks of its training: stage, step, seconds, NMS
 
 Paper: abstract and Sec. 3.2: two stages, and the collapse without them.
 ours:  the curves. With beta 1, Eq. 1 itself asks for a nearly empty code, whatever the start: the
-       best linear VAE at r = 1 leaves an error of 1 / l in a principal direction of variance l > 1,
-       and all of the variance of the others. (Lucas et al. 2019, "Don't blame the ELBO!")
+       best linear VAE at r = 1 leaves an error of 1 / l in a principal direction of variance
+       l > 1, and all of the variance of the others. (Lucas et al. 2019, "Don't blame the ELBO!")
 Previous: round_trips.py. Next: pictures.py.
 """
 import argparse
 import shlex
 import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE / "tools")]
 from bench_functions import train_release
 from codec_tables import FAMILY, Model
-from scores import append, machine
-from train import STAGE2_RATE, Schedule, learning_rate, train_vae
+from records import keep, machine
+from train import LEARNING_RATES, STAGE2_RATE, Schedule, train_vae
 from vae import VAEConfig
 
 STEPS = Schedule.steps1 + Schedule.steps2
-RATE = 8e-3             # train.py's first stage, from a random start
-KEYS = "stage", "step", "seconds", "nmse", "kl", "lr"       # of a point
+KEYS = ("stage", "step", "seconds", "nmse", "kl")           # of a point
 
 
-# --- Recipes --------------------------------------------------------------------------------------
 class Recipe(NamedTuple):
     config: VAEConfig
     schedule: Schedule
     train: Callable = train_vae
 
 
-def release(parents, config, schedule, log):
-    """train_release, called as train_vae is; the configuration is its own, a default one."""
-    train_release(parents, schedule.seed, schedule.steps2, log)
-
-
-ONE_STAGE = Schedule(steps1=0, steps2=STEPS, lr=RATE / STAGE2_RATE)     # stage 2 at stage 1's rate
+# Stage 2 alone, at stage 1's rate.
+ONE_STAGE = Schedule(steps1=0, steps2=STEPS, lr=LEARNING_RATES["random"] / STAGE2_RATE)
 # What train_release does, in the words of a Schedule: it has these numbers written out.
-RELEASE = Schedule(steps1=0, steps2=STEPS, lr=1e-4, warmup=0.0, checks=STEPS // 25)
-LARGE = Schedule(steps1=120, steps2=60, lr=1e-4, batch=16, checks=10)    # four minutes of one core
+RELEASE = Schedule(steps1=0, steps2=STEPS, lr=1e-4)
+LARGE = Schedule(steps1=120, steps2=60, lr=1e-4, batch=16)      # four minutes of one core
 RECIPES = {
-    "two stages": Recipe(VAEConfig(init="random"), Schedule()),
-    "one stage, beta 1": Recipe(VAEConfig(init="random", beta=1.0), ONE_STAGE),
-    "two stages, beta 1": Recipe(VAEConfig(init="random", beta=1.0), Schedule()),
-    "one stage, beta 0.1": Recipe(VAEConfig(init="random", beta=0.1), ONE_STAGE),
-    "two stages, beta 0.1": Recipe(VAEConfig(init="random", beta=0.1), Schedule()),
-    "the release's recipe": Recipe(VAEConfig(init="random"), RELEASE, release)}
+    "two stages": Recipe(VAEConfig(), Schedule()),
+    "one stage, beta 1": Recipe(VAEConfig(beta=1.0), ONE_STAGE),
+    "two stages, beta 1": Recipe(VAEConfig(beta=1.0), Schedule()),
+    "one stage, beta 0.1": Recipe(VAEConfig(beta=0.1), ONE_STAGE),
+    "two stages, beta 0.1": Recipe(VAEConfig(beta=0.1), Schedule()),
+    "the release's recipe": Recipe(VAEConfig(), RELEASE, train_release)}
 PAPER = {"the paper's configuration": Recipe(
-    VAEConfig(init="random", chunk=640, width=768, blocks=4, heads=4), LARGE)}
+    VAEConfig(chunk=640, width=768, blocks=4, heads=4), LARGE)}
 
 
-# --- Measuring ------------------------------------------------------------------------------------
-def short(value):
-    """A float to five digits, which is more than a picture shows."""
-    return float(f"{value:.5g}") if isinstance(value, float) else value
-
-
-class Curve:
-    """The log of one training."""
-
-    def __init__(self, schedule):
-        self.schedule, self.points, self.began = schedule, [], time.perf_counter()
-
-    def log(self, record):
-        """A check. Those of train_release have neither time nor rate."""
-        s = self.schedule
-        if record["stage"] == 1 and s.steps1 == 0:
-            return              # a stage of no steps has no curve
-        own = {"seconds": time.perf_counter() - self.began, "kl": None,
-               "lr": learning_rate(record["step"], s.steps2, s.lr, s.warmup)}
-        self.points.append({key: short({**own, **record}[key]) for key in KEYS})
+def point(figures):
+    """What is kept of a check, to five digits, which is more than a picture shows."""
+    kept = {}
+    for key in KEYS:
+        value = figures.get(key)
+        kept[key] = float(f"{value:.5g}") if isinstance(value, float) else value
+    if figures["stage"] == 1:
+        kept["kl"] = None       # it has none
+    return kept
 
 
 def measure_recipe(name, recipe, models, seed, command=""):
-    """The record of one training."""
-    schedule, parents = replace(recipe.schedule, seed=seed), [model.parent for model in models]
-    curve = Curve(schedule)
-    recipe.train(parents, recipe.config, schedule, curve.log)
+    """The row of one training."""
+    schedule = replace(recipe.schedule, seed=seed)
+    points = []
+
+    def log(figures):
+        if figures["stage"] == 2 or schedule.steps1 > 0:    # a stage of no steps has no curve
+            points.append(point(figures))
+    recipe.train([model.parent for model in models], recipe.config, schedule, log)
     return {"name": name, "model": " + ".join(model.name for model in models), "seed": seed,
-            "points": curve.points, "config": asdict(recipe.config), "schedule": asdict(schedule),
+            "points": points, "config": asdict(recipe.config), "schedule": asdict(schedule),
             **machine(), "command": command}
 
 
 def trainings(seeds, paper, names):
     """[(name, recipe, seed)]: recipes in turns, seed by seed, so that load hits all alike."""
-    runs = [(name, RECIPES[name], seed) for seed in range(seeds) for name in names]
-    return runs + [(name, recipe, 0) for name, recipe in PAPER.items() if paper]
-
-
-def show(row):
-    last = row["points"][-1]
-    seconds = sum(max(point["seconds"] for point in row["points"] if point["stage"] == stage)
-                  for stage in {point["stage"] for point in row["points"]})
-    print(f"{row['name']:<26} seed {row['seed']}   NMSE {last['nmse']:.1e}   "
-          f"KL {last['kl']:7.4f}   {seconds:4.0f} s", flush=True)
+    runs = []
+    for seed in range(seeds):
+        runs += [(name, RECIPES[name], seed) for name in names]
+    if paper:
+        runs += [(name, recipe, 0) for name, recipe in PAPER.items()]
+    return runs
 
 
 def main():
@@ -126,15 +108,17 @@ def main():
     parser.add_argument("--recipe", action="append", choices=RECIPES, help="may be given again")
     parser.add_argument("--paper", action="store_true",
                         help="the paper's configuration as well, with one seed")
-    parser.add_argument("--record", type=Path, help="append to this file")
+    parser.add_argument("--record", type=Path, help="file of the rows")
     args = parser.parse_args()
     command = shlex.join(["python", "experiments/learning_curves.py", *sys.argv[1:]])
     models = [Model.open(HERE / "models" / f"{name}.safetensors") for name in FAMILY]
     for name, recipe, seed in trainings(args.seeds, args.paper, args.recipe or RECIPES):
         row = measure_recipe(name, recipe, models, seed, command)
-        show(row)
+        last = row["points"][-1]
+        print(f"{name:<26} seed {seed}   NMSE {last['nmse']:.1e}   KL {last['kl']:7.4f}   "
+              f"{last['seconds']:4.0f} s of its last stage", flush=True)
         if args.record:
-            append(args.record, [row])
+            keep(args.record, [row])
 
 
 if __name__ == "__main__":

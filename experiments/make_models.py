@@ -1,9 +1,13 @@
 """Train the small models that every experiment merges: a base, its experts, two strangers that
-share only its data, two relatives of other shapes, and ten LoRA adapters.
+share only its data, two relatives of other shapes, ten LoRA adapters; and the reference VAE.
+
+    python experiments/make_models.py all --threads 1       # the models: two hours
+    python experiments/make_models.py loras --threads 1     # the adapters
+    python experiments/make_models.py vae                   # the VAE, on six of the models: a minute
 
 In:    text that every Python installation has (evaluate.py says which); the tables SPECS and LORAS below.
 Out:   models/NAME.safetensors (bfloat16, Hugging Face Llama names), models/lora/NAME/ (bfloat16, PEFT's two files) and
-       a line each in results/make_models.jsonl.
+       a line each in results/make_models.jsonl; models/vae.safetensors, whose header is its record.
 Paper: Sec. 4 merges published models. ours: models trained here, so that their kinship is known: experts are fine-tuned
        from the base, base-seed2 shares only the data, large only the data and the family. grown and
        pruned descend from the base: each of their layers and units has a known partner, or none.
@@ -27,8 +31,8 @@ from tqdm import tqdm
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from align import AXES
-from chunking import place
+import train as vae_training
+from chunking import parse_name
 from evaluate import DOCUMENTS, DOMAINS, EXCERPT_BYTES, evaluate, mean_and_error
 from tiny_lm import ADAPTER, HEAD_DIM, LORA_TARGETS, TinyLM, add_lora, fold, load
 
@@ -72,6 +76,12 @@ SPECS = {
                   places=(0, 1, 3, 4)),
     "pruned": Spec(seed=22, steps=200, lr=1e-3, parent="base", shape=LESS),
 }
+
+
+# The reference VAE: the network of train.py. On models of other families it loses an NMSE of 1e-7, which is the price
+# of Eq. 1 at beta 1e-4.
+VAE_MODELS = ("base", "code", "prose", "arithmetic", "base-seed2", "large")
+VAE_FLAGS = ("--steps1", "1500", "--steps2", "400")
 
 
 @dataclass(frozen=True)
@@ -170,6 +180,11 @@ def blocks(heads, size):
     return (heads[:, None] * size + torch.arange(size)).flatten()
 
 
+# What the rows and the columns of a matrix are; a norm has the stream alone.
+AXES = {"q": ("heads", "stream"), "k": ("groups", "stream"), "v": ("groups", "stream"), "o": ("stream", "heads"),
+        "gate": ("units", "stream"), "up": ("units", "stream"), "down": ("stream", "units")}
+
+
 @torch.no_grad()
 def cut(tensors, stream, layers):
     """The named places of a Llama, in that order. layers: per layer of the result the old layer and
@@ -178,9 +193,9 @@ def cut(tensors, stream, layers):
     for number, (layer, rows) in enumerate(layers):
         known = {"stream": stream, **rows}
         for name, tensor in tensors.items():
-            at, role = place(name)
-            if at == layer:
-                for axis, which in enumerate(AXES.get(role, ["stream"])):       # else a norm
+            place = parse_name(name)
+            if place.layer == layer:
+                for axis, which in enumerate(AXES.get(place.role, ["stream"])):
                     tensor = tensor.index_select(axis, known[which])
                 new[name.replace(f".{layer}.", f".{number}.", 1)] = tensor
     return new
@@ -335,11 +350,20 @@ def make(name, out, texts, quiet, partial_folder=None):
             "python": platform.python_version(), "torch": torch.__version__, **held_out}
 
 
+def make_vae(out, quiet):
+    """Train the reference VAE on six of the models in `out`."""
+    files = [str(out / f"{name}.safetensors") for name in VAE_MODELS]
+    more = ["--quiet"] if quiet else []
+    code = vae_training.main([*files, "-o", str(out / "vae.safetensors"), *VAE_FLAGS, "--force", *more])
+    if code:
+        raise SystemExit(code)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=["all"], metavar="NAME",
                         help=f"what to train, in this order, from {', '.join(SPECS)}, which all (the default) stands "
-                        f"for, and {', '.join(LORAS)}, which loras stands for")
+                        f"for, {', '.join(LORAS)}, which loras stands for, and vae, the reference VAE")
     parser.add_argument("--out", type=Path, default=HERE / "models", help="folder for the checkpoints, and for parents")
     parser.add_argument("--log", type=Path, default=HERE / "results/make_models.jsonl", help="gets a line per model")
     parser.add_argument("--partial", type=Path, help="folder that gets each unfinished model every 200 steps; "
@@ -350,11 +374,15 @@ def main():
     args = parser.parse_args()
     groups = {"all": list(SPECS), "loras": list(LORAS)}
     names = [name for given in args.names for name in groups.get(given, [given])]
-    if unknown := set(names) - set(SPECS | LORAS):
-        parser.error(f"no such model: {', '.join(sorted(unknown))}; there are all, loras, {', '.join(SPECS | LORAS)}")
+    if unknown := set(names) - {*SPECS, *LORAS, "vae"}:
+        parser.error(f"no such model: {', '.join(sorted(unknown))}; there are all, loras, vae, "
+                     f"{', '.join(SPECS | LORAS)}")
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     for name in names:
+        if name == "vae":
+            make_vae(args.out, args.quiet)
+            continue
         texts = [training_text(domain, LORAS[name].half if name in LORAS else "") for domain in DOMAINS]
         record = make(name, args.out, texts, args.quiet, args.partial)
         args.log.parent.mkdir(parents=True, exist_ok=True)

@@ -2,20 +2,19 @@
 
     python experiments/paper_tables.py --table 2 --table 4 --table 6 --table 3 [--quick]
 
-In:    the models and adapters of make_models.py, as float32 copies: halfway between two bfloat16
-       numbers lies no third one, and which way such ties round moves a merge at lambda = 0.5 by far
-       more than an exact codec does.
-Out:   rows. Each model is made by merge.py itself (or by baselines.py), scored once on test text,
-       and held against other rows by paired differences. Whatever is chosen (lambda, density, p,
-       who is in a greedy soup) is chosen on validation text.
+In:    the models and adapters of make_models.py, as float32 copies: halfway between two
+       bfloat16 numbers lies no third one, and which way such ties round moves a merge at
+       lambda = 0.5 by far more than an exact codec does.
+Out:   rows. Each model is made by merge.py itself (or by baselines.py), scored once on test
+       text, and held against other rows by paired differences. Whatever is chosen (lambda,
+       density, p, who is in a greedy soup) is chosen on validation text.
 Paper: Sec. 4, Tables 2, 3, 4, 6. differs: bits per byte instead of benchmarks.
-ours:  "beats", "ties" or "loses" (scores.verdict); "reproduced" only where a row beats everything
-       that it is held against: the base, and the same in weight space or the null controls. With so
-       many comparisons one in twenty would stand out by chance.
-Left out on purpose: AIM (needs activations). Previous: transfer_tables.py. Next: codec_tables.py.
+ours:  "beats", "ties" or "loses" (scores.verdict). With so many comparisons one in twenty would
+       stand out by chance.
+Left out on purpose: AIM (needs activations). Previous: transfer_tables.py.
+Next:  codec_tables.py.
 """
 import contextlib
-import functools
 import hashlib
 import io
 import json
@@ -23,6 +22,7 @@ import math
 import shutil
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,28 +35,33 @@ import lora
 import merge
 import train
 from baselines import dare, dare_ties, noise_average, soup, ties
-from chunking import Checkpoint
+from chunking import Checkpoint, is_selected, measure
 from evaluate import DOMAINS
 from greedy_soup import greedy_soup
-from grid import encoded_tasks
 from lsmerge import Codec, Parent, ls_merge
-from scores import QUICK, difference, machine, pooled, score, stacked, summary, verdict
+from records import machine
+from scores import QUICK, difference, pooled, score, stacked, summary, verdict
 
 # Codecs. The first is exact and linear (r = 1), so that merging latents is merging weights. The
-# second has a posterior ten times as wide (sigma near 0.1), the third a code of half the size (the
-# paper's r in Table 2).
-CODECS = {"r 1": (), "r 1, beta 0.01": ("--beta", 0.01), "r 2": ("--ratio", 2)}
+# second is the same, with a posterior ten times as wide (sigma near 0.1). The third has a code of
+# half the size (the paper's r in Table 2): the principal directions, then trained.
+EXACT = ("--init", "pca", "--blocks", 0, "--steps1", 0, "--steps2", 0)
+CODECS = {"r 1": EXACT, "r 1, beta 0.01": (*EXACT, "--beta", 0.01),
+          "r 2": ("--init", "pca", "--steps1", 0, "--ratio", 2)}
 DRAWS = {"r 1": (1, 8, 32), "r 1, beta 0.01": (1, 8, 32), "r 2": (8,)}      # K of a self-merge
 PAIRS = (("code", "arithmetic"), ("code", "prose"))
 TASK_LAMBDAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
-DENSITIES, DROPS, SCALES = (0.2, 0.5), (0.5, 0.9), (0.2, 0.4, 1.0)  # of TIES; p of DARE; lambda
+DENSITIES = (0.2, 0.5)          # of TIES
+DROPS = (0.5, 0.9)              # p of DARE
+SCALES = (0.2, 0.4, 1.0)        # lambda of both
 PARTS = {"MLP": "mlp", "attention": "self_attn", "both": "mlp|self_attn"}       # of Table 6
 ACROSS_LAM = 0.1                # the paper's lambda across shapes
 RANK = 8                        # of the adapters of make_models.py
 BASE = {"base": "base"}
+KEPT = ("kind", "ratio", "lambda", "operator", "space", "align", "control", "distance")
 
 
-# --- Rows and how they are made -------------------------------------------------------------------
+# --- Rows and how they are made ---------------------------------------------------------------
 class Row(NamedTuple):
     """One line of a table. Scores: domain -> (S, documents) bits per byte; S seeds."""
     name: str
@@ -69,7 +74,8 @@ class Row(NamedTuple):
 
 def run(command, *arguments):
     """A command of the product within this process, without its prints."""
-    with contextlib.redirect_stdout(io.StringIO()):
+    unheard = io.StringIO()
+    with contextlib.redirect_stdout(unheard), contextlib.redirect_stderr(unheard):
         command([str(argument) for argument in arguments])
 
 
@@ -77,28 +83,37 @@ class Sheet:
     """One table in the making: its files, its codecs, its rows."""
 
     def __init__(self, models, scratch, seeds=3, documents=None, quick=False, bar=None):
-        self.models, self.scratch, self.seeds, self.bar = Path(models), Path(scratch), seeds, bar
-        self.documents, self.training = (QUICK, ("--steps2", 0)) if quick else (documents, ())
-        self.rows, self.codecs, self.stages, self.digests = {}, {}, {}, {}
+        self.models = Path(models)
+        self.scratch = Path(scratch)
+        self.seeds = seeds
+        self.documents = QUICK if quick else documents
+        self.training = ("--steps2", 0) if quick else ()
+        self.bar = bar
+        self.rows = {}
+        self.codecs = {}        # name -> VAE file
+        self.stages = {}        # name -> the record of its last stage
+        self.digests = {}       # of the models
 
     def file(self, name):
         """A model's float32 copy; of an adapter, its base with the adapter folded in."""
         copy = self.scratch / f"{name}.safetensors"
-        if not copy.exists():
-            folder, own = self.models / "lora" / name, self.models / f"{name}.safetensors"
-            if folder.is_dir():
-                own = folder / lora.WEIGHTS
-                lora.fold(self.file("base"), folder, copy)
-            else:
-                save_file({key: w.float() for key, w in load_file(own).items()}, copy)
-            self.digests[name] = hashlib.sha256(own.read_bytes()).hexdigest()
+        if copy.exists():
+            return copy
+        folder = self.models / "lora" / name
+        own = self.models / f"{name}.safetensors"
+        if folder.is_dir():
+            own = folder / lora.WEIGHTS
+            lora.fold(self.file("base"), folder, copy)
+        else:
+            save_file({key: w.float() for key, w in load_file(own).items()}, copy)
+        self.digests[name] = hashlib.sha256(own.read_bytes()).hexdigest()
         return copy
 
     def tensors(self, name):
         return load_file(self.file(name))
 
     def train(self, names, codecs):
-        """Train a VAE of each kind on all these models."""
+        """A VAE of each kind, on all these models."""
         files = [self.file(name) for name in names]
         for codec in codecs:
             path = self.scratch / f"vae {codec}.safetensors"
@@ -106,24 +121,27 @@ class Sheet:
             self.codecs[codec] = path
             self.stages[codec] = Codec.load(path).record["stages"][-1]
 
-    def where(self, codec):
-        """Flags of merge.py: through this codec, whatever it loses, or in weight space."""
-        return ("--vae", self.codecs[codec], "--max-nmse", 2) if codec else ("--space", "weight")
-
     def merged(self, *arguments, codec=None, seeds=1):
-        """([tensors of each seed], the first report) of merge.py; in weight space without codec."""
-        models, reports = [], []
-        out, report = self.scratch / "out.safetensors", self.scratch / "report.json"
+        """([tensors of each seed], the first report) of merge.py through a codec, whatever it
+        loses; in weight space without one."""
+        through = ("--space", "weight")
+        if codec:
+            through = ("--vae", self.codecs[codec], "--max-nmse", 2)
+        models = []
+        reports = []
+        out = self.scratch / "out.safetensors"
+        report = self.scratch / "report.json"
         for seed in range(seeds):
-            run(merge.main, *arguments, *self.where(codec), "--seed", seed, "-o", out,
-                "--report", report, "--force", "--quiet")
+            run(merge.main, *arguments, *through, "--seed", seed, "-o", out, "--report", report,
+                "--force", "--quiet")
             models.append(load_file(out))
             reports.append(json.loads(report.read_text()))
         return models, reports[0]
 
     def cut(self, tensors, rank=RANK):
         """A model whose difference to the base is cut to factors of this rank."""
-        whole, adapter = self.scratch / "whole.safetensors", self.scratch / "cut"
+        whole = self.scratch / "whole.safetensors"
+        adapter = self.scratch / "cut"
         save_file(tensors, whole)
         lora.extract(whole, self.file("base"), rank, adapter, force=True)
         return lora.folded_tensors(self.file("base"), adapter)
@@ -155,7 +173,7 @@ class Sheet:
         self.rows[name] = self.rows[row]._replace(name=name, settings=settings)
 
 
-# --- Table 2: self-merging ------------------------------------------------------------------------
+# --- Table 2: self-merging --------------------------------------------------------------------
 def noise_sizes(center, draws):
     """{name: |W_draw - W_center| / |W_center|, root mean square over draws} of what differs."""
     sizes = {}
@@ -168,7 +186,8 @@ def noise_sizes(center, draws):
 
 def noisy_copies(center, sizes, K, seed):
     """The control: the mean of K copies of a model, each with white noise of these sizes."""
-    generator, noisy = torch.Generator().manual_seed(seed), dict(center)
+    generator = torch.Generator().manual_seed(seed)
+    noisy = dict(center)
     for name, size in sizes.items():
         noisy |= noise_average({name: center[name]}, K, size, generator)
     return noisy
@@ -177,12 +196,15 @@ def noisy_copies(center, sizes, K, seed):
 def prior_draws(path, vae, K, seed):
     """The decoded mean of K draws from N(0, I) (paper: Sec. 3.3); a tensor's mean and scale, and
     whatever is not encoded, are the model's."""
-    file, codec, tensors = Checkpoint(path), Codec.load(vae), load_file(path)
-    for task in encoded_tasks(file, []):
-        read = functools.partial(file.read, task.name)
-        parent = Parent(read, task.slots[0], codec, K, (seed, task.number), prior=True)
-        pieces = [piece for _, piece in ls_merge(parent, [], [1.0])]
-        tensors[task.name] = torch.cat(pieces).reshape(tensors[task.name].shape)
+    file = Checkpoint(path)
+    codec = Codec.load(vae)
+    tensors = load_file(path)
+    for number, (name, entry) in enumerate(file.entries.items()):
+        if is_selected(entry):
+            parent = Parent(partial(file.read, name), measure(file, name), codec, K,
+                            (seed, number), prior=True)
+            pieces = [piece for _, piece in ls_merge(parent, [], [1.0])]
+            tensors[name] = torch.cat(pieces).reshape(entry.shape)
     return tensors
 
 
@@ -201,17 +223,17 @@ def table2(sheet):
 
 
 def self_merges(sheet, name, codec):
-    """Through one codec: the round trip; for each K the mean of K draws, and K copies with noise of
-    the same size. The noise lies around the round trip, so that the two differ in nothing but where
-    it was added: to codes or to weights."""
-    path, alone = sheet.file(name), f"{name}: round trip [{codec}]"
+    """Through one codec: the round trip; for each K the mean of K draws, and K copies with noise
+    of the same size. The noise lies around the round trip, so that the two differ in nothing but
+    where it was added: to codes or to weights."""
+    path = sheet.file(name)
+    alone = f"{name}: round trip [{codec}]"
     (trip,), report = sheet.merged(path, "--roundtrip", codec=codec)
     sheet.add(alone, "codec", [trip], {"base": name}, report)
-    ones, first = sheet.merged(path, "--samples", 1, codec=codec, seeds=sheet.seeds)
+    ones, _ = sheet.merged(path, "--samples", 1, codec=codec, seeds=sheet.seeds)
     sizes = noise_sizes(trip, ones)
     for K in DRAWS[codec]:
-        draws, report = (ones, first) if K == 1 else sheet.merged(
-            path, "--samples", K, codec=codec, seeds=sheet.seeds)
+        draws, report = sheet.merged(path, "--samples", K, codec=codec, seeds=sheet.seeds)
         noise = f"{name}: noise, K {K} [{codec}]"
         copies = [noisy_copies(trip, sizes, K, seed) for seed in range(sheet.seeds)]
         sheet.add(noise, "control", copies, {"base": name}, relative=sizes)
@@ -219,7 +241,7 @@ def self_merges(sheet, name, codec):
                   {"base": name, "round trip": alone, "noise": noise}, report)
 
 
-# --- Table 4: two experts of one base; and what Table 3 shares with it ----------------------------
+# --- Table 4: two experts of one base; and what Table 3 shares with it ------------------------
 def seeded(method, seeds, *arguments):
     """A random method's models, one per seed."""
     return [method(*arguments, generator=torch.Generator().manual_seed(seed))
@@ -228,16 +250,14 @@ def seeded(method, seeds, *arguments):
 
 def sparse_candidates(sheet, base, models, method):
     """(settings, models of all seeds) of each cell of a method that drops entries."""
-    if method == "TIES":
-        for density in DENSITIES:
-            for lam in SCALES:
+    for lam in SCALES:
+        if method == "TIES":
+            for density in DENSITIES:
                 yield {"density": density, "lambda": lam}, [ties(base, models, density, lam)]
-        return
-    for p in DROPS:
-        for lam in SCALES:
-            drawn = (seeded(dare, sheet.seeds, base, models, p, [lam] * len(models))
-                     if method == "DARE" else seeded(dare_ties, sheet.seeds, base, models, p, lam))
-            yield {"p": p, "lambda": lam}, drawn
+        else:
+            drawn = {"DARE": dare, "DARE-TIES": dare_ties}[method]
+            for p in DROPS:
+                yield {"p": p, "lambda": lam}, seeded(drawn, sheet.seeds, base, models, p, lam)
 
 
 def sparse_rows(sheet, tag, models, methods=("TIES", "DARE", "DARE-TIES")):
@@ -260,33 +280,35 @@ def twin_rows(sheet, tag, codecs, *arguments, **settings):
 
 def table4(sheet):
     """The experts, what the codecs alone do to them, and the merges of each pair."""
-    names, codecs = ("base", "code", "arithmetic", "prose"), list(CODECS)
-    sheet.train(names, codecs)
+    names = ("base", "code", "arithmetic", "prose")
+    sheet.train(names, CODECS)
     for name in names:
         sheet.add(name, "parent", [sheet.tensors(name)], BASE if name != "base" else {})
     for name in names:
-        for codec in codecs:
+        for codec in CODECS:
             trip, report = sheet.merged(sheet.file(name), "--roundtrip", codec=codec)
             sheet.add(f"{name}: round trip [{codec}]", "codec", trip, {"parent": name}, report)
     for pair in PAIRS:
-        pair_rows(sheet, pair, codecs)
+        pair_rows(sheet, pair, list(CODECS))
 
 
 def pair_rows(sheet, pair, codecs):
-    tag, files, experts = " + ".join(pair), *zip(*((sheet.file(n), sheet.tensors(n)) for n in pair))
+    tag = " + ".join(pair)
+    files = [sheet.file(name) for name in pair]
+    experts = [sheet.tensors(name) for name in pair]
     best, _ = sheet.choose((name, [expert]) for name, expert in zip(pair, experts))
     sheet.add_again(best, f"{tag}: best expert", best=best)
     twin_rows(sheet, f"{tag}: lerp 0.5", codecs, *files)
     twin_rows(sheet, f"{tag}: slerp 0.5", codecs[:1], *files, "--operator", "slerp")
-    # From the base towards both experts; lambda is chosen in weight space, the codec takes it over.
+    # From the base towards both experts; lambda is chosen in weight space, the codec takes it.
     base = sheet.file("base")
     task = (base, *files, "--operator", "task-arithmetic", "--base", base, "--lam")
     lam, _ = sheet.choose((lam, sheet.merged(*task, lam)[0]) for lam in TASK_LAMBDAS)
     twin_rows(sheet, f"{tag}: task arithmetic", codecs[:1], *task, lam, lam=lam)
-    sparse_rows(sheet, tag, list(experts))
+    sparse_rows(sheet, tag, experts)
 
 
-# --- Table 6: what is merged ----------------------------------------------------------------------
+# --- Table 6: what is merged ------------------------------------------------------------------
 def table6(sheet):
     """Each part alone: across shapes against null controls, two experts against weight space."""
     codec = next(iter(CODECS))
@@ -300,52 +322,56 @@ def table6(sheet):
 
 def across_rows(sheet, part, codec):
     """large -> base, transported by the paper's Gaussian map, and the null controls."""
-    tag, controls = f"large -> base, {part}", {}
-    merge_flags = (sheet.file("base"), sheet.file("large"), "--lam", ACROSS_LAM,
-                   "--align", "gaussian", "--select", PARTS[part])
+    tag = f"large -> base, {part}"
+    against = dict(BASE)
+    flags = (sheet.file("base"), sheet.file("large"), "--lam", ACROSS_LAM, "--select",
+             PARTS[part])
     for control in ("zero", "noise", "shuffled"):
-        models, report = sheet.merged(*merge_flags, "--control", control, codec=codec,
-                                      seeds=1 if control == "zero" else sheet.seeds)
-        controls[control] = f"{tag}: {control}"
-        sheet.add(controls[control], "control", models, report=report)
-    models, report = sheet.merged(*merge_flags, codec=codec)
-    sheet.add(tag, "latent", models, BASE | controls, report)
+        seeds = 1 if control == "zero" else sheet.seeds
+        models, report = sheet.merged(*flags, "--control", control, codec=codec, seeds=seeds)
+        against[control] = f"{tag}: {control}"
+        sheet.add(against[control], "control", models, report=report)
+    models, report = sheet.merged(*flags, "--align", "gaussian", codec=codec)
+    sheet.add(tag, "latent", models, against, report)
 
 
 def midpoint_rows(sheet, part, codec):
     """code + prose at lambda = 0.5, all else code's, in weight space and through the codec."""
-    tag, against = f"code + prose, {part}", {"code": "code"}
-    merge_flags = sheet.file("code"), sheet.file("prose"), "--select", PARTS[part]
-    for name, kind, through in ((f"{tag}: weights", "weight", None), (tag, "latent", codec)):
-        models, report = sheet.merged(*merge_flags, codec=through)
-        sheet.add(name, kind, models, against, report if through else None)
-        against = against | {"weights": name}
+    tag = f"code + prose, {part}"
+    flags = (sheet.file("code"), sheet.file("prose"), "--select", PARTS[part])
+    against = {"code": "code"}
+    sheet.add(f"{tag}: weights", "weight", sheet.merged(*flags)[0], against)
+    models, report = sheet.merged(*flags, codec=codec)
+    sheet.add(tag, "latent", models, against | {"weights": f"{tag}: weights"}, report)
 
 
-# --- Table 3: ten LoRA experts --------------------------------------------------------------------
+# --- Table 3: ten LoRA experts ----------------------------------------------------------------
 def adapter_rows(sheet, names, codec):
     """What one adapter of rank 8 holds of the ten: their factors averaged, or their soup as whole
     models cut to factors again."""
     folders = [sheet.models / "lora" / name for name in names]
-    against, mean = BASE | {"whole models": "soup, weights"}, sheet.scratch / "mean"
+    against = BASE | {"whole models": "soup, weights"}
+    mean = sheet.scratch / "mean"
     shutil.copytree(folders[0], mean)
     factors = soup([load_file(folder / lora.WEIGHTS) for folder in folders])
     save_file({key: w.float() for key, w in factors.items()}, mean / lora.WEIGHTS)
     averaged = lora.folded_tensors(sheet.file("base"), mean)
     sheet.add("soup of factors: mean B times mean A", "weight", [averaged], against)
     files = [sheet.file(name) for name in names]
-    for kind, label, through in (("weight", "weights", None),
-                                 ("latent", f"latents [{codec}]", codec)):
-        (whole,), report = sheet.merged(*files, "--operator", "soup", codec=through)
-        sheet.add(f"soup of adapters, {label}", kind, [sheet.cut(whole)], against, report)
-        against = against | {"weights": "soup of adapters, weights"}
+    (whole,), _ = sheet.merged(*files, "--operator", "soup")
+    sheet.add("soup of adapters, weights", "weight", [sheet.cut(whole)], against)
+    (whole,), report = sheet.merged(*files, "--operator", "soup", codec=codec)
+    against = against | {"weights": "soup of adapters, weights"}
+    sheet.add(f"soup of adapters, latents [{codec}]", "latent", [sheet.cut(whole)], against,
+              report)
 
 
 def table3(sheet):
     """The experts as whole models: alone, the best two, soups, sparse methods; and as adapters."""
     codec = next(iter(CODECS))
     names = sorted(folder.name for folder in (sheet.models / "lora").iterdir())
-    experts, files = [sheet.tensors(name) for name in names], [sheet.file(name) for name in names]
+    experts = [sheet.tensors(name) for name in names]
+    files = [sheet.file(name) for name in names]
     sheet.train(names, [codec])
     sheet.add("base", "parent", [sheet.tensors("base")], {})
     for name, expert in zip(names, experts):
@@ -353,7 +379,8 @@ def table3(sheet):
     alone = [sheet.quality([expert]) for expert in experts]
     best, second = sorted(range(len(names)), key=lambda i: -alone[i])[:2]
     sheet.add_again(names[best], "best expert", best=names[best])
-    two, kept = (files[best], files[second]), [names[best], names[second]]
+    two = (files[best], files[second])
+    kept = [names[best], names[second]]
     twin_rows(sheet, "lerp of the best two", [codec], *two, kept=kept)
     twin_rows(sheet, "slerp of the best two", [codec], *two, "--operator", "slerp", kept=kept)
     twin_rows(sheet, "soup", [codec], *files, "--operator", "soup")
@@ -364,12 +391,13 @@ def table3(sheet):
 
 def latent_soup(sheet, files, codec):
     """merge.py's uniform soup; of one model, its round trip."""
-    how = ("--operator", "soup") if len(files) > 1 else ("--roundtrip",)
-    return sheet.merged(*files, *how, codec=codec)
+    if len(files) == 1:
+        return sheet.merged(*files, "--roundtrip", codec=codec)
+    return sheet.merged(*files, "--operator", "soup", codec=codec)
 
 
 def greedy_rows(sheet, names, experts, files, codec):
-    """Greedy soups, chosen by validation text of all three domains, in weights and in latents."""
+    """Greedy soups, chosen by validation text of all three domains, in weights and latents."""
     def weights(kept):
         return [soup([experts[i] for i in kept])]
 
@@ -384,71 +412,32 @@ def greedy_rows(sheet, names, experts, files, codec):
               BASE | {"weights": "greedy soup, weights"}, report, kept=[names[i] for i in kept])
 
 
-# --- Records --------------------------------------------------------------------------------------
+# --- Rows of the file -------------------------------------------------------------------------
 TABLES = {"2": table2, "3": table3, "4": table4, "6": table6}
-TITLES = {"2": "self-merging", "3": "ten LoRA experts", "4": "two experts of one base",
-          "6": "what is merged"}
-KEPT = ("kind", "ratio", "lambda", "operator", "space", "align", "control", "roundtrip", "distance")
 
 
-def record(table, sheet, row):
-    """The row as a JSON line: its numbers, its differences to the rows it is held against, and what
-    they say."""
+def record(sheet, row):
+    """The row as a JSON line: its numbers, and its differences to the rows that it is held
+    against."""
     differences = {}
     for label, name in row.against.items():
-        other = sheet.rows[name].scores
-        found = difference(row.scores, other)
-        domains = {d: difference(row.scores, other, (d,))._asdict() for d in DOMAINS}
-        differences[label] = {**found.record(), "verdict": verdict(found), "row": name,
-                              "domains": domains}
-    beats = {found["verdict"] for found in differences.values()} == {"beats"}
-    return {"table": table, "row": row.name, "kind": row.kind, "settings": row.settings,
+        found = difference(row.scores, sheet.rows[name].scores)
+        differences[label] = {**found.record(), "verdict": verdict(found), "row": name}
+    return {"row": row.name, "kind": row.kind, "settings": row.settings,
             "seeds": len(pooled(row.scores)), "test": summary(row.scores),
             "per_seed": pooled(row.scores).tolist(), "difference": differences,
-            "verdict": None if row.kind != "latent" else "reproduced" if beats
-            else "not reproduced",
             "report": {key: row.report[key] for key in KEPT if key in row.report},
             "documents": row.scores[DOMAINS[0]].shape[1], "codecs": sheet.stages,
             "sha256": sheet.digests, **machine()}
 
 
 def measure_merging(table, models, seeds=3, documents=None, quick=False, quiet=False):
-    """The records of one table."""
+    """The rows of one table."""
     began = time.perf_counter()
     with (tempfile.TemporaryDirectory() as scratch,
           tqdm(desc=f"table {table}", unit="model", disable=quiet) as bar):
         sheet = Sheet(models, scratch, seeds, documents, quick, bar)
         TABLES[table](sheet)
-        rows = [record(table, sheet, row) for row in sheet.rows.values()]
+        rows = [record(sheet, row) for row in sheet.rows.values()]
     seconds = round(time.perf_counter() - began)
-    return [{**row, "seconds_of_table": seconds} for row in rows]
-
-
-# --- Printing -------------------------------------------------------------------------------------
-def drift(report):
-    """How far the codec moved a merge from the same merge in weight space, over the way from the
-    target through the merge to the first source: at a midpoint, over the distance between the
-    parents. None where either is undefined."""
-    far = report.get("distance", {})
-    if not far.get("to_source") or far["to_source"][0] is None or far["to_average"] is None:
-        return None
-    way = far["to_target"] + far["to_source"][0]
-    return far["to_average"] / way if way else None
-
-
-def print_merging(table, rows):
-    print(f"\nTable {table} in miniature, {TITLES[table]}: bits per byte on test text "
-          f"({rows[0]['documents']} documents per domain), sd over seeds;\nthen ours minus the "
-          "other's ± standard error; off: distance to the same merge of weights over that between "
-          "the parents")
-    print(f"{'':<54}{'pooled':>8}{'sd':>8}" + "".join(f"{d:>11}" for d in DOMAINS) + f"{'off':>9}")
-    for row in rows:
-        far = drift(row["report"])
-        spread = f"{np.std(row['per_seed'], ddof=1):.4f}" if row["seeds"] > 1 else ""
-        compared = [f"{other} {d['mean']:+.4f}±{d['se']:.4f} {d['verdict']}"
-                    for other, d in row["difference"].items()]
-        chosen = [f"{key} {v}" for key, v in row["settings"].items() if key != "relative"]
-        print(f"{row['row']:<54}{row['test']['pooled']:>8.4f}{spread:>8}"
-              + "".join(f"{row['test'][domain]:>11.4f}" for domain in DOMAINS)
-              + f"{'' if far is None else f'{far:.0e}':>9} | "
-              + " | ".join(filter(None, ("; ".join(compared), row["verdict"], ", ".join(chosen)))))
+    return [row | {"seconds_of_table": seconds} for row in rows]

@@ -1,14 +1,14 @@
-"""Two pictures as records: clouds of latents under alignment, spectra of weights.
+"""Two pictures as rows: clouds of latents under alignment, spectra of weights.
 
     python experiments/pictures.py [--also NAME FILE] [--record experiments/results]
 
-In:    models base and large, the VAE of models/; with --also any other checkpoint, by a name.
-Out:   clouds.jsonl, a record per alignment: the latents of one tensor of base (the target) and
-       those of its partner in large (the source, in the target's slots), at most 300 each, in the
-       two leading principal components of the target's. "none" is what line 3 projects.
-       spectra.jsonl, a record per model and role: the variance of its standardised chunks that the
+In:    models base and large; with --also any other checkpoint, by a name.
+Out:   clouds.jsonl, a row per alignment: the latents of one tensor of base (the target) and those of
+       its partner in large (the source, in the target's slots), at most 300 each, in the two leading
+       principal components of the target's. "none" is what line 3 projects. By the exact codec.
+       spectra.jsonl, a row per model and role: the variance of its standardised chunks that the
        first 1, 2, ..., C principal directions explain, beside as many chunks of white noise.
-Paper: Sec. 3.3 (transport); Fig. 2 (spectra of whole matrices, see weight_statistics.py).
+Paper: Sec. 3.3 (transport); Fig. 2 (spectra of whole matrices, see tools/weight_statistics.py).
 ours:  the pictures of clouds; spectra of chunks, which are what the VAE sees: at ratio r the best
        linear codec keeps the first C / r directions.
 Previous: learning_curves.py. Next: bench.py.
@@ -16,19 +16,19 @@ Previous: learning_curves.py. Next: bench.py.
 import argparse
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from align import ALIGNERS, pair_places
-from chunking import ROLES, place, spans
+sys.path[:0] = [str(HERE.parent), str(HERE / "tools")]
+from align import ALIGNERS
+from chunking import ROLES, Checkpoint, spans
 from codec_tables import Model, pca
-from lsmerge import Alignment, Codec, Parent, Transport
-from scores import append, machine
+from grid import encoded_pairs
+from lsmerge import Alignment, Codec, Transport
+from records import keep, machine
 from vae import generator_for
 from weight_statistics import spectrum
 
@@ -37,23 +37,14 @@ POINTS = 300            # of a cloud, at most
 COMMAND = "python experiments/pictures.py --also NAME FILE --record experiments/results"
 
 
-# --- Clouds ---------------------------------------------------------------------------------------
-def pair(target, source, codec, role="q"):
-    """Two Parents: the target's first tensor of this role, and the source's partner by depth."""
-    places = [{slot.name: place(slot.name) for slot in model.slots} for model in (target, source)]
-    first = next(name for name, where in places[0].items() if where.role == role)
-    names = first, pair_places(*places)[first]
-    slots = [next(slot for slot in model.slots if slot.name == name)
-             for model, name in zip((target, source), names)]
-    return [Parent(partial(model.file.read, slot.name), slot, codec)
-            for model, slot in zip((target, source), slots)]
-
-
+# --- Clouds -----------------------------------------------------------------------------------
 def brought(target, source, method):
     """The source's latents in the target's slots, (J, Z)."""
     transport = Transport(target, source, Alignment(method))
-    return torch.cat([transport.align(target.latents(*piece), *piece)
-                      for piece in spans(target.N, transport.per_piece)])
+    pieces = []
+    for j0, j1 in spans(target.N, transport.per_piece):
+        pieces.append(transport.align(target.latents(j0, j1), j0, j1))
+    return torch.cat(pieces)
 
 
 def cloud(z_NZ, mean_Z, axes_Z2):
@@ -66,15 +57,17 @@ def cloud(z_NZ, mean_Z, axes_Z2):
 
 
 def measure_clouds(target, source):
-    z_target_JZ = target.latents(0, target.N).double()
-    mean_Z, ascending_Z2 = pca(z_target_JZ, 2)
-    axes = mean_Z, ascending_Z2.flip(1)         # the larger component first
-    return [{"align": method, "source": cloud(brought(target, source, method), *axes),
-             "target": cloud(z_target_JZ, *axes), **machine(), "command": COMMAND}
-            for method in ALIGNERS]
+    """A row per aligner, of two encoded tensors."""
+    mean_Z, ascending_Z2 = pca(target.z_NZ.double(), 2)
+    axes = (mean_Z, ascending_Z2.flip(1))       # the larger component first
+    rows = []
+    for method in ALIGNERS:
+        rows.append({"align": method, "source": cloud(brought(target, source, method), *axes),
+                     "target": cloud(target.z_NZ, *axes), **machine(), "command": COMMAND})
+    return rows
 
 
-# --- Spectra --------------------------------------------------------------------------------------
+# --- Spectra ----------------------------------------------------------------------------------
 def cumulative(chunks_NC):
     """The share of the variance in the first 1, 2, ..., C principal directions."""
     C = chunks_NC.shape[1]
@@ -88,8 +81,8 @@ def reading_order(role):
 
 def measure_spectra(name, model):
     rows = []
-    for role in sorted({place(slot.name).role for slot in model.slots}, key=reading_order):
-        part = replace(model, slots=[slot for slot in model.slots if place(slot.name).role == role])
+    for role in sorted({stats.place.role for stats in model.stats}, key=reading_order):
+        part = replace(model, stats=[one for one in model.stats if one.place.role == role])
         chunks_NC = part.chunks(CHUNK).numpy()
         white_NC = np.random.default_rng(0).standard_normal(chunks_NC.shape)
         rows.append({"model": name, "role": role, "cumulative": cumulative(chunks_NC),
@@ -97,7 +90,7 @@ def measure_spectra(name, model):
     return rows
 
 
-# --- The command ----------------------------------------------------------------------------------
+# --- The command ------------------------------------------------------------------------------
 def show(clouds, spectra):
     print("clouds: variance of the two components\n" + f"{'':<10}{'source':>20}{'target':>20}")
     for row in clouds:
@@ -115,18 +108,20 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--also", nargs=2, action="append", default=[], metavar=("NAME", "FILE"),
                         help="the spectra of this checkpoint as well")
-    parser.add_argument("--record", type=Path, help="append to the files in this folder")
+    parser.add_argument("--record", type=Path, help="folder of the rows")
     args = parser.parse_args()
-    base, large = (Model.open(HERE / "models" / f"{name}.safetensors")
-                   for name in ("base", "large"))
-    codec = Codec.load(HERE / "models" / "vae.safetensors")
-    clouds, spectra = measure_clouds(*pair(base, large, codec)), measure_spectra("base", base)
+    base = HERE / "models" / "base.safetensors"
+    large = HERE / "models" / "large.safetensors"
+    pairs = encoded_pairs(Checkpoint(base), Checkpoint(large), Codec.load("exact"))
+    first = next(pair for pair in pairs if pair.target.stats.place.role == "q")
+    clouds = measure_clouds(first.target, first.source)
+    spectra = measure_spectra("base", Model.open(base))
     for name, path in args.also:
         spectra += measure_spectra(name, Model.open(path))
     show(clouds, spectra)
     if args.record:
-        append(args.record / "clouds.jsonl", clouds)
-        append(args.record / "spectra.jsonl", spectra)
+        keep(args.record / "clouds.jsonl", clouds)
+        keep(args.record / "spectra.jsonl", spectra)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from scores import append, machine
+from records import keep, machine
 
 MODELS = "experiments/models/"
 COMMANDS = {"main": ["merge.py", MODELS + "code.safetensors", MODELS + "prose.safetensors"],
@@ -34,13 +33,13 @@ def printed(command):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", type=Path, help="folder of the JSON lines, appended to")
+    parser.add_argument("--record", type=Path, help="folder of the rows")
     args = parser.parse_args()
     for name, command in COMMANDS.items():
         row = {"name": name, "command": " ".join(["python", *command]), "text": printed(command)}
         print(row["text"])
         if args.record:
-            append(args.record / f"{name}.jsonl", [row | machine()])
+            keep(args.record / f"{name}.jsonl", [row | machine()])
 
 
 if __name__ == "__main__":

@@ -6,14 +6,13 @@
 In:    a folder with a Llama-type model, its configuration and tokenizer: the base. The text is that
        of evaluate.py, in the model's own tokens: training, and test for what is reported.
 Out:   in --work: the expert (the base, trained on sums), the target (the base with fewer layers and
-       MLP units, in another order, then healed), and merge.py's results. A step whose output lies
-       there is skipped. Per merge and control: the loss (nats per token) minus the target's, its
-       standard error over texts; kinship, and how much of the known order the match has found.
-       Controls, all in weights and at one lambda: zero (the target through the codec), noise of the
-       difference's norm per tensor, its runs of 64 weights shuffled, the layers' neighbours.
+       MLP units, in another order, then healed), both as tools/match.py writes them in the target's
+       order, and merge.py's results. A step whose output lies there is skipped. Per merge and
+       control: the loss (nats per token) minus the target's, its standard error over texts.
+       Controls: zero (the target through the codec), and those of relatives.py.
 Paper: Table 5, an expert of one architecture merged into another. ours: the target descends from
        the expert's base, so that its hidden units have known partners.
-Previous: round_trips.py. Next: bench.py.
+Previous: relatives.py. Next: real_model.py.
 """
 import argparse
 import json
@@ -30,19 +29,16 @@ import numpy as np
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from align import AXES
-from chunking import Checkpoint, Matched, appear, place, write_tensors
+sys.path[:0] = [str(HERE.parent), str(HERE / "tools")]
+import sections
+from chunking import Checkpoint, StateDict, create, parse_name
 from evaluate import DOCUMENTS, DOMAINS, held_out, mean_and_error
-from grid import neighbours
 from make_models import blocks, cut
-from merge import match
-from scores import append, machine
+from records import Results, keep, machine
+from relatives import LAM, neighbour, noise, shuffled
 
 WINDOW = 104        # tokens: a document of eight sums
 TRAIN_BYTES = 1_000_000     # of a domain's training text: more than any recipe here reads
-RUN = 64            # weights that the shuffled control keeps together: a chunk of the codec
-LAM = 0.5           # of the controls
 DROPPED = 2         # layers
 KEPT = 1408 / 1536  # MLP units
 
@@ -62,9 +58,9 @@ EXPERT = Recipe(mixture=(0.1, 0.1, 0.8), steps=200, rate=3e-5)
 HEAL = Recipe(mixture=(0.5, 0.5, 0), steps=100, rate=1e-4, batch=4, seed=1)
 
 
-# --- Pruned and permuted --------------------------------------------------------------------------
+# --- Pruned and permuted ----------------------------------------------------------------------
 def layer_count(tensors):
-    return 1 + max(place(name).layer for name in tensors if ".layers." in name)
+    return 1 + max(parse_name(name).layer for name in tensors if ".layers." in name)
 
 
 def kept_layers(number, dropped, seed):
@@ -79,63 +75,24 @@ def random_order(tensors, kept, units, size, seed):
     Heads stay with the group whose keys and values they read.
     ours:     units go at random. Without the 128 of smallest norm per layer, prose cost 9.4 nats
               per token rather than 3.7, without 128 random ones 4.6 (three validation texts)"""
-    draw, layers = torch.Generator().manual_seed(seed), []
+    draw = torch.Generator().manual_seed(seed)
+    layers = []
     for layer in kept:
-        rows, keys = (len(tensors[f"model.layers.{layer}.self_attn.{name}_proj.weight"]) // size
-                      for name in "qk")
+        prefix = f"model.layers.{layer}."
+        rows = len(tensors[f"{prefix}self_attn.q_proj.weight"]) // size
+        keys = len(tensors[f"{prefix}self_attn.k_proj.weight"]) // size
         groups = torch.randperm(keys, generator=draw)
         shared = rows // keys
         inner = torch.stack([torch.randperm(shared, generator=draw) for _ in groups])
         heads = (groups[:, None] * shared + inner).flatten()
-        of_all = len(tensors[f"model.layers.{layer}.mlp.up_proj.weight"])
+        of_all = len(tensors[f"{prefix}mlp.up_proj.weight"])
         layers.append((layer, {"heads": blocks(heads, size), "groups": blocks(groups, size),
                                "units": torch.randperm(of_all, generator=draw)[:units]}))
-    return torch.randperm(len(tensors["model.norm.weight"]), generator=draw), layers
+    stream = torch.randperm(len(tensors["model.norm.weight"]), generator=draw)
+    return stream, layers
 
 
-def found_right(found, stream, layers):
-    """Of the known order, the share that a Match has found, by axis."""
-    right = {"layers": found.layers == [layer for layer, _ in layers],
-             "stream": (found.stream_J == stream).float().mean().item()}
-    for axis in ("heads", "groups", "units"):
-        pairs = [(of[axis], rows[axis]) for of, (_, rows) in zip(found.units, layers) if of]
-        right[axis] = float(np.mean([(a == b).float().mean().item() for a, b in pairs]))
-    return right
-
-
-# --- Controls: what else could a difference of weights do? ----------------------------------------
-def generator(seed, number):
-    return torch.Generator().manual_seed(1000 * seed + number)
-
-
-def noise(difference, seed):
-    """Gaussian, per tensor of the difference's norm."""
-    new = {}
-    for number, (name, tensor) in enumerate(difference.items()):
-        drawn = torch.randn(tensor.shape, generator=generator(seed, number))
-        new[name] = drawn * (tensor.norm() / drawn.norm())
-    return new
-
-
-def shuffled(difference, seed):
-    """Runs of RUN weights in random order, within each tensor; a shorter last one stays."""
-    new = {}
-    for number, (name, tensor) in enumerate(difference.items()):
-        flat = tensor.flatten().clone()
-        runs = flat[:len(flat) // RUN * RUN].view(-1, RUN)
-        runs.copy_(runs[torch.randperm(len(runs), generator=generator(seed, number))])
-        new[name] = flat.view(tensor.shape)
-    return new
-
-
-def neighbour(target, expert, base, found, lam):
-    """lam (expert - base) of the layer after each one's partner (after the last: before it)."""
-    moved = [Matched(model, target, neighbours(found, base), AXES) for model in (expert, base)]
-    return {name: lam * (moved[0].read(name) - moved[1].read(name)).view(entry.shape)
-            for name, entry in moved[0].entries.items()}
-
-
-# --- Text, training, losses -----------------------------------------------------------------------
+# --- Text, training, losses -------------------------------------------------------------------
 def load_lm(folder):
     from transformers import AutoModelForCausalLM
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -148,13 +105,15 @@ def tokenizer_of(folder):
 
 def training_tokens(folder, mixture):
     """domain -> the tokens of its training text, one after another."""
-    tokenizer, found = tokenizer_of(folder), {}
+    tokenizer = tokenizer_of(folder)
+    found = {}
     for domain, share in zip(DOMAINS, mixture):
         if share:
             more = {"documents": 10_000} if domain == "arithmetic" else {}
             texts = list(DOCUMENTS[domain]("train", **more).values())
             np.random.default_rng(0).shuffle(texts)
-            text = (b"" if more else b"\n").join(texts)[:TRAIN_BYTES].decode(errors="replace")
+            between = b"" if more else b"\n"
+            text = between.join(texts)[:TRAIN_BYTES].decode(errors="replace")
             found[domain] = torch.tensor(tokenizer(text, verbose=False).input_ids)
     return found
 
@@ -170,7 +129,8 @@ def windows(tokens, recipe, draw):
 
 def train(lm, tokens, recipe):
     """Train all weights in place; returns the loss of every step. Products are in bfloat16."""
-    draw, losses = np.random.default_rng(recipe.seed), []
+    draw = np.random.default_rng(recipe.seed)
+    losses = []
     optimizer = torch.optim.AdamW(lm.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
     for step in range(recipe.steps):
         warm = min(1, (step + 1) / recipe.warmup)
@@ -192,8 +152,11 @@ def train(lm, tokens, recipe):
 def judged_tokens(folder, split, documents):
     """domain -> tokens of each of its texts."""
     tokenizer = tokenizer_of(folder)
-    return {domain: [tokenizer(text.decode(errors="replace"), return_tensors="pt").input_ids
-                     for text in held_out(domain, split)[:documents]] for domain in DOMAINS}
+    found = {}
+    for domain in DOMAINS:
+        texts = [text.decode(errors="replace") for text in held_out(domain, split)[:documents]]
+        found[domain] = [tokenizer(text, return_tensors="pt").input_ids for text in texts]
+    return found
 
 
 @torch.no_grad()
@@ -212,16 +175,18 @@ def paired(ours, other):
     return found
 
 
-# --- The steps ------------------------------------------------------------------------------------
+# --- The steps --------------------------------------------------------------------------------
 def write_model(folder, tensors, parent, **changes):
     """A folder in the Hugging Face layout: the parent's configuration, changed, and tokenizer."""
-    with appear(folder) as partial:
-        Path(partial).mkdir()
+    entries = StateDict(tensors).entries.values()
+    with create(folder, entries, folder=True) as output:
+        beside = Path(output.path).parent
         for file in Path(parent).glob("*token*"):
-            shutil.copyfile(file, Path(partial, file.name))
+            shutil.copyfile(file, beside / file.name)
         config = json.loads(Path(parent, "config.json").read_text()) | changes
-        Path(partial, "config.json").write_text(json.dumps(config, indent=1))
-        write_tensors(Path(partial, "model.safetensors"), tensors, {})
+        (beside / "config.json").write_text(json.dumps(config, indent=1))
+        for name, tensor in tensors.items():
+            output.put(name, 0, tensor.flatten())
 
 
 def read_model(folder):
@@ -231,7 +196,8 @@ def read_model(folder):
 
 def trained(folder, start, base, recipe, notes):
     """Train what lies in `start` and write it to `folder`, with a note of how it went."""
-    lm, began = load_lm(start), time.perf_counter()
+    lm = load_lm(start)
+    began = time.perf_counter()
     curve = train(lm, training_tokens(base, recipe.mixture), recipe)
     tensors = {name: lm.get_parameter(name).detach() for name in Checkpoint(start).entries}
     note = {**asdict(recipe), "seconds": time.perf_counter() - began,
@@ -241,51 +207,66 @@ def trained(folder, start, base, recipe, notes):
     Path(notes).write_text(json.dumps(note))
 
 
-def the_order(base, seed):
-    """The target's known order: layers, heads, units and stream of the base, for `cut`."""
+def cut_model(base, folder, seed):
+    """The base with fewer layers and units, in another order."""
     tensors = read_model(base)
     config = json.loads(Path(base, "config.json").read_text())
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     kept = kept_layers(layer_count(tensors), DROPPED, seed)
     units = round(config["intermediate_size"] * KEPT)
-    return random_order(tensors, kept, units, size, seed)
+    stream, layers = random_order(tensors, kept, units, size, seed)
+    write_model(folder, cut(tensors, stream, layers), base, num_hidden_layers=len(kept),
+                intermediate_size=units)
+
+
+def command(*words):
+    """Run a command of the product, in as many threads as this process has."""
+    run = [sys.executable, *map(str, words), "--quiet"]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    subprocess.run(run, check=True, env=os.environ | threads)
 
 
 def make_models(base, work, seed):
-    """work/expert and work/target."""
+    """work/expert, work/target; work/matched: base and expert in the target's order."""
     if not (work / "expert").exists():
         print("training the expert", flush=True)
         trained(work / "expert", base, base, EXPERT, work / "expert.json")
     if not (work / "cut").exists():
-        stream, layers = the_order(base, seed)
-        write_model(work / "cut", cut(read_model(base), stream, layers), base,
-                    num_hidden_layers=len(layers), intermediate_size=len(layers[0][1]["units"]))
+        cut_model(base, work / "cut", seed)
     if not (work / "target").exists():
         print("healing the target", flush=True)
         trained(work / "target", work / "cut", base, HEAL, work / "target.json")
+    if not (work / "base").exists():        # match.py calls its results by the sources' names
+        (work / "base").symlink_to(base.resolve())
+    if not (work / "matched").exists():
+        command(HERE / "tools" / "match.py", work / "target", work / "base", work / "expert",
+                "-o", work / "matched", "--report", work / "matched.json")
 
 
-def merged(base, work, name, options):
-    """Run merge.py unless its result is there. Returns (its report, the command)."""
-    out, report = work / f"merged-{name}", work / f"merged-{name}.json"
-    words = [word.replace("BASE", str(base)) for word in shlex.split(options)]
-    run = [sys.executable, str(HERE.parent / "merge.py"), str(work / "target"),
-           str(work / "expert"), *words, "-o", str(out), "--report", str(report), "--quiet"]
+def merged(work, name, options):
+    """The folder that merge.py writes, unless it is there; and the command."""
+    out = work / f"merged-{name}"
     if not out.exists():
         print(f"merging: {name}", flush=True)
-        threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-        subprocess.run(run, check=True, env=os.environ | threads)
-    return json.loads(report.read_text()), f"python merge.py target expert {options} -o OUT"
+        matched = work / "matched"
+        words = [word.replace("BASE", str(matched / "base.safetensors"))
+                 for word in shlex.split(options)]
+        command(HERE.parent / "merge.py", work / "target", matched / "expert.safetensors",
+                *words, "-o", out)
+    return out, f"python merge.py TARGET EXPERT {options} -o OUT"
 
 
 class Judge:
     """Losses of models and of changed targets; each is kept in a file, and judged once."""
 
     def __init__(self, base, work, split, documents):
-        self.tokens, self.lm = judged_tokens(base, split, documents), None
-        self.split, self.documents = split, documents
-        self.target, self.files = work / "target", work / f"losses-{split}-{documents}"
+        self.tokens = judged_tokens(base, split, documents)
+        self.split = split
+        self.documents = documents
+        self.target = work / "target"
+        self.files = work / f"losses-{split}-{documents}"
         self.files.mkdir(exist_ok=True)
+        self.lm = None
 
     def known(self, name):
         file = self.files / f"{name}.json"
@@ -301,114 +282,77 @@ class Judge:
         return self.known(name) or self.keep(name, load_lm(path))
 
     @torch.no_grad()
-    def changed(self, name, target, difference):
-        """The target's tensors plus a difference, added in place."""
+    def changed(self, name, target, change):
+        """The target's tensors plus a change, added in place."""
         if known := self.known(name):
             return known
         self.lm = self.lm or load_lm(self.target)
         for key, tensor in target.items():
-            self.lm.get_parameter(key).copy_(tensor + difference.get(key, 0))
+            self.lm.get_parameter(key).copy_(tensor + change.get(key, 0))
         return self.keep(name, self.lm)
 
 
-# --- The table ------------------------------------------------------------------------------------
-TASK = "--base BASE --operator task-arithmetic --align units"
+# --- The table --------------------------------------------------------------------------------
+TASK = "--base BASE --operator task-arithmetic"
 # What merge.py makes: row, lambda, options.
 MERGES = [("difference, matched", lam, f"{TASK} --lam {lam}") for lam in (0.3, LAM, 1.0)]
-MERGES += [("zero", 0.0, f"{TASK} --lam 0"), ("lerp", 0.1, "--align units --lam 0.1")]
-CONTROLS = "noise", "shuffled", "neighbour"
+MERGES += [("zero", 0.0, f"{TASK} --lam 0"), ("lerp", 0.1, "--lam 0.1")]
 COMMAND = "python experiments/real_sibling.py FOLDER --work WORK --seed {}"
 
 
-def judged_merges(base, work, judge):
-    """Yields row, lambda, losses, merge.py's report, the command."""
-    for row, lam, options in MERGES:
-        name = f"{row.split(',')[0]}-{lam}"
-        report, said = merged(base, work, name, options)
-        yield row, lam, judge.folder(name, work / f"merged-{name}"), report, said
-
-
-def judged_controls(base, work, judge, found, seed):
-    """Yields row and losses of the controls of the difference that the merge at LAM made."""
-    target, changed = read_model(work / "target"), read_model(work / f"merged-difference-{LAM}")
-    difference = {name: changed[name] - tensor for name, tensor in target.items()
-                  if not torch.equal(changed[name], tensor)}
-    models = [Checkpoint(path) for path in (work / "target", work / "expert", base)]
-    for row in CONTROLS:
-        if row == "neighbour":
-            control = neighbour(*models, found, LAM)
-        else:
-            control = {"noise": noise, "shuffled": shuffled}[row](difference, seed)
-        yield row, judge.changed(f"{row}-{LAM}-{seed}", target, control)
-
-
-def kinship(report, known):
-    """What merge.py reported, and what is known to be right."""
-    return {**report["kinship"][0], "least": min(report["kinship"][0]["similarity"]), **known}
-
-
 def table(base, work, judge, seed):
-    """Yields the records: the two parents whole, the merges, the controls."""
-    found = match(Checkpoint(work / "target"), Checkpoint(base))
-    known = {"right": found_right(found, *the_order(base, seed))}
+    """Yields the rows: the two parents whole, the merges, the controls of the difference that the
+    merge at LAM made."""
     target = judge.folder("target", work / "target")
     notes = {name: json.loads((work / f"{name}.json").read_text()) for name in ("expert", "target")}
-    common = {"model": base.resolve().name, "seed": seed, "training": notes,
+    kin = json.loads((work / "matched.json").read_text())["kinship"][0]
+    common = {"model": base.resolve().name, "seed": seed, "training": notes, "kinship": kin,
               "target": {domain: float(np.mean(of)) for domain, of in target.items()},
-              "split": judge.split, "documents": judge.documents, **machine()}
-    alone = {"kinship": None, "seconds": None, "command": COMMAND.format(seed), **common}
+              "split": judge.split, "documents": judge.documents,
+              "command": COMMAND.format(seed), **machine()}
     for row, path in (("base", base), ("expert", work / "expert")):
-        yield {"row": row, "lam": None, "domains": paired(judge.folder(row, path), target), **alone}
-    for row, lam, scores, report, said in judged_merges(base, work, judge):
-        yield {"row": row, "lam": lam, "domains": paired(scores, target), "command": said,
-               "kinship": kinship(report, known), "seconds": report["seconds"], **common}
-    for row, scores in judged_controls(base, work, judge, found, seed):
-        yield {"row": row, "lam": LAM, "domains": paired(scores, target), **alone}
-
-
-def print_row(row):
-    cells = [f"{of['mean']:+.4f} ({of['mean'] / of['se'] if of['se'] else 0:+.1f})"
-             for of in row["domains"].values()]
-    lam = "" if row["lam"] is None else f"{row['lam']:g}"
-    print(f"{row['row']:<20} {lam:>5}" + "".join(f"{cell:>18}" for cell in cells), flush=True)
-
-
-def print_kinship(rows):
-    found = next(row for row in rows if row["kinship"])
-    kin, right = found["kinship"], found["kinship"]["right"]
-    print(f"kinship: at least {kin['least']:.3f} (strangers {kin['null']:.3f}); layers "
-          f"{'as known' if right['layers'] else 'WRONG'}; right: " + ", ".join(
-              f"{axis} {right[axis]:.1%}" for axis in ("stream", "heads", "groups", "units")))
-    stages = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in found["seconds"].items())
-    print(f"seconds of the first merge: {stages} (matching is a part of the first)")
+        yield common | {"row": row, "lam": None,
+                        "domains": paired(judge.folder(row, path), target)}
+    for row, lam, options in MERGES:
+        name = f"{row.split(',')[0]}-{lam}"
+        folder, said = merged(work, name, options)
+        yield common | {"row": row, "lam": lam, "command": said,
+                        "domains": paired(judge.folder(name, folder), target)}
+    start = read_model(work / "target")
+    change = {}
+    for name, tensor in read_model(work / f"merged-difference-{LAM}").items():
+        if not torch.equal(tensor, start[name]):
+            change[name] = tensor - start[name]
+    for row in ("noise", "shuffled", "neighbour"):
+        if row == "neighbour":
+            control = neighbour(work / "target", base, work / "expert", LAM)
+        else:
+            control = {"noise": noise, "shuffled": shuffled}[row](change, seed)
+        scores = judge.changed(f"{row}-{LAM}-{seed}", start, control)
+        yield common | {"row": row, "lam": LAM, "domains": paired(scores, target)}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a Llama-type model, with its tokenizer")
-    parser.add_argument("--work", type=Path, required=True, help="for all models, 6 GB of them")
+    parser.add_argument("--work", type=Path, required=True, help="for all models, 7 GB of them")
     parser.add_argument("--split", choices=("test", "validation"), default="test",
                         help="choose anything by validation, report test (the default)")
     parser.add_argument("--documents", type=int, default=48, help="per domain (%(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="of what is dropped, the order and the "
-                        "controls (1: its layers, 7 and 22, cost less than those of 0 and 2)")
+    parser.add_argument("--seed", type=int, default=1, help="of what is dropped, the order and "
+                        "the controls (1: its layers, 7 and 22, cost less than those of 0 and 2)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--record", type=Path,
-                        help=f"append to this file, for example {HERE.name}/results/sibling.jsonl")
+    parser.add_argument("--record", type=Path, help="file of the rows")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     make_models(args.folder, args.work, args.seed)
-    judge, rows = Judge(args.folder, args.work, args.split, args.documents), []
-    print("loss minus the target's, nats per token (in standard errors)\n" + " " * 26
-          + "".join(f"{domain:>18}" for domain in DOMAINS))
-    for row in table(args.folder, args.work, judge, args.seed):
-        rows.append(row)
-        print_row(row)
-    print_kinship(rows)
+    judge = Judge(args.folder, args.work, args.split, args.documents)
+    rows = list(table(args.folder, args.work, judge, args.seed))
     if args.record:
-        append(args.record, rows)
+        keep(args.record, rows)
+    sections.show(sections.sibling, Results(given={"sibling": rows}))
 
 
 if __name__ == "__main__":

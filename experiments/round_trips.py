@@ -1,4 +1,4 @@
-"""What does a trained VAE lose of models that it has never seen? One record per model.
+"""What does a trained VAE lose of models that it has never seen? One row per model.
 
     python experiments/round_trips.py VAE MODEL [MODEL ...] \\
         [--record experiments/results/vae.jsonl]
@@ -18,12 +18,14 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE / "tools")]
+import sections
 from codec_tables import Model, ThroughCodec
 from lsmerge import Codec
 from merge import REFERENCE
 from real_model import RealModel
-from scores import append, machine, score, summary
+from records import Results, keep, machine
+from scores import score, summary
 
 DOCUMENTS = 48      # of each domain of a real model's text
 
@@ -39,29 +41,25 @@ def lost_by(path, way):
     tensors, nmse, errors = model.rebuilt(way)
     if "model.embed_tokens.weight" not in tensors:
         return model, nmse, errors, None, None
-    before, after = (summary(score(each))["pooled"] for each in (model.tensors(), tensors))
+    before = summary(score(model.tensors()))["pooled"]
+    after = summary(score(tensors))["pooled"]
     return model, nmse, errors, before, after
 
 
 def measure_model(path, vae, dtype):
-    codec, began = Codec.load(vae, dtype=getattr(torch, dtype)), time.perf_counter()
+    began = time.perf_counter()
+    codec = Codec.load(vae, dtype=getattr(torch, dtype))
     model, nmse, errors, before, after = lost_by(path, ThroughCodec(codec))
-    worst, seen = max(errors, key=errors.get), [Path(n).stem for n in codec.record["trained_on"]]
-    ours = Path(vae).resolve() == Path(REFERENCE).resolve()
-    return {"vae": "reference" if ours else f"of {' and '.join(seen)}",
-            "model": model.name, "seen": model.name in seen,
+    worst = max(errors, key=errors.get)
+    seen = [Path(name).stem for name in codec.record["trained_on"]]
+    name = f"of {' and '.join(seen)}"
+    if Path(vae).resolve() == Path(REFERENCE).resolve():
+        name = "reference"
+    return {"vae": name, "model": model.name, "seen": model.name in seen,
             "weights": model.weights, "nmse": nmse,
             "worst": {"name": worst, "nmse": errors[worst]}, "dtype": dtype,
             "loss_before": before, "loss": after, "seconds": time.perf_counter() - began,
             "command": "python experiments/round_trips.py VAE MODEL ...", **machine()}
-
-
-def show(row):
-    change = "" if row["loss"] is None else (f"   loss {row['loss_before']:.4f} -> "
-                                             f"{row['loss']:.4f}")
-    seen = "seen  " if row["seen"] else "unseen"
-    print(f"{row['model']:<24} {row['dtype']:<9} {seen} NMSE {row['nmse']:.1e}   worst "
-          f"{row['worst']['nmse']:.1e} {row['worst']['name']}{change}", flush=True)
 
 
 def main():
@@ -70,14 +68,15 @@ def main():
     parser.add_argument("vae", help="a file of train.py")
     parser.add_argument("models", nargs="+")
     parser.add_argument("--dtype", nargs="+", default=["float32"])
-    parser.add_argument("--record", type=Path, help="append to this file")
+    parser.add_argument("--record", type=Path, help="file of the rows")
     args = parser.parse_args()
+    rows = []
     for path in args.models:
         for dtype in args.dtype:
-            row = measure_model(path, args.vae, dtype)
-            show(row)
+            rows.append(measure_model(path, args.vae, dtype))
             if args.record:
-                append(args.record, [row])
+                keep(args.record, rows)
+    sections.show(sections.vae, Results(given={"vae": rows}))
 
 
 if __name__ == "__main__":

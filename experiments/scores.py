@@ -1,16 +1,14 @@
-"""Scores of a model on held-out text, what a difference between two says, and its record.
+"""Scores of a model on held-out text, and what a difference between two says.
 
 In:    models (or their tensors), the texts of evaluate.py.
 Out:   scores: domain -> (S, documents) bits per byte, S seeds, 1 where nothing is random;
        differences with standard errors over documents and over seeds; "beats", "ties", "loses",
-       "transfers"; JSON lines.
+       "transfers".
 Paper: Sec. 4 reports benchmarks, without errors. ours: everything here.
 Left out on purpose: what is merged and measured; the tables decide that.
-Previous: evaluate.py. Next: baselines.py.
+Previous: make_models.py. Next: baselines.py.
 """
-import json
 import math
-import platform
 from typing import NamedTuple
 
 import numpy as np
@@ -102,26 +100,8 @@ def judge(ours, base, controls, domains=DOMAINS):
     return found, beats, "transfers" if beats and found["base"].better else "not reproduced"
 
 
-# --- Records --------------------------------------------------------------------------------------
+# --- A summary --------------------------------------------------------------------------------------
 def summary(scores, domains=DOMAINS):
     """Means over seeds and documents; the error over documents."""
     return {"pooled": float(pooled(scores, domains).mean()), "se": text_error(scores, domains),
             **{domain: float(scores[domain].mean()) for domain in DOMAINS}}
-
-
-def machine():
-    """What a number depends on besides its inputs."""
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            "threads": torch.get_num_threads()}
-
-
-def append(path, rows):
-    """Add a JSON line per row; a results file only grows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as stream:
-        stream.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-
-
-def find(rows, **fields):
-    """The records that have all these values."""
-    return [row for row in rows if all(row[key] == value for key, value in fields.items())]

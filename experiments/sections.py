@@ -1,81 +1,39 @@
-"""What each section of RESULTS.md says, from the records: sentences, tables, verdicts.
+"""What each section of RESULTS.md says, from the rows: sentences, tables, verdicts.
 
-In:    results/*.jsonl. Where several records have the same key, the last one counts.
-Out:   a section is a function: results -> (the records it used, sentences, lines of its tables).
+In:    results/*.jsonl.
+Out:   a section is a function: Results -> (the rows it used, sentences, lines of its tables).
 Paper: Tables 2 to 8, Fig. 2 and 4, and the abstract's curriculum.
 ours:  verdicts are computed, and so is every number in a sentence. A difference counts beyond two
        standard errors (scores.verdict).
 Left out on purpose: the page, the claims, the README (report.py).
-Previous: bench.py. Next: report.py.
+Previous: paper_tables.py. Next: report.py.
 """
-import json
 import math
 import re
 import statistics
 from functools import partial
 from operator import itemgetter
-from pathlib import Path
 from typing import Callable, NamedTuple
 
 import figures
 from evaluate import DOMAINS
-from scores import Difference, find, verdict
+from records import cells, curve, find, grouped, over_seeds
+from scores import Difference, verdict
 from train import Schedule
 
 LOSSLESS = 0.01         # of the loss: what still counts as the same model
 LEAST = 1.2             # r beyond which the loss is large enough to compare two kinds of error
 STRUCTURE = 0.05        # of the white-noise line: less than this below it is no structure
-CONTROLS = ("zero", "noise", "shuffled", "carried", "average", "neighbour")
+CONTROLS = ("zero", "noise", "shuffled", "neighbour")
 MODELS = {"smollm2_hf": "SmolLM2-135M"}     # folder in the records -> the model in it
-FACTS = {"python": "Python", "torch": "torch", "pot": "POT", "device": "device", "dtype": "dtype",
+FACTS = {"python": "Python", "torch": "torch", "commit": "commit", "pot": "POT", "device": "device", "dtype": "dtype",
          "threads": "threads", "load": "load", "rounds": "rounds", "documents": "documents"}
 
 
-# --- Records --------------------------------------------------------------------------------------
-class Results:
-    """The records of one folder, as they are needed."""
-
-    def __init__(self, folder):
-        self.folder, self.read = Path(folder), {}
-
-    def rows(self, name, *keys):
-        """The records of NAME.jsonl, [] without the file; with keys the last one of each value, in
-        the order of the first."""
-        if name not in self.read:
-            path = self.folder / f"{name}.jsonl"
-            lines = path.read_text().splitlines() if path.exists() else []
-            self.read[name] = [json.loads(line) for line in lines if line.strip()]
-        rows = self.read[name]
-        if not keys:
-            return rows
-        return list({tuple(str(row.get(key)) for key in keys): row for row in rows}.values())
-
-    def row(self, table, name):
-        """One row of Tables 2, 3, 4 and 6."""
-        return find(self.rows(f"table{table}", "row"), row=name)[0]
-
-    def cells(self, name="figure4"):
-        """The merges across shapes, and their controls."""
-        return self.rows(name, "method", "source", "align", "pairing", "lam", "control", "seed",
-                         "few")
-
-    def curve(self, name="figure4", **fields):
-        """[(lambda, mean, standard error)]: difference to the target, the seeds of a control taken
-        together."""
-        rows = find(self.cells(name), **{"control": None, **fields})
-        return [(lam, *over_seeds([row["difference"]["base"] for row in rows if row["lam"] == lam]))
-                for lam in sorted({row["lam"] for row in rows} - {0.0})]
-
-
-def over_seeds(differences):
-    """(mean, standard error) of one difference measured with several seeds.
-
-    Equation:  se^2 = (mean SE_text)^2 + var / S
-    """
-    means = [d["mean"] for d in differences]
-    text = statistics.mean(d.get("se_text", d.get("se")) for d in differences)
-    spread = statistics.variance(means) / len(means) if len(means) > 1 else 0.0
-    return statistics.mean(means), math.hypot(text, math.sqrt(spread))
+# --- Rows -----------------------------------------------------------------------------------------
+def row_of(results, table, name):
+    """One row of Tables 2, 3, 4 and 6."""
+    return find(results.rows(f"table{table}"), row=name)[0]
 
 
 # --- Verdicts -------------------------------------------------------------------------------------
@@ -192,13 +150,14 @@ def codecs_of(rows):
         parts.append(f"[beta 0.01]: sigma {trained['r 1, beta 0.01']['sigma']:.1f}, else "
                      f"{trained['r 1']['sigma']:.2f}")
     if "[r 2]" in names:
-        parts.append(f"[r 2]: trained for {trained['r 2']['steps']} steps of stage 2, before the "
-                     "schedule of the training changed")
+        steps = trained["r 2"]["steps"]
+        earlier = ", before the schedule of the training changed" * (steps != Schedule.steps2)
+        parts.append(f"[r 2]: trained for {steps} steps of stage 2{earlier}")
     return "; ".join(parts) + "."
 
 
 def table2(results):
-    rows, lines = results.rows("table2", "row"), []
+    rows, lines = results.rows("table2"), []
     for model in dict.fromkeys(row["row"].split(":")[0] for row in rows):
         group = [row | {"row": row["row"].removeprefix(f"{model}: ").removeprefix("self-merge, ")}
                  for row in rows if row["row"].split(":")[0] == model]
@@ -217,7 +176,7 @@ def table2(results):
 
 
 def table3(results):
-    rows = results.rows("table3", "row")
+    rows = results.rows("table3")
     best = min((row for row in rows if row["kind"] != "parent"), key=bits)
     return rows, [
         "Ten LoRA experts of `base`, folded into it and merged as whole models.",
@@ -233,7 +192,7 @@ def bits(row):
 
 
 def table4(results):
-    rows = results.rows("table4", "row")
+    rows = results.rows("table4")
     one, two_ = ([r for r in latent(rows) if mark in r["row"]] for mark in ("r 1", "r 2"))
     weight = find(rows, kind="weight")
     return rows, [
@@ -247,15 +206,16 @@ def table4(results):
 
 
 def table6(results):
-    rows, lines = results.rows("table6", "row"), []
-    parts = ("MLP", "attention", "both")
+    rows, lines = results.rows("table6"), []
+    names = [row["row"] for row in rows]
+    parts = [part for part in ("MLP", "attention", "both") if f"code + prose, {part}" in names]
     for tag in ("large -> base", "code + prose"):
-        columns = [results.row("6", f"{tag}, {part}") for part in parts]
+        columns = [row_of(results, "6", f"{tag}, {part}") for part in parts]
         lines += table([tag, *parts], [
             ["bits", *(f"{bits(row):.3f}" for row in columns)],
             *([f"minus {label}", *(said_of(row["difference"][label]) for row in columns)]
               for label in columns[0]["difference"])])
-    across = [results.row("6", f"large -> base, {part}") for part in parts]
+    across = [row_of(results, "6", f"large -> base, {part}") for part in parts]
     return rows, [
         "What is merged: across shapes by the paper's Gaussian map at lambda 0.1, and two experts.",
         f"Across shapes the {len(across)} merges {tally(across, 'base', 'the target')}; they "
@@ -266,7 +226,7 @@ def table6(results):
 # --- Table 5 and Figure 4: other shapes -----------------------------------------------------------
 def chosen(results, source):
     """The cell of a source with the fewest bits on validation text, as grid.choose finds it."""
-    rows = [row for row in find(results.cells(), row="cell", source=source)
+    rows = [row for row in find(cells(results), row="cell", source=source)
             if row["align"] != "weights"]
     return min(rows, key=validation)
 
@@ -281,7 +241,7 @@ def cell_gain(row):
 
 
 def table5(results):
-    rows, lines = find(results.cells("table5"), control=None, row="cell"), []
+    rows, lines = find(results.rows("figure4"), control=None, row="cell"), []
     rows = [row for row in rows if row["pairing"] != "index"]
     labels, shown = ("base", "zero", "noise", "shuffled", "carried"), []
     for lam, title in ((0.1, "transport and interpolation, lambda 0.1"),
@@ -307,22 +267,22 @@ def figure4(results):
     lines, sentences = [], [
         "Bits per byte minus the target's, over lambda; layers paired by depth; 0 means that the "
         "merge did no harm."]
-    for source in sources_of(results.cells()):
-        curves = {align: results.curve(source=source, align=align, pairing="depth")
+    for source in sources_of(cells(results)):
+        curves = {align: curve(results, source=source, align=align, pairing="depth")
                   for align in ("none", "mean", "gaussian", "sinkhorn")}
-        curves["noise by Sinkhorn"] = results.curve(source=source, pairing="depth",
+        curves["noise by Sinkhorn"] = curve(results, source=source, pairing="depth",
                                                     control="carried")
         lines += curve_table(f"`{source}`: lambda", curves)
-        if find(results.cells(), source=source, align="units"):
+        if find(cells(results), source=source, align="units"):
             lines += curve_table(f"`{source}`, units matched by weights: lambda", {
-                name: results.curve(source=source, align="units", control=control)
+                name: curve(results, source=source, align="units", control=control)
                 for name, control in (("the source", None), ("noise in its place", "carried"),
                                       ("its neighbouring layers", "neighbour"))})
         sentences.append(chosen_text(source, chosen(results, source)))
-    controls = {control: results.curve(control=control)
+    controls = {control: curve(results, control=control)
                 for control in ("zero", "noise", "shuffled")}
     lines += curve_table("controls: lambda", controls) + chosen_table(results)
-    return [row for row in results.cells() if row["lam"]], sentences, lines
+    return [row for row in cells(results) if row["lam"]], sentences, lines
 
 
 def chosen_text(source, row):
@@ -336,7 +296,7 @@ def chosen_text(source, row):
 
 def chosen_table(results):
     """The chosen merges against what they have to beat, a column per source."""
-    rows = {source: chosen(results, source) for source in sources_of(results.cells())}
+    rows = {source: chosen(results, source) for source in sources_of(cells(results))}
     labels = dict.fromkeys(label for row in rows.values() for label in row["difference"])
     return table(["chosen, minus", *(f"`{source}`" for source in rows)], [
         [label, *(said_of(row["difference"].get(label)) for row in rows.values())]
@@ -354,36 +314,28 @@ def curve_table(name, curves):
         for i, lam in enumerate(lambdas)])
 
 
-def transfer(results):
-    cells, lines, words = results.cells("transfer"), [], []
-    for method in dict.fromkeys(row["method"] for row in cells):
-        rows = find(cells, method=method)
-        curves = {}
-        for row in rows:
-            if row["lam"]:
-                name = " ".join(filter(None, (row["source"], row["align"], row["control"])))
-                curves[name] = results.curve("transfer", **{key: row[key] for key in (
-                    "method", "source", "align", "pairing", "control")})
-        lambdas = [lam for lam, _, _ in next(iter(curves.values()))]
-        lines += table([method, *(f"lambda {lam:g}" for lam in lambdas)], [
-            [name, *(pm(mean, se) for _, mean, se in curve)] for name, curve in curves.items()])
-        words += [cell_gain(row) for row in rows if row.get("chosen")]
-    return cells, [
-        "Bits minus the target's. *map*: the source is first brought into the target's "
-        "coordinates; *rows*: every row is a chunk; *carried*: noise in the place of the source.",
-        f"Of {len(words)} cells chosen on validation text, {words.count('holds')} hold against the "
-        f"target and every control, {words.count('not reproduced')} do not."], lines
+# --- Tables 7 and 8, the real model, the ablation -------------------------------------------------
+def table7(results):
+    return codec_lines(results, "7", "unseen")
 
 
-# --- Tables 7 and 8, the real model, the ablation, the search -------------------------------------
+def table8(results):
+    return codec_lines(results, "8", "fitted on it")
+
+
+def codec_lines(results, which, title):
+    rows, lines = results.rows(f"table{which}"), []
+    for name in dict.fromkeys(row["checkpoint"] for row in rows):
+        lines += [f"Table {which}, `{name}`, {title}:", "", *codec_table(
+            find(rows, checkpoint=name))]
+    return rows, [], lines
+
+
 def codec(results):
-    keys, lines, used = ("checkpoint", "ratio", "method"), [], []
-    for which, title in (("8", "fitted on it"), ("7", "unseen")):
-        rows = results.rows(f"table{which}", *keys)
+    used, lines = [], []
+    for rows, _, part in (table8(results), table7(results)):
         used += rows
-        for name in dict.fromkeys(row["checkpoint"] for row in rows):
-            lines += [f"Table {which}, `{name}`, {title}:", "", *codec_table(
-                find(rows, checkpoint=name))]
+        lines += part
     vae = [row for row in used if row["method"] == "VAE"]
     kept = [row for row in vae if abs(change(row)) <= LOSSLESS]
     pca = [row["nmse"] / row["white_noise"] for row in used
@@ -429,8 +381,8 @@ def codec_table(rows):
 
 
 def real(results):
-    rows, sentences, lines = results.rows("real", "model", "ratio", "method"), [], []
-    for (name,), group in figures.grouped(rows, "model").items():
+    rows, sentences, lines = results.rows("real"), [], []
+    for (name,), group in grouped(rows, "model").items():
         vae = find(group, method="VAE")
         kept = [row["ratio"] for row in vae if abs(row["change"]) <= LOSSLESS]
         least = min((row for row in vae if row["ratio"] > 1), key=itemgetter("ratio"))
@@ -456,7 +408,7 @@ def two(value):
 
 
 def ablation(results):
-    rows, lines = results.rows("ablation", "group", "variant"), []
+    rows, lines = results.rows("ablation"), []
     for row in rows:
         if not lines or row["group"] != lines[-1][0]:
             lines.append([row["group"], f"**{row['group']}**", *[""] * 6])
@@ -470,25 +422,9 @@ def ablation(results):
     return rows, [
         "One change at a time, equal steps and chunks; bits: what the decoded models lose; the "
         "last column, unseen checkpoints, is against the group's first row.",
-        "KL: nats per latent number; near 0 the code holds nothing.", *older(rows)
+        "KL: nats per latent number; near 0 the code holds nothing."
     ], table(["variant", "NMSE, seen", "bits lost, seen", "NMSE, unseen", "bits lost, unseen", "KL",
               "minus the first"], [line[1:] for line in lines])
-
-
-def older(rows):
-    """[what to know of records made before the present schedule], [] without any."""
-    now = 0, Schedule.steps2, Schedule.steps1 + Schedule.steps2
-    old = [row["schedule"] for row in rows if steps_of(row["schedule"]) not in now]
-    if not old:
-        return []
-    first, second = max((s.get("steps1", 0), s.get("steps2", 0)) for s in old)
-    return [f"Older records (before the present schedule; {len(old)} of {len(rows)} rows): stages "
-            f"of {first} + {second} steps; distillation was then the default; r = 2 had one neck "
-            "per tensor."]
-
-
-def steps_of(schedule):
-    return schedule.get("steps1", 0) + schedule.get("steps2", 0)
 
 
 def mean_of_runs(row, names, key):
@@ -497,47 +433,12 @@ def mean_of_runs(row, names, key):
 
 def part_worth(results, group, variant):
     """(difference, verdict): what it costs to leave a part of the curriculum out. A group's first
-    row has the part, or (`distillation`) is what a row with it is held against."""
-    d = find(results.rows("ablation", "group", "variant"), group=group, variant=variant)[0]
+    row has the part; `distillation` has what its first row lacks."""
+    d = find(results.rows("ablation"), group=group, variant=variant)[0]
     mean, se = d["difference"]["mean"], d["difference"]["se"]
     if variant == "distillation":
         mean = -mean
     return (mean, se), {"loses": "holds", "ties": "ties", "beats": "not reproduced"}[said(mean, se)]
-
-
-def search(results):
-    keys, lines = ("setting", "pair", "residual", "seed"), []
-    rows = results.rows("codec-search", *keys)
-    aways, gains, words = [], [], []
-    for setting, pair in dict.fromkeys((row["setting"], tuple(row["pair"])) for row in rows):
-        cells = []
-        for residual in (False, True):
-            group = find(rows, setting=setting, pair=list(pair), residual=residual)
-            d = over_seeds([{"mean": r["difference"], "se": r["se_text"]} for r in group])
-            away = statistics.mean(r["to_average"] for r in group)
-            cells += [f"{away:.4f}" if away < 0.1 else f"{away:.2f}", pm(*d)]
-            words.append(said(*d))
-            aways.append((setting.startswith("warm"), away))
-        gains.append(-d[0])
-        lines.append([setting, pair[1], f"{group[0]['round_trip']:.1e}", *cells])
-    return rows, [
-        "`code` with another expert at lambda 1/2, beside the plain average of the two; *away*: "
-        "distance to that average, over the experts' distance.",
-        f"Does a trained VAE's merge differ from the average? {differs(aways)} Without that error "
-        f"(`--residual`) it stays within {max(away for _, away in aways[1::2]):.2%} of the "
-        f"experts' distance, gaining {max(gains):.4f} bits at most.",
-        f"Of {len(words)} merges {words.count('beats')} beat the plain average, "
-        f"{words.count('ties')} tie, {words.count('loses')} lose."
-    ], table(["codec", "with", "NMSE", "away", "minus average", "away, residual",
-              "minus average, residual"], lines)
-
-
-def differs(aways):
-    """aways: [(exact start, distance with the codec's own error)], each followed by the same
-    without it. Mostly by its own error: of every trained codec more than half of the distance."""
-    pairs = [(away, rest) for (exact, away), (_, rest) in zip(aways[::2], aways[1::2]) if not exact]
-    mostly = all(rest < away / 2 for away, rest in pairs)
-    return f"Yes, {'mostly' if mostly else 'partly'} by its own error."
 
 
 # --- Merges of the small models -------------------------------------------------------------------
@@ -545,40 +446,37 @@ TWO = "experiments/models/code.safetensors experiments/models/prose.safetensors"
 MERGE = f"""python merge.py {TWO} -o merged.safetensors
 python merge.py {TWO} --space weight \\
     -o average.safetensors
+python merge.py {TWO} --init random \\
+    -o learnt.safetensors
 python merge.py {TWO.split()[0]} --roundtrip -o code-roundtrip.safetensors
 python merge.py {TWO.split()[1]} --roundtrip -o prose-roundtrip.safetensors
 python experiments/evaluate.py {TWO} \\
     average.safetensors code-roundtrip.safetensors prose-roundtrip.safetensors merged.safetensors \\
+    learnt.safetensors \\
     --record experiments/results/merge.jsonl"""
 
 
 def merges(results):
-    """`learnt`, where there is one: through a VAE trained on the two inputs."""
-    rows = [row for row in results.rows("merge", "file")
-            if row["file"] in MERGE or row["file"] == "learnt.safetensors"]
+    """`merged` is through the reference VAE, `learnt` through one trained on the two inputs."""
+    rows = results.rows("merge")
     scores = {row["file"].removesuffix(".safetensors"): row["scores"] for row in rows}
     keys, names = (*DOMAINS, "accuracy"), [*DOMAINS, "accuracy of sums"]
     documents = rows[0]["scores"]["code"]["documents"]
     apart = {name: max(abs(scores[name][key]["mean"] - scores["average"][key]["mean"])
-                       for key in DOMAINS) for name in ("merged", "learnt") if name in scores}
+                       for key in DOMAINS) for name in ("merged", "learnt")}
     return rows, [
         f"Bits per byte on held-out text (lower is better), {documents} excerpts per domain; the "
         "error is that of the text, the same for all rows.",
         "Largest difference between the latent merge and the plain average: "
         f"{apart['merged']:.0e} bits (bfloat16 rounding and the VAE).",
-        *(f"`learnt`: through a VAE trained on the inputs (`--init random`); {apart[name]:.0e} "
-          "bits from the average at most." for name in apart if name == "learnt")
+        f"`learnt`: through a VAE trained on the inputs (`--init random`); {apart['learnt']:.0e} "
+        "bits from the average at most."
     ], table(["file", *names], [
         [f"`{name}`", *(pm(score[key]["mean"], score[key]["error"], False) for key in keys)]
         for name, score in scores.items()])
 
 
 # --- Speed and memory -----------------------------------------------------------------------------
-def newest(rows, count, *keys):
-    """{key values: the last `count` of their records}"""
-    return {key: group[-count:] for key, group in figures.grouped(rows, *keys).items()}
-
-
 def peer_rows(peer):
     """One line per way and quantity: ours, theirs, ratio [least, largest] of the rounds."""
     for way, name in (("exact", "latent merge, exact codec"), ("weight", "`--space weight`")):
@@ -600,13 +498,8 @@ def bench_peer(results):
     ], table(["way", "here", "mergekit", "ratio [least, largest]"], peer_rows(peer))
 
 
-def memory_rows(results):
-    rows = [row for row in results.rows("bench-memory") if "bound_mib" in row]
-    return [group[0] for group in newest(rows, 1, "bytes", "network").values()]
-
-
 def bench_memory(results):
-    rows = memory_rows(results)
+    rows = results.rows("bench-memory")
     peaks = [row["peak_mib"] for row in rows]
     times = max(row["bytes"] for row in rows) / min(row["bytes"] for row in rows)
     return rows, [
@@ -618,26 +511,22 @@ def bench_memory(results):
 
 
 def bench_merge(results):
-    used, lines = [], []
-    rows = [row for row in results.rows("bench-merge") if "load" in row]
-    for (dtype, network), group in newest(rows, 3, "dtype", "network").items():
-        used += group
+    rows, lines = results.rows("bench-merge"), []
+    for (dtype, network), group in grouped(rows, "dtype", "network").items():
         ratios = sorted(row["ratio"] for row in group)
         seconds, least = (statistics.median(row[key] for row in group)
                           for key in ("seconds", "least"))
         lines.append([dtype, network, f"{seconds:.0f}", f"{least:.1f}",
                       span([statistics.median(ratios), ratios[0], ratios[-1]])])
-    return used, [
-        f"merge.py on two checkpoints of {used[0]['weights'] / 1e6:.0f} M weights, over the time "
+    return rows, [
+        f"merge.py on two checkpoints of {rows[0]['weights'] / 1e6:.0f} M weights, over the time "
         "that its arithmetic takes at the multiply rate of all cores plus its bytes at the disk's "
         "copy rate."
     ], table(["dtype", "network", "seconds", "least possible", "ratio [least, largest]"], lines)
 
 
 def bench_codec(results):
-    keys = "dtype", "width", "device", "part", "network"
-    rows = [row for row in results.rows("bench-codec") if "load" in row]    # older: another network
-    rows = [group[0] for group in newest(rows, 1, *keys).values()]
+    rows = results.rows("bench-codec")
     return rows, [
         "*network*: the products and what stands between them; *whole*: with scaling and chunks. "
         "*full*: all blocks compute; *exact*: two small products per chunk."
@@ -648,30 +537,25 @@ def bench_codec(results):
 
 def training_rows(results):
     """(recipe, seconds to NMSE 1e-2: median, least, largest; last NMSE; whether it got there)."""
-    rows = find(results.rows("bench-training"), what="training")
-    for (recipe,), group in newest(rows, 3, "recipe").items():
+    for (recipe,), group in grouped(results.rows("bench-training"), "recipe").items():
         values = [sorted(row[key] for row in group) for key in ("seconds", "final")]
         seconds, final = ([statistics.median(v), v[0], v[-1]] for v in values)
         yield recipe, seconds, final, all(row["reached"] for row in group)
 
 
 def bench_training(results):
-    rows = find(results.rows("bench-training"), what="training")
+    rows = results.rows("bench-training")
     lines = [[recipe, span(seconds, ".1f") if there else f"not within {span(seconds, '.0f')}",
               several(final)] for recipe, seconds, final, there in training_rows(results)]
     return rows, [
         "Seconds to NMSE 1e-2 on held-out windows, within "
         f"{max(row['budget'] for row in rows)} steps. *release*: the recipe of the paper's own "
-        "code; *curriculum*: two stages from a random start; *warm*: from the best linear codec."
+        "code; *curriculum*: two stages from a random start."
     ], table(["recipe", "seconds", "last NMSE"], lines)
 
 
-def align_rows(results):
-    return results.rows("bench-align", "what", "n", "m", "kind", "latent", "epsilon")
-
-
 def bench_align(results):
-    rows = align_rows(results)
+    rows = results.rows("bench-align")
     plans, gauss = ([row for row in rows if row["what"] == what]
                     for what in ("sinkhorn", "gaussian_map"))
     names = "sinkhorn", "sinkhorn_stabilized", "sinkhorn_log"
@@ -692,8 +576,8 @@ def bench_align(results):
 
 # --- Beyond the paper: drawn and printed as soon as there are records -----------------------------
 def curves(results):
-    rows, lines = results.rows("curves", "name", "model", "seed"), []
-    for (name,), group in figures.grouped(rows, "name").items():
+    rows, lines = results.rows("curves"), []
+    for (name,), group in grouped(rows, "name").items():
         ends = [row["points"][-1] for row in group]
         seconds = [figures.shifted(row["points"])[0][-1] for row in group]
         lines.append([name, len(group), several([end["nmse"] for end in ends]),
@@ -730,9 +614,9 @@ def linear_optimum(results, beta):
     Source:    the linear VAE shrinks a component by 1 - beta / v (Lucas et al. 2019); the variances
                are read off Table 8, the NMSE of PCA at every r, as steps between two ratios
     """
-    rows = find(results.rows("table8", "checkpoint", "ratio", "method"), method="PCA")
+    rows = find(results.rows("table8"), method="PCA")
     left = {kept: statistics.mean(row["nmse"] for row in group) for kept, group in
-            sorted(figures.grouped([row | {"kept": 1 / row["ratio"]} for row in rows],
+            sorted(grouped([row | {"kept": 1 / row["ratio"]} for row in rows],
                                    "kept").items())}
     ends = [(0.0, 1.0), *((kept, nmse) for (kept,), nmse in left.items()), (1.0, 0.0)]
     total = 0.0
@@ -750,7 +634,7 @@ def kin(row):
 
 
 def kinship(results):
-    rows = results.rows("kinship", "source", "target")
+    rows = results.rows("kinship")
     sides = [[kin(row) for row in rows if row["related"] == side] for side in (True, False)]
     apart = all(sides) and ("above" if min(sides[0]) > max(sides[1]) else "not above")
     return rows, [
@@ -771,22 +655,6 @@ def layer_text(layers, most=12):
     return " ".join(shown if len(shown) <= most else [*shown[:most], "..."])
 
 
-def drift(results):
-    rows = results.rows("drift", "steps", "share")
-    domains = list(rows[0]["difference"])
-    words = [[said(d["mean"], d["se"]) for d in row["difference"].values()] for row in rows]
-    helped = [row["kinship"] for row, found in zip(rows, words) if "beats" in found]
-    return rows, [
-        "The target is `base`; the source is `arithmetic`, trained further on code (*steps*) or "
-        "partly re-initialised (*share* of the units), units permuted, then matched, lambda 0.5; "
-        "minus base.",
-        f"Of {len(rows)} rows {helped_text(words)}"
-        + (f" The lowest kinship of a gain is {min(helped):.2f}." if helped else "")
-    ], table(["steps", "share", "kinship", "null", *domains], [
-        [row["steps"], f"{row['share']:g}", f"{row['kinship']:.3f}", f"{row['null']:.3f}",
-         *(said_of(row["difference"][domain]) for domain in domains)] for row in rows])
-
-
 def helped_text(words):
     """words: per row the verdicts of all domains."""
     helped = [found for found in words if "beats" in found]
@@ -801,8 +669,8 @@ def lost(row):
 
 
 def vae(results):
-    rows = results.rows("vae", "vae", "model", "dtype", "seen")
-    unseen = figures.grouped(find(rows, seen=False, vae="reference"), "dtype")
+    rows = results.rows("vae")
+    unseen = grouped(find(rows, seen=False, vae="reference"), "dtype")
     worst = {dtype: max(row["nmse"] for row in group) for (dtype,), group in unseen.items()}
     changes = [abs(lost(row)) for row in rows if lost(row) is not None]
     return rows, [
@@ -821,10 +689,10 @@ def vae(results):
 
 def sibling_cells(results, name="sibling"):
     """[(row, lambda, {domain: (mean, standard error)})], seeds taken together."""
-    rows = results.rows(name, "row", "lam", "seed")
+    rows = results.rows(name)
     return [(row, lam, {domain: over_seeds([one["domains"][domain] for one in group])
                         for domain in group[0]["domains"]})
-            for (row, lam), group in figures.grouped(rows, "row", "lam").items()]
+            for (row, lam), group in grouped(rows, "row", "lam").items()]
 
 
 def merges_of(results, name):
@@ -837,7 +705,7 @@ def sibling(results, name="sibling", unit="Nats per token, a real model"):
     cells = sibling_cells(results, name)
     words = [[said(*d) for d in found.values()] for _, _, found in merges_of(results, name)]
     domains = list(cells[0][2])
-    return results.rows(name, "row", "lam", "seed"), [
+    return results.rows(name), [
         f"{unit}, minus the target's: a pruned and healed model + lambda (an expert of its bigger "
         "sibling - that sibling), hidden units matched; controls of the same size at lambda 0.5.",
         f"Of {len(words)} merges {helped_text(words)}"
@@ -847,16 +715,20 @@ def sibling(results, name="sibling", unit="Nats per token, a real model"):
         for row, lam, found in cells])
 
 
+def pruned(results):
+    return sibling(results, "pruned", "Bits per byte")
+
+
 def clouds(results):
-    return results.rows("clouds", "align"), [
+    return results.rows("clouds"), [
         "The source's latents among the target's, in the target's first two principal components: "
         "what each alignment does to the cloud. It does not show which chunk meets which."], []
 
 
 def spectra(results):
-    rows = results.rows("spectra", "model", "role")
+    rows = results.rows("spectra")
     clear = [f"{sum(map(clear_of_noise, group))} of {len(group)} roles of `{model}`"
-             for (model,), group in figures.grouped(rows, "model").items()]
+             for (model,), group in grouped(rows, "model").items()]
     return rows, [
         "Variance explained by the leading principal components; broken lines: white noise.",
         "The leading quarter of the components explains "
@@ -891,12 +763,23 @@ def tour(results):
 
 
 # --- The sections, in the order of the page ------------------------------------------------------
+def show(section, results):
+    """Print what a section says, as text."""
+    _, sentences, lines = section(results)
+    print("", *sentences, "", *lines, sep="\n")
+
+
 class Section(NamedTuple):
     title: str
     command: str                    # "": the records say it themselves
     needs: tuple                    # files of records; without one of them there is no section
     lines: Callable                 # results -> (records, sentences, lines of tables)
     picture: str = ""
+    key: str = ""                   # what claims call it, where another section has its rows
+
+    @property
+    def name(self):
+        return self.key or self.needs[0]
 
 
 PAPER = "python experiments/paper_tables.py"
@@ -906,8 +789,8 @@ SECTIONS = (
     Section("Table 2: self-merging", f"{PAPER} --table 2 --documents 48", ("table2",), table2),
     Section("Table 3: ten LoRA experts", f"{PAPER} --table 3 --documents 48", ("table3",), table3),
     Section("Table 4: two experts of one base", f"{PAPER} --table 4", ("table4",), table4),
-    Section("Table 5: another architecture", f"{PAPER} --table 5 --documents 48", ("table5",),
-            table5),
+    Section("Table 5: another architecture", f"{PAPER} --figure 4 --documents 48", ("figure4",),
+            table5, key="table5"),
     Section("Figure 4: lambda, alignment, controls", f"{PAPER} --figure 4 --documents 48",
             ("figure4",), figure4, "figure4"),
     Section("Table 6: what is merged", f"{PAPER} --table 6", ("table6",), table6),
@@ -917,18 +800,12 @@ SECTIONS = (
             "--documents 24 \\\n    --record experiments/results/real.jsonl", ("real",), real),
     Section("Ablation of the curriculum", f"{PAPER} --ablation curriculum --seeds 3 --documents 48",
             ("ablation",), ablation),
-    Section("Search for a better codec", "python experiments/explore_codec.py --seeds 3",
-            ("codec-search",), search),
-    Section("Searches for transfer", "python experiments/explore_transfer.py map rows "
-            "--documents 48", ("transfer",), transfer),
     Section("Spectra", "", ("spectra",), spectra, "spectra"),
     Section("Clouds of latents", "", ("clouds",), clouds, "clouds"),
     Section("Training curves", "", ("curves",), curves, "curves"),
     Section("The reference VAE", "", ("vae",), vae),
     Section("Kinship", "", ("kinship",), kinship, "kinship"),
-    Section("Drift", "", ("drift",), drift, "drift"),
-    Section("A pruned model and its sibling's expert", "", ("pruned",),
-            partial(sibling, name="pruned", unit="Bits per byte")),
+    Section("A pruned model and its sibling's expert", "", ("pruned",), pruned),
     Section("Real siblings", "", ("sibling",), sibling),
     Section("Speed: beside mergekit", f"{BENCH} --peer --peer-python peer/bin/python --record",
             ("bench-peer",), bench_peer, "bench"),

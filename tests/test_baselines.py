@@ -1,12 +1,10 @@
-"""Weight-space baselines against examples by hand, closed forms, brute force and statistics with a
-margin."""
+"""Weight-space baselines against examples by hand, closed forms and statistics with a margin."""
 import math
 
 import pytest
 import torch
 
-from baselines import (as_stored, dare, dare_ties, noise_average, slerp, soup, task_arithmetic,
-                       ties)
+from baselines import dare, dare_ties, noise_average, soup, ties
 
 
 def model(dtype=torch.float64, **tensors):
@@ -31,48 +29,9 @@ BASE = model(x=[1, 1], y=[[2], [0]])
 A, B = model(x=[2, 1], y=[[2], [4]]), model(x=[0, 3], y=[[3], [2]])
 
 
-# --- Averages and sums ----------------------------------------------------------------------------
-def test_soup_and_task_arithmetic_by_hand():
+def test_soup_by_hand():
     close(soup([A, B]), x=[1, 2], y=[[2.5], [3]])
-    close(task_arithmetic(BASE, [A, B], 0.5), x=[1, 2], y=[[2.5], [3]])    # lam = 1 / N is the soup
-    close(task_arithmetic(BASE, [A, B], 2), x=[1, 5], y=[[4], [12]])    # sum of deltas (0, 2; 1, 6)
-    close(task_arithmetic(BASE, [A]), **A)
-
-
-def on_circle(angle, radius=2):
-    return [radius * math.cos(angle), radius * math.sin(angle)]
-
-
-def test_slerp_in_two_dimensions():
-    """Closed form, complex numbers on a circle of radius 2: from angle 0.3 to 1.5, at t:
-    2 exp(i (0.3 + 1.2 t))."""
-    for t in (0, 0.25, 0.5, 1):
-        ends = model(w=on_circle(0.3)), model(w=on_circle(1.5))
-        close(slerp(*ends, t), w=on_circle(0.3 + 1.2 * t))
-    # Lengths 1 and 3 at a right angle, half way: both coefficients are sin 45 / sin 90 = sqrt(1/2),
-    # of the raw vectors.
-    close(slerp(model(w=[1, 0]), model(w=[0, 3]), 0.5), w=[math.sqrt(0.5), 3 * math.sqrt(0.5)])
-
-
-def test_slerp_is_per_tensor():
-    """u turns by 90 degrees, v stays where it is: as one long vector neither would."""
-    ours = slerp(model(u=[1, 0], v=[5, 0]), model(u=[0, 1], v=[5, 0]), 1 / 3)
-    close(ours, u=[math.cos(math.pi / 6), math.sin(math.pi / 6)], v=[5, 0])
-
-
-@pytest.mark.parametrize("a, b, expected", [
-    ([1, 2], [3, 6], [1.5, 3]), ([1, 2], [-1, -2], [0.5, 1]), ([0, 0], [4, 8], [1, 2]),
-    ([1, 0], [1, 1e-9], [1, 2.5e-10]), ([], [], [])])
-def test_slerp_falls_back_to_lerp(a, b, expected):
-    """Parallel, opposed, zero, nearly parallel, empty; a quarter of the way."""
-    close(slerp(model(w=a), model(w=b), 0.25), w=expected)
-
-
-def test_slerp_keeps_the_radius_where_mergekit_takes_the_chord():
-    """0.02 radian, cosine 0.9998 > mergekit's 0.9995: the chord's middle lies 0.02^2 / 8 = 5e-5
-    inside the circle."""
-    ours = slerp(model(w=[1, 0]), model(w=[math.cos(0.02), math.sin(0.02)]), 0.5)
-    close(ours, w=[math.cos(0.01), math.sin(0.01)])
+    close(soup([A]), **A)
 
 
 # --- TIES -----------------------------------------------------------------------------------------
@@ -113,8 +72,8 @@ def test_a_drawn_election_leaves_the_base():
 # --- DARE -----------------------------------------------------------------------------------------
 def test_dare_without_dropping_by_hand():
     close(dare(BASE, [A, B], 0, generator=seeded()), **soup([A, B]))
-    # (1 - .5, 0 + 1; 0 + .5, 4 + 1)
-    close(dare(BASE, [A, B], 0, [1, 0.5], generator=seeded()), x=[1.5, 2], y=[[2.5], [5]])
+    # half of (1 - 1, 0 + 2; 0 + 1, 4 + 2)
+    close(dare(BASE, [A, B], 0, 0.5, generator=seeded()), x=[1, 2], y=[[2.5], [3]])
     # 1 - 1 is a draw; 2, 1, (4 + 2) / 2
     close(dare_ties(BASE, [A, B], 0, 0.5, generator=seeded()), x=[1, 2], y=[[2.5], [1.5]])
 
@@ -126,7 +85,7 @@ def test_dare_is_unbiased():
     n, p, delta = 40_000, 0.9, 3.0
     base = {"w": torch.ones(n, dtype=torch.float64), "v": torch.zeros(n, dtype=torch.float64)}
     tuned = {"w": base["w"] + delta, "v": base["v"] + delta}
-    moved = dare(base, [tuned], p, [1], generator=seeded())
+    moved = dare(base, [tuned], p, 1, generator=seeded())
     for name in base:
         moves = moved[name] - base[name]
         assert set(moves.round(decimals=9).tolist()) == {0.0, 30.0}       # 3 / 0.1
@@ -135,7 +94,7 @@ def test_dare_is_unbiased():
     within = 5 * math.sqrt(0.01 * 0.99 / n)
     both = ((moved["w"] > 1) & (moved["v"] > 0)).double().mean().item()
     assert abs(both - 0.01) < within
-    pair = dare(base, [tuned, tuned], p, [1, 1], generator=seeded(1))["v"]
+    pair = dare(base, [tuned, tuned], p, 1, generator=seeded(1))["v"]
     twice = (pair == pair.max()).double().mean().item()
     assert abs(twice - 0.01) < within and pair.max() > 59
 
@@ -150,12 +109,6 @@ def test_dare_ties_counts_survivors_only():
     assert set(moves.round(decimals=9).tolist()) == {0.0, -5.0}
     alive = 1 - p ** 2
     assert abs(moves.mean().item() - delta * (1 + p)) < 5 * 5 * math.sqrt(alive * (1 - alive) / n)
-
-
-def test_one_seed_one_model():
-    drawn = [dare(BASE, [A, B], 0.5, generator=seeded(seed)) for seed in (*range(9), 0)]
-    close(drawn[0], **drawn[-1])
-    assert len(set(map(str, drawn))) > 1
 
 
 # --- The control of self-merging ------------------------------------------------------------------
@@ -179,36 +132,29 @@ def test_noise_has_the_norm_it_was_given():
 
 
 # --- What all share -------------------------------------------------------------------------------
-MERGES = {"soup": lambda base, models: soup([base, *models]),
-          "task_arithmetic": task_arithmetic, "ties": ties,
-          "slerp": lambda base, models: slerp(base, models[0], 0.5),
+MERGES = {"soup": lambda base, models: soup([base, *models]), "ties": ties,
           "dare": lambda base, models: dare(base, models, generator=seeded()),
           "dare_ties": lambda base, models: dare_ties(base, models, generator=seeded())}
 
 
 @pytest.mark.parametrize("merge", MERGES.values(), ids=MERGES)
-@pytest.mark.parametrize("change, named", [
-    (dict(x=torch.ones(3)), r"x: .*\(3,\) in model 1, .*\(2,\) in model 0"),
-    (dict(z=torch.ones(1)), "z: not in model 0"),
-    (dict(x=None), "x: not in model 1"), (dict(x=torch.ones(2, dtype=int)), "x: torch.int64"),
-    (dict(x=torch.tensor([1, math.nan])), "x: not finite")])
-def test_models_that_do_not_match(merge, change, named):
-    other = {name: w for name, w in {**A, **change}.items() if w is not None}
-    with pytest.raises(ValueError, match=named):
-        merge(BASE, [other])
+def test_models_that_do_not_match(merge):
+    for change, named in (
+            (dict(x=torch.ones(3)), r"x: .*\(3,\) in model 1, .*\(2,\) in model 0"),
+            (dict(z=torch.ones(1)), "z: not in model 0"), (dict(x=None), "x: not in model 1"),
+            (dict(x=torch.ones(2, dtype=int)), "x: torch.int64"),
+            (dict(x=torch.tensor([1, math.nan])), "x: not finite")):
+        other = {name: w for name, w in {**A, **change}.items() if w is not None}
+        with pytest.raises(ValueError, match=named):
+            merge(BASE, [other])
 
 
 @pytest.mark.parametrize("call, said", [
-    *((lambda d=d: ties(BASE, [A], d), "density") for d in (0, -0.1, 1.1, math.nan)),
+    *((lambda d=d: ties(BASE, [A], d), "density") for d in (0, 1.1, math.nan)),
     *((lambda p=p: dare(BASE, [A], p, generator=seeded()), "p ") for p in (1, -0.1, math.nan)),
-    (lambda: dare_ties(BASE, [A], 1, generator=seeded()), "p 1"),
-    (lambda: dare(BASE, [A], 0.5, [1, 1], generator=seeded()), "2 weights for 1"),
-    *((lambda t=t: slerp(A, B, t), "lambda") for t in (-0.1, 1.1)), (lambda: soup([]), "no models"),
-    *((lambda merge=MERGES[name]: merge(BASE, []), "no models")
-      for name in ("task_arithmetic", "ties", "dare", "dare_ties")),
+    (lambda: soup([]), "no models"), (lambda: ties(BASE, []), "no models"),
     (lambda: noise_average(A, 0, 0.1, seeded()), "k 0"),
-    *((lambda r=r: noise_average(A, 1, r, seeded()), "relative")
-      for r in (-0.1, math.inf, math.nan))])
+    *((lambda r=r: noise_average(A, 1, r, seeded()), "relative") for r in (-0.1, math.nan))])
 def test_refusals(call, said):
     with pytest.raises(ValueError, match=said):
         call()
@@ -219,32 +165,19 @@ NOISE = {"noise_average": lambda base, models: noise_average(base, 2, 0.1, seede
 
 @pytest.mark.parametrize("merge", (MERGES | NOISE).values(), ids=MERGES | NOISE)
 def test_types_order_and_arguments(merge):
-    """float64 out of any float type; the first model's order; what is no float stays the first
-    one's; arguments are not touched."""
+    """float64 out of any float type, and inside; the first model's order; what is no float stays
+    the first one's; arguments are not touched; one seed gives one model."""
     base = {"b": torch.tensor([1.0, 2]).bfloat16(), "steps": torch.tensor([3, 4]),
             "a": torch.tensor([[0.5]]).half()}
     other = {"a": torch.tensor([[1.5]]), "b": torch.tensor([2.0, -2]),
              "steps": torch.tensor([9, 9])}
     before = [{name: w.clone() for name, w in tensors.items()} for tensors in (base, other)]
-    merged = merge(base, [other])
+    merged, again = merge(base, [other]), merge(base, [other])
     assert list(merged) == ["b", "steps", "a"] and torch.equal(merged["steps"], base["steps"])
     assert merged["a"].dtype == merged["b"].dtype == torch.float64 and merged["a"].shape == (1, 1)
-    stored = as_stored(merged, base)
-    assert [w.dtype for w in stored.values()] == [w.dtype for w in base.values()]
     for now, was in zip((base, other), before):
         assert all(torch.equal(now[name], was[name]) for name in was)
-
-
-def test_float64_inside():
-    """In bfloat16 1 + 1/512 and 1 - 1/512 are 1: neither the sum nor the difference may be formed
-    there."""
-    base, tuned = model(torch.bfloat16, w=[1.0]), model(torch.bfloat16, w=[1 + 1 / 128])
-    close(task_arithmetic(base, [tuned], 1 / 4), w=[1 + 1 / 512])
-    assert as_stored(task_arithmetic(base, [tuned], 1 / 4), base)["w"].item() == 1.0
-    small, one = model(torch.bfloat16, w=[1 / 512]), model(torch.bfloat16, w=[1.0])
-    close(task_arithmetic(small, [one]), w=[1])
-
-
-def test_a_value_that_does_not_fit_is_named():
-    with pytest.raises(ValueError, match="w: 1e\\+05 does not fit torch.float16"):
-        as_stored({"w": torch.tensor([1e5], dtype=torch.float64)}, model(torch.float16, w=[1.0]))
+    assert all(torch.equal(merged[name], again[name]) for name in merged)
+    # In bfloat16 1 + 1/512 and 1 - 1/512 are 1: neither sum nor difference may be formed there.
+    close(soup([model(torch.bfloat16, w=[1.0]), model(torch.bfloat16, w=[1 / 512])]),
+          w=[(1 + 1 / 512) / 2])

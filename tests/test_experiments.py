@@ -9,31 +9,23 @@ import graphlib
 import json
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
-import evaluate  # noqa: E402  (the folder is made of commands, not of a package)
-import make_models  # noqa: E402
-import tiny_lm  # noqa: E402
+import evaluate
+import make_models
+import tiny_lm
+from conftest import ROOT
+from lsmerge import Codec
+from vae import VAEConfig
+
+EXPERIMENTS = ROOT / "experiments"
 
 DOCUMENTS = [b"a" * 5 + b"bc", b"x = 1\n" * 9, b"12+34=46\n"]
 TINY = dict(hidden=32, layers=1, heads=1, mlp=16)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A second thread costs these sizes more in waiting than it does in work, the more so on a busy
-    machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -62,7 +54,6 @@ def test_no_module_imports_what_imports_it():
     """The folder once had paper_tables.py import, late, the tables that imported it."""
     graph = {file.stem: file for file in EXPERIMENTS.glob("*.py")}
     graph = {name: imports(file, graph) for name, file in graph.items()}
-    assert "scores" in graph["paper_tables"] and "tiny_lm" in graph["evaluate"]
     order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, naming it
     assert order.index("scores") < order.index("grid") < order.index("paper_tables")
 
@@ -197,20 +188,6 @@ def test_the_split_is_the_same_everywhere():
     assert {name: evaluate.side(name) for name in sides} == sides
 
 
-def test_held_out_documents_are_small_and_enough():
-    for domain in evaluate.DOMAINS:
-        documents = evaluate.held_out(domain, "test")
-        assert 50 <= len(documents) <= evaluate.EXCERPTS
-        assert all(64 <= len(text) <= evaluate.EXCERPT_BYTES for text in documents)
-
-
-def test_schedule_at_its_corners():
-    spec = make_models.Spec(seed=0, steps=1000, lr=2.0)
-    assert make_models.learning_rate(0, spec) == pytest.approx(2.0 / make_models.WARMUP)
-    assert make_models.learning_rate(500, spec) == pytest.approx(1.0)
-    assert make_models.learning_rate(999, spec) < 1e-4
-
-
 def test_same_seed_same_file(tmp_path, monkeypatch):
     """Two short runs of one row of the table write the same bytes; another seed does not."""
     monkeypatch.setattr(make_models, "BATCH", 2)
@@ -224,9 +201,10 @@ def test_same_seed_same_file(tmp_path, monkeypatch):
         make_models.save(lm, tmp_path / f"{number}.safetensors")
         files.append((tmp_path / f"{number}.safetensors").read_bytes())
     assert files[0] == files[1] != files[2]
-    first, second = (make_models.new_model(make_models.Spec(seed, 1, 0.0, shape=TINY))
-                     for seed in (5, 6))
-    assert not torch.equal(first.model.embed_tokens.weight, second.model.embed_tokens.weight)
+    spec = make_models.Spec(seed=0, steps=1000, lr=2.0)
+    rates = [make_models.learning_rate(step, spec) for step in (0, 500, 999)]
+    assert rates == [pytest.approx(2.0 / make_models.WARMUP), pytest.approx(1.0),
+                     pytest.approx(0, abs=1e-4)]
     tensors = load_file(tmp_path / "0.safetensors")
     assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"] * 3
@@ -372,15 +350,6 @@ def test_an_adapter_that_does_not_fit_is_refused(adapted):
             tiny_lm.fold(base, folder)
 
 
-def test_halves_of_the_training_text_share_no_document(monkeypatch):
-    documents = (b"one ", b"two ", b"three ", b"four ", b"five ")
-    monkeypatch.setattr(make_models, "training_documents", lambda domain: documents)
-    for arguments, expected in {
-            ("arithmetic", "a"): b"one three five ", ("arithmetic", "b"): b"two four ",
-            ("code", "b"): b"two \nfour ", ("arithmetic",): b"one two three four five "}.items():
-        assert make_models.training_text(*arguments).tobytes() == expected
-
-
 def test_the_command_trains_an_adapter_part_of_the_way(tmp_path, monkeypatch):
     monkeypatch.setattr(make_models, "BATCH", 2)
     monkeypatch.setattr(make_models, "WINDOW", 16)
@@ -403,32 +372,33 @@ def test_the_command_trains_an_adapter_part_of_the_way(tmp_path, monkeypatch):
         assert whole[name].any() and torch.equal(part[name], share * whole[name])
 
 
-@pytest.mark.parametrize("name", make_models.LORAS)
-def test_the_trained_adapters_are_whole(name):
-    folder = tiny_lm.MODELS / "lora" / name
-    files = {"adapter_config.json", "adapter_model.safetensors"}
-    assert {path.name for path in folder.iterdir()} == files
-    config = json.loads((folder / "adapter_config.json").read_text())
-    facts = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "base_model_name_or_path": "base"}
-    assert config.items() >= facts.items()
-    assert set(config["target_modules"]) == set(tiny_lm.LORA_TARGETS)
-    sizes = {**dict.fromkeys("qkvo", (128, 128)), "gate": (384, 128), "up": (384, 128),
-             "down": (128, 384)}
-    expected = {}
-    for layer in range(4):
-        for role, (rows, columns) in sizes.items():
-            part = "self_attn" if role in "qkvo" else "mlp"
-            stem = f"base_model.model.model.layers.{layer}.{part}.{role}_proj.lora_"
-            expected |= {f"{stem}A.weight": (8, columns), f"{stem}B.weight": (rows, 8)}
-    tensors = load_file(folder / "adapter_model.safetensors")
-    assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == expected
-    assert all(tensor.isfinite().all() and tensor.any() for tensor in tensors.values())
-    by_folder, by_file = (tiny_lm.load(path).state_dict()
-                          for path in (folder, folder / "adapter_model.safetensors"))
+def test_the_trained_adapters_are_whole():
     base = tiny_lm.load(tiny_lm.MODELS / "base.safetensors").state_dict()
-    assert all(torch.equal(by_folder[key], by_file[key]) for key in base)
-    assert {key for key in base if not torch.equal(base[key], by_folder[key])} == {
-        key for key in base if key.endswith("_proj.weight")}
+    for name in make_models.LORAS:
+        folder = tiny_lm.MODELS / "lora" / name
+        config = json.loads((folder / "adapter_config.json").read_text())
+        facts = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "base_model_name_or_path": "base"}
+        assert config.items() >= facts.items()
+        tensors = load_file(folder / "adapter_model.safetensors")
+        assert len(tensors) == 4 * 7 * 2
+        assert all(tensor.isfinite().all() and tensor.any() for tensor in tensors.values())
+        folded = tiny_lm.load(folder).state_dict()
+        assert {key for key in base if not torch.equal(base[key], folded[key])} == {
+            key for key in base if key.endswith("_proj.weight")}
+
+
+def test_one_command_trains_the_reference_vae(tmp_path, monkeypatch, capsys):
+    """Of all its models, with the flags that are written down; a tenth of a second of it."""
+    monkeypatch.setattr(make_models, "VAE_MODELS", ("parent",))
+    monkeypatch.setattr(make_models, "VAE_FLAGS", ("--steps1", "2", "--steps2", "1"))
+    model = make_models.new_model(make_models.Spec(seed=1, steps=1, lr=0.0, shape=TINY))
+    make_models.save(model, tmp_path / "parent.safetensors")
+    monkeypatch.setattr(sys, "argv", ["make_models.py", "vae", "--out", str(tmp_path), "--quiet"])
+    make_models.main()
+    codec = Codec.load(tmp_path / "vae.safetensors")
+    assert codec.record["trained_on"] == ["parent.safetensors"]
+    assert [stage["steps"] for stage in codec.record["stages"]] == [2, 1]
+    assert codec.vae.config == VAEConfig()
 
 
 def test_the_table_of_adapters_is_the_recorded_one():

@@ -1,7 +1,9 @@
-"""experiments/lora.py. Oracles: the sum by numpy in float64, scipy's singular values, PEFT itself
-where it is installed."""
+"""experiments/tools/lora.py. Oracles: the sum by numpy in float64, scipy's singular
+values, names as transformers 4 and 5 have them on disk and in memory, PEFT itself where
+it is installed."""
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -11,18 +13,20 @@ import scipy.linalg
 import torch
 from safetensors.torch import load_file, save_file
 
+from conftest import ROOT, llama_tensors
+
+sys.path.insert(0, str(ROOT / "experiments" / "tools"))
 import chunking
 import lora
-import merge
-from conftest import ROOT, llama_tensors
 
 Q = "model.layers.0.self_attn.q_proj"
 MODULES = [Q, "model.layers.1.mlp.down_proj", "model.layers.1.mlp.up_proj"]
 P = "base_model.model."
 QA, QB = f"{P}{Q}.lora_A.weight", f"{P}{Q}.lora_B.weight"
-PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "fan_in_fan_out": False,
-         "use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {},
-         "modules_to_save": None, "target_modules": ["q_proj"], "init_lora_weights": True}
+PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none",
+         "fan_in_fan_out": False, "use_rslora": False, "use_dora": False,
+         "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None,
+         "target_modules": ["q_proj"], "init_lora_weights": True}
 
 
 def run(*arguments):
@@ -30,15 +34,18 @@ def run(*arguments):
     return chunking.command(lambda: lora.main([str(a) for a in arguments]))
 
 
-def write_adapter(folder, seed=1, edit=None, dtype=torch.float32, **settings):
-    """A folder as PEFT saves it, for the models a and b of conftest: its path and its factors.
-    edit: what is done to the tensors; settings: of the configuration."""
-    g, shapes, tensors = torch.Generator().manual_seed(seed), llama_tensors(0), {}
-    for module in MODULES:
-        out, width = shapes[module + ".weight"].shape
-        A, B = torch.randn(4, width, generator=g) * 0.1, torch.randn(out, 4, generator=g) * 0.1
-        tensors[f"{P}{module}.lora_A.weight"] = A.to(dtype)
-        tensors[f"{P}{module}.lora_B.weight"] = B.to(dtype)
+def write_adapter(folder, edit=None, dtype=torch.float32, shapes=None, **settings):
+    """A folder as PEFT saves it, for the models a and b of conftest: its path and its
+    tensors.  shapes: {module: (outputs, inputs)}; edit: what is done to the tensors;
+    settings: of the configuration."""
+    g, tensors = torch.Generator().manual_seed(1), {}
+    if shapes is None:
+        weights = llama_tensors(0)
+        shapes = {module: weights[module + ".weight"].shape for module in MODULES}
+    for module, (out, width) in shapes.items():
+        A, B = torch.randn(4, width, generator=g), torch.randn(out, 4, generator=g)
+        tensors[f"{P}{module}.lora_A.weight"] = (0.1 * A).to(dtype)
+        tensors[f"{P}{module}.lora_B.weight"] = (0.1 * B).to(dtype)
     if edit:
         edit(tensors)
     folder.mkdir()
@@ -53,20 +60,14 @@ def product(tensors, module, s=2.0):
     return s * (B @ A)
 
 
-def by_hand(base, tensors, s=(2.0, 2.0, 2.0)):
+def by_hand(base, tensors, scales=(2.0, 2.0, 2.0)):
     """The folded model: one rounding of the float64 sum."""
     result = dict(base)
-    for module, scale in zip(MODULES, s):
+    for module, s in zip(MODULES, scales):
         weight = base[module + ".weight"]
-        total = torch.from_numpy(weight.double().numpy() + product(tensors, module, scale))
-        result[module + ".weight"] = total.to(weight.dtype)
+        total = weight.double().numpy() + product(tensors, module, s)
+        result[module + ".weight"] = torch.from_numpy(total).to(weight.dtype)
     return result
-
-
-def turned(model):
-    """The adapted matrices stored the other way round, as GPT-2 does."""
-    return {name: tensor.T.contiguous() if name.removesuffix(".weight") in MODULES else tensor
-            for name, tensor in model.items()}
 
 
 def assert_equal(got, expected):
@@ -75,72 +76,196 @@ def assert_equal(got, expected):
         assert got[name].dtype == tensor.dtype and torch.equal(got[name], tensor), name
 
 
-def assert_near(got, expected, relative):
-    """Of numpy arrays, relative to the largest number expected."""
-    np.testing.assert_allclose(got, expected, rtol=0, atol=relative * abs(expected).max())
+def assert_near(got, expected, relative=1e-6):
+    """Of numpy arrays, relative to the largest number expected. 1e-6: float32."""
+    largest = abs(expected).max()
+    np.testing.assert_allclose(got, expected, rtol=0, atol=relative * largest)
 
 
 def one_line(capsys, *words):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and "; fix: " in error
     assert all(str(word) in error for word in words), (error, words)
+    assert len(error) < 700
 
 
-# --- fold -----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("piece", [chunking.PIECE, 100, 1000])
+# --- fold -----------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16,
+                                   torch.float64])
+@pytest.mark.parametrize("piece", [chunking.PIECE, 100])
 def test_fold_is_the_float64_sum_rounded_once(tmp_path, monkeypatch, dtype, piece):
-    """Bit for bit, whatever the pieces; all other tensors stay as they are."""
+    """Bit for bit, whatever the pieces; all other tensors stay as they are, -inf too"""
     monkeypatch.setattr(lora, "PIECE", piece)
     base = llama_tensors(1, dtype=dtype)
-    base |= {"ids": torch.arange(5), "empty": torch.zeros(0, 4), "scalar": torch.tensor(2.5)}
+    base |= {"ids": torch.arange(5), "empty": torch.zeros(0, 4),
+             "masked_bias": torch.tensor(-math.inf)}
     save_file(base, tmp_path / "base.safetensors")
     half = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     path, tensors = write_adapter(tmp_path / "x", dtype=half)
     out = tmp_path / "m.safetensors"
     assert run("fold", tmp_path / "base.safetensors", path, "-o", out) == 0
     assert_equal(load_file(out), by_hand(base, tensors))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["base.safetensors", "m.safetensors", "x"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "base.safetensors", "m.safetensors", "x"]
 
 
 @pytest.mark.parametrize("settings, scales", [
-    (dict(), [2, 2, 2]), (dict(use_rslora=True), [4, 4, 4]), (dict(lora_alpha=3), [0.75] * 3),
-    (dict(lora_alpha=-8), [-2] * 3), (dict(alpha_pattern={"proj": 16}), [2, 2, 2]),
+    (dict(), [2, 2, 2]), (dict(use_rslora=True), [4, 4, 4]),
+    (dict(lora_alpha=3), [0.75] * 3), (dict(lora_alpha=-8), [-2] * 3),
+    (dict(alpha_pattern={"proj": 16}), [2, 2, 2]),
     (dict(alpha_pattern={"down_proj": 16, "layers.1.mlp.up_proj": 1}), [2, 4, 0.25]),
-    (dict(alpha_pattern={r"layers\.\d+\.mlp\..*": 12}), [2, 3, 3])])
+    (dict(alpha_pattern={r"layers\.\d+\.mlp\..*": 12}), [2, 3, 3]),
+    (dict(rank_pattern={"q_proj": 2}), [4, 2, 2])])
 def test_scaling_follows_the_configuration(models, tmp_path, settings, scales):
-    """s = alpha / r, alpha / sqrt(r) for rslora; a pattern matches whole parts at a name's end."""
-    path, tensors = write_adapter(tmp_path / "x", **settings)
+    """s = alpha / r, alpha / sqrt(r) for rslora; a pattern matches whole parts at a
+    name's end."""
+    def cut(tensors):
+        if "rank_pattern" in settings:
+            tensors[QA] = tensors[QA][:2].clone()
+            tensors[QB] = tensors[QB][:, :2].clone()
+    path, tensors = write_adapter(tmp_path / "x", cut, **settings)
     expected = by_hand(load_file(models["a"]), tensors, scales)
     assert_equal(lora.folded_tensors(models["a"], path), expected)
 
 
-def test_ranks_may_differ_by_module(models, tmp_path):
-    def cut(tensors):
-        tensors[QA], tensors[QB] = tensors[QA][:2].clone(), tensors[QB][:, :2].clone()
-    path, tensors = write_adapter(tmp_path / "x", edit=cut, rank_pattern={"q_proj": 2})
-    expected = by_hand(load_file(models["a"]), tensors, (4.0, 2.0, 2.0))    # alpha / r = 8 / 2
-    assert_equal(lora.folded_tensors(models["a"], path), expected)
-
-
-@pytest.mark.parametrize("piece", [chunking.PIECE, 100])
-def test_fan_in_fan_out_is_transposed(models, tmp_path, monkeypatch, piece):
+@pytest.mark.parametrize("flag", [True, False])
+@pytest.mark.parametrize("conv1d", [True, False])
+@pytest.mark.parametrize("piece", [chunking.PIECE, 20])
+def test_each_matrix_is_turned_or_not(tmp_path, monkeypatch, flag, conv1d, piece):
+    """GPT-2's layers are stored as (inputs, outputs), its classifier is not, and both
+    are square here; PEFT stores one flag, of whichever came last. GPTBigCode has the
+    same names and stores nothing that way."""
     monkeypatch.setattr(lora, "PIECE", piece)
-    path, tensors = write_adapter(tmp_path / "x", fan_in_fan_out=True)
-    base = load_file(models["a"])
-    save_file(turned(base), tmp_path / "base.safetensors")
-    lora.fold(tmp_path / "base.safetensors", path, tmp_path / "m.safetensors")
-    assert_equal(load_file(tmp_path / "m.safetensors"), turned(by_hand(base, tensors)))
+    h = "transformer.h.0"
+    shapes = {f"{h}.attn.c_attn": (24, 8), f"{h}.attn.c_proj": (8, 8),
+              f"{h}.mlp.c_fc": (32, 8), "classifier": (8, 8)}
+    path, tensors = write_adapter(tmp_path / "x", shapes=shapes, fan_in_fan_out=flag)
+    base, expected, g = {}, {}, torch.Generator().manual_seed(0)
+    for module, shape in shapes.items():
+        weight = torch.randn(shape, generator=g)
+        total = weight.double().numpy() + product(tensors, module)
+        total = torch.from_numpy(total).float()
+        if conv1d and module != "classifier":
+            weight, total = weight.T.contiguous(), total.T
+        name = module.removeprefix("transformer.") + ".weight"      # as on the Hub
+        base[name], expected[name] = weight, total
+    assert_equal(lora.folded_tensors(chunking.StateDict(base), path), expected)
+
+
+TEXT, VISION = "layers.1.self_attn.q_proj", "encoder.layers.1.self_attn.q_proj"
+# Recorded from transformers 4.51 and 5.24: names in memory and on disk, place by place.
+LLAVA_5 = [f"model.language_model.{TEXT}", f"model.vision_tower.{VISION}", "lm_head",
+           "model.multi_modal_projector.linear_1"]
+LLAVA_4 = [f"language_model.model.{TEXT}", f"vision_tower.vision_model.{VISION}",
+           "language_model.lm_head", "multi_modal_projector.linear_1"]
+QWEN2VL_5 = [f"model.language_model.{TEXT}", "model.visual.blocks.1.attn.qkv",
+             "model.visual.merger.mlp.0"]
+QWEN2VL_4 = [f"model.{TEXT}", "visual.blocks.1.attn.qkv", "visual.merger.mlp.0"]
+SAME = {"LLaVA": (LLAVA_5, LLAVA_4), "Qwen2-VL": (QWEN2VL_5, QWEN2VL_4),
+        "T5": (["encoder.block.1.layer.0.SelfAttention.q",
+                "decoder.block.1.layer.0.SelfAttention.q"],) * 2,
+        "BERT": (["bert.encoder.layer.1.attention.self.query"],
+                 ["encoder.layer.1.attention.self.query"]),
+        "a sentence model": (["encoder.layer.1.attention.self.query"],
+                             ["0.auto_model.encoder.layer.1.attention.self.query"]),
+        "wrappers": (["_orig_mod.model.layers.1.module.mlp.fc1"],
+                     ["model.layers.1.mlp.fc1"])}
+OTHER = {"a decoder's": (["decoder.block.1.layer.0.SelfAttention.q"],
+                         ["encoder.block.1.layer.0.SelfAttention.q"], "no such"),
+         "another layer's": ([f"model.{TEXT}"], ["model.layers.0.self_attn.q_proj"],
+                             "no such"),
+         "another model's": (["roberta.encoder.layer.1.output.dense"],
+                             ["bert.encoder.layer.1.output.dense"], "no such"),
+         "another part's": (["model.layers.1.q_proj"], ["model.layers.1.attn.q_proj"],
+                            "no such"),
+         "audio or text": ([f"model.{TEXT}"], [f"model.audio_tower.{TEXT}",
+                                               f"model.language_model.{TEXT}"], "that"),
+         "two for one": ([f"transformer.{TEXT}", f"model.{TEXT}"], [TEXT], TEXT)}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_names_in_memory_meet_names_on_disk(tmp_path, case):
+    """In both directions: an adapter may be older or newer than its base's file."""
+    for turn, (memory, disk) in enumerate((SAME[case], SAME[case][::-1])):
+        shapes = dict.fromkeys(memory, (6, 6))
+        path, tensors = write_adapter(tmp_path / f"x{turn}", shapes=shapes)
+        base = {f"{name}.weight": torch.randn(6, 6) for name in disk}
+        expected = {}
+        for module, (name, weight) in zip(memory, base.items()):
+            total = weight.double().numpy() + product(tensors, module)
+            expected[name] = torch.from_numpy(total).float()
+        assert_equal(lora.folded_tensors(chunking.StateDict(base), path), expected)
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_names_that_do_not_meet(tmp_path, capsys, case):
+    memory, disk, words = OTHER[case]
+    path, _ = write_adapter(tmp_path / "x", shapes=dict.fromkeys(memory, (6, 6)))
+    base = tmp_path / "base.safetensors"
+    save_file({f"{name}.weight": torch.ones(6, 6) for name in disk}, base)
+    assert run("fold", base, path, "-o", tmp_path / "m.safetensors") == 1
+    one_line(capsys, words, memory[-1])
+
+
+def test_of_two_names_the_shape_decides(tmp_path):
+    path, tensors = write_adapter(tmp_path / "x", shapes={f"model.{TEXT}": (6, 6)})
+    names = [f"model.audio_tower.{TEXT}.weight", f"model.language_model.{TEXT}.weight"]
+    base = {names[0]: torch.ones(5, 5), names[1]: torch.ones(6, 6)}
+    got = lora.folded_tensors(chunking.StateDict(base), path)
+    assert torch.equal(got[names[0]], base[names[0]])
+    assert_near(got[names[1]].numpy(), 1 + product(tensors, f"model.{TEXT}"))
+
+
+HEAD = {"lm_head": (40, 64)}
+COPY = f"{P}lm_head.base_layer.weight"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_peft_saves_of_the_base_itself(tmp_path, capsys, dtype):
+    """A head that is targeted comes with its base. That adds nothing; if it is another
+    one, the adapter is of another base; with more rows, the vocabulary has grown."""
+    base = llama_tensors(1) | {"lm_head.weight": torch.randn(40, 64)}
+    save_file(base, tmp_path / "base.safetensors")
+    copies = {COPY: base["lm_head.weight"].to(dtype),
+              P + "model.embed_tokens.weight": base["model.embed_tokens.weight"]}
+    path, tensors = write_adapter(tmp_path / "x", lambda t: t.update(copies),
+                                  shapes=HEAD)
+    got = lora.folded_tensors(tmp_path / "base.safetensors", path)
+    expected = base["lm_head.weight"].double().numpy() + product(tensors, "lm_head")
+    assert_near(got["lm_head.weight"].numpy(), expected)
+    for i, (copy, words) in enumerate([(copies[COPY] * 1.01, "not what the base holds"),
+                                       (torch.ones(42, 64), "vocabulary was resized")]):
+        path, _ = write_adapter(tmp_path / f"y{i}", lambda t: t.update({COPY: copy}),
+                                shapes=HEAD)
+        out = tmp_path / "m.safetensors"
+        assert run("fold", tmp_path / "base.safetensors", path, "-o", out) == 1
+        one_line(capsys, words, COPY)
+
+
+def test_a_tied_head_is_refused(base_folder, tmp_path, capsys):
+    """Loaders read the embedding for it: the sum would be lost. Not if it is said to be
+    no tied one."""
+    path, _ = write_adapter(tmp_path / "x", shapes=HEAD)
+    assert run("fold", base_folder, path, "-o", tmp_path / "m") == 1
+    one_line(capsys, "lm_head", "no such tensor", "tied")
+    base = load_file(base_folder / "model.safetensors")
+    base["lm_head.weight"] = base["model.embed_tokens.weight"].clone()
+    save_file(base, base_folder / "model.safetensors")
+    assert run("fold", base_folder, path, "-o", tmp_path / "m") == 1
+    one_line(capsys, "lm_head", "tied to model.embed_tokens.weight")
+    (base_folder / "config.json").write_text('{"tie_word_embeddings": false}')
+    assert run("fold", base_folder, path, "-o", tmp_path / "m") == 0
 
 
 def test_in_memory_as_in_a_file_and_wider_where_asked(models, tmp_path):
-    """A base in memory sets the precision: what an adapter adds to bfloat16 is not rounded away."""
+    """A base in memory sets the precision: what an adapter adds is not rounded away."""
     path, tensors = write_adapter(tmp_path / "x")
     lora.fold(models["half"], path, tmp_path / "m.safetensors")
-    in_memory = lora.folded_tensors(models["half"], path)
-    assert_equal(in_memory, load_file(tmp_path / "m.safetensors"))
+    assert_equal(lora.folded_tensors(models["half"], path),
+                 load_file(tmp_path / "m.safetensors"))
     wide = {name: tensor.float() for name, tensor in load_file(models["half"]).items()}
-    assert_equal(lora.folded_tensors(chunking.StateDict(wide), path), by_hand(wide, tensors))
+    got = lora.folded_tensors(chunking.StateDict(wide), path)
+    assert_equal(got, by_hand(wide, tensors))
 
 
 @pytest.fixture
@@ -154,9 +279,8 @@ def base_folder(models, tmp_path):
 
 def test_a_folder_gives_a_folder(base_folder, tmp_path, capsys):
     """Companions byte for byte, and a card of its own."""
-    companions = {"tokenizer.json": bytes(range(256)), "README.md": b"the base's own card"}
-    for name, content in companions.items():
-        (base_folder / name).write_bytes(content)
+    (base_folder / "tokenizer.json").write_bytes(bytes(range(256)))
+    (base_folder / "README.md").write_text("the base's own card")
     path, tensors = write_adapter(tmp_path / "x")
     out = tmp_path / "m"
     assert run("fold", base_folder, path, "-o", out) == 0
@@ -167,7 +291,8 @@ def test_a_folder_gives_a_folder(base_folder, tmp_path, capsys):
     expected = by_hand(load_file(base_folder / "model.safetensors"), tensors)
     assert_equal(load_file(out / "model.safetensors"), expected)
     card = (out / "README.md").read_text()
-    assert 'base_model: "base"' in card and "lora.py fold" in card and str(tmp_path) not in card
+    assert 'base_model: "base"' in card and "lora.py fold" in card
+    assert str(tmp_path) not in card
     capsys.readouterr()
     assert run("fold", base_folder, path, "-o", out) == 1
     one_line(capsys, "exists")
@@ -176,91 +301,44 @@ def test_a_folder_gives_a_folder(base_folder, tmp_path, capsys):
     assert_equal(load_file(tmp_path / "m.safetensors"), expected)
 
 
-@pytest.mark.parametrize("output, words, force", [
-    ("base.safetensors", "input", True), ("x/adapter_model.safetensors", "input", True),
-    ("x/adapter_config.json", "input", True), ("old.safetensors", "exists", False)])
-def test_what_an_output_may_not_be(models, tmp_path, capsys, output, words, force):
-    """An input, whatever --force says; what exists, without it."""
-    base, out = tmp_path / "base.safetensors", tmp_path / output
-    save_file(load_file(models["a"]), base)
+@pytest.mark.parametrize("output, words", [
+    ("base.safetensors", "way"), ("x/adapter_model.safetensors", "way"),
+    ("x/adapter_config.json", "way"), ("y/", "folder's name")])
+def test_what_an_output_may_not_be(models, tmp_path, capsys, output, words):
+    """An input, whatever --force says; a folder where the base is a file."""
+    save_file(load_file(models["a"]), tmp_path / "base.safetensors")
     path, _ = write_adapter(tmp_path / "x")
-    (tmp_path / "old.safetensors").write_text("old")
-    before = out.read_bytes()
-    assert run("fold", base, path, "-o", out, *["--force"] * force) == 1
+    out = f"{tmp_path}/{output}"
+    assert run("fold", tmp_path / "base.safetensors", path, "-o", out, "--force") == 1
     one_line(capsys, words)
-    assert out.read_bytes() == before
-    assert run("fold", base, path, "-o", tmp_path / "old.safetensors", "--force") == 0
 
 
-def test_folded_models_are_whole_models_to_merge(models, tmp_path):
-    """Two experts of one base through merge.py; task arithmetic adds their products."""
-    base, out, adapters = load_file(models["a"]), tmp_path / "m.safetensors", []
-    for seed in (1, 2):
-        path, tensors = write_adapter(tmp_path / f"x{seed}", seed)
-        adapters.append(tensors)
-        lora.fold(models["a"], path, tmp_path / f"{seed}.safetensors")
-    files = [str(tmp_path / f"{seed}.safetensors") for seed in (1, 2)]
-    flags = ["--space", "weight", "--quiet", "--force", "-o", str(out)]
-    for more, weights in ((["--lam", "0.25"], (0.75, 0.25)),
-                          (["--operator", "task-arithmetic", "--base", str(models["a"]),
-                            "--lam", "1"], (1.0, 1.0))):
-        merge.main([*files, *more, *flags])
-        got = load_file(out)
-        for module in MODULES:
-            expected = base[module + ".weight"].double().numpy()
-            for weight, tensors in zip(weights, adapters):
-                expected = expected + weight * product(tensors, module)
-            assert_near(got[module + ".weight"].double().numpy(), expected, 1e-6)    # of float32
-
-
-def test_modules_without_factors_are_said(models, tmp_path, capsys):
-    path, _ = write_adapter(tmp_path / "x")
-    assert run("fold", models["a"], path, "-o", tmp_path / "m.safetensors") == 0
-    out = capsys.readouterr().out
-    assert "note: the adapter has nothing for 11 matrices" in out and "gate" in out
-    assert "the difference is zero" in out and "to 3 matrices" in out
-
-
-def test_what_rounding_takes_is_said(models, tmp_path, capsys):
-    """bfloat16 keeps 8 bits of a weight, and so fewer of the small number that is added to it."""
-    path, tensors = write_adapter(tmp_path / "x")
+def test_what_fold_notes(models, tmp_path, capsys):
+    """Layers without factors; the base that the adapter names; what rounding takes:
+    bfloat16 keeps 8 bits of a weight, and so fewer of the small number added to it."""
+    path, tensors = write_adapter(tmp_path / "x", base_model_name_or_path="org/b")
     record = lora.fold(models["half"], path, tmp_path / "m.safetensors")
     base, got = load_file(models["half"]), load_file(tmp_path / "m.safetensors")
     error = whole = 0.0
     for module in MODULES:
         added = product(tensors, module)
-        seen = (got[module + ".weight"].double() - base[module + ".weight"].double()).numpy()
-        error, whole = error + ((seen - added) ** 2).sum(), whole + (added ** 2).sum()
+        seen = got[module + ".weight"].double() - base[module + ".weight"].double()
+        error += ((seen.numpy() - added) ** 2).sum()
+        whole += (added ** 2).sum()
     assert record["rounding"] == pytest.approx(math.sqrt(error / whole), rel=1e-6)
-    for name in ("half", "a"):
-        path, _ = write_adapter(tmp_path / name, lora_alpha=0.8)
-        assert run("fold", models[name], path, "-o", tmp_path / "n.safetensors", "--force") == 0
-        assert ("note: rounding" in capsys.readouterr().out) == (name == "half")
+    weak, _ = write_adapter(tmp_path / "weak", lora_alpha=0.8)
+    for model, adapter, words, absent in [
+            ("a", path, "trained on 'b'", "rounding"),
+            ("b", path, "mlp.gate_proj.weight (2)", "trained on"),
+            ("half", weak, "rounding", "trained on")]:
+        out = tmp_path / "n.safetensors"
+        assert run("fold", models[model], adapter, "-o", out, "--force") == 0
+        said = capsys.readouterr().out
+        assert words in said and absent not in said
+        assert "nothing for 11 matrices" in said and "to 3 matrices" in said
 
 
-@pytest.mark.parametrize("named, config, noted", [
-    ("org/Llama-2-7b", {"_name_or_path": "org/Llama-2-7b-hf"}, True),
-    ("org/Llama-2-7b", {"_name_or_path": "/data/Llama-2-7b/"}, False),
-    ("org/Llama-2-7b", {}, False), (None, {"_name_or_path": "x"}, False),
-    ("org/Llama-2-7b", None, False)])
-def test_a_base_of_another_name_is_noted(base_folder, tmp_path, capsys, named, config, noted):
-    (base_folder / "config.json").unlink()
-    if config is not None:
-        (base_folder / "config.json").write_text(json.dumps(config))
-    path, _ = write_adapter(tmp_path / "x", base_model_name_or_path=named)
-    assert run("fold", base_folder, path, "-o", tmp_path / "m") == 0
-    assert ("as its base, this one is" in capsys.readouterr().out) == noted
-
-
-def test_a_file_of_another_name_is_noted(models, tmp_path, capsys):
-    path, _ = write_adapter(tmp_path / "x", base_model_name_or_path="a")
-    assert run("fold", models["a"], path, "-o", tmp_path / "m.safetensors") == 0
-    assert "as its base" not in capsys.readouterr().out
-    assert run("fold", models["b"], path, "-o", tmp_path / "n.safetensors") == 0
-    assert "names 'a' as its base, this one is 'b'" in capsys.readouterr().out
-
-
-# --- fold: what is refused ------------------------------------------------------------------------
+# --- fold: what is refused ------------------------------------------------------------
 def drop(tensors):
     del tensors[QB]
 
@@ -269,56 +347,75 @@ def spoil(tensors):
     tensors[QA][1, 2] = math.nan
 
 
+def twice(tensors):
+    tensors[f"{P}{Q}.lora_A.default.weight"] = tensors[QA].clone()
+
+
+def empty(tensors):
+    tensors.clear()
+    tensors["model.norm.weight"] = torch.ones(64)
+
+
 def add(name, *shape):
     """A change that adds a tensor, or replaces it by one of another shape."""
     return lambda tensors: tensors.update({name: torch.ones(*shape)})
 
 
-def unknown(tensors):
-    add(P + "model.x.lora_A.weight", 4, 9)(tensors), add(P + "model.x.lora_B.weight", 9, 4)(tensors)
-
-
-REFUSED = {     # case: (settings of the configuration, change of the tensors, words of the error)
+HUGE = 10 ** 400
+REFUSED = {     # case: (settings, change of the tensors, words of the error)
     "dora": ({"use_dora": True}, None, "use_dora"),
     "lokr": ({"peft_type": "LOKR"}, None, "LOKR"),
     "bias": ({"bias": "all"}, None, "bias"),
     "saved modules": ({"modules_to_save": ["lm_head"]}, None, "modules_to_save"),
-    "kasa": ({"kasa_config": {"beta": 1e-4}}, None, "kasa_config"),
-    "activated": ({"alora_invocation_tokens": [1]}, None, "alora_invocation_tokens"),
+    "of a later PEFT": ({"use_something_new": True}, None, "use_something_new"),
     "wrong rank": ({"r": 5}, None, "rank 5"),
     "rank is text": ({"r": "4"}, None, "r '4'"),
+    "rank is huge": ({"r": HUGE}, None, "rank 1000"),
+    "rank is true": ({"r": True}, None, "r True"),
     "alpha is NaN": ({"lora_alpha": math.nan}, None, "lora_alpha nan"),
+    "alpha is huge": ({"lora_alpha": HUGE}, None, "lora_alpha 1000"),
+    "alpha is beyond JSON": ({"lora_alpha": 1e30}, None, "lora_alpha 1e+30"),
+    "a huge alpha": ({"alpha_pattern": {"q_proj": -HUGE}}, None, "lora_alpha -1000"),
     "alpha is a table": ({"alpha_pattern": {"q_proj": {}}}, None, "lora_alpha {}"),
     "no alpha": ({"lora_alpha": None}, None, "lora_alpha None"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, None, "pissa"),
     "a list of patterns": ({"rank_pattern": ["q_proj"]}, None, "rank_pattern"),
     "a broken pattern": ({"alpha_pattern": {"(": 4}}, None, "alpha_pattern"),
-    "magnitude": ({}, add(f"{P}{Q}.lora_magnitude_vector", 64), "lora_magnitude_vector"),
-    "embedding": ({}, add(P + "model.embed_tokens.lora_embedding_A", 4, 40), "lora_embedding_A"),
-    "a bias tensor": ({}, add(f"{P}{Q}.base_layer.bias", 64), "base_layer.bias"),
+    "a huge repeat": ({"rank_pattern": {"a{99999999999}": 4}}, None, "rank_pattern"),
+    "an endless repeat": ({"rank_pattern": {"(a?){4294967294}": 4}}, None, "for ever"),
+    "repeats of repeats": ({"rank_pattern": {"((.+)+)+x": 4}}, None, "for ever"),
+    "a nested set": ({"rank_pattern": {"[[]x": 4}}, None, "rank_pattern"),
+    "deep brackets": ({"rank_pattern": {"(" * 3000 + ")" * 3000: 4}}, None, "pattern"),
+    "flags inside": ({"rank_pattern": {"(?i)Q_PROJ": 4}}, None, "rank_pattern"),
+    "magnitude": ({}, add(f"{P}{Q}.lora_magnitude_vector", 64), "magnitude_vector"),
+    "embedding": ({}, add(P + "model.embed_tokens.lora_embedding_A", 4, 40), "ding_A"),
+    "a bias tensor": ({}, add(f"{P}{Q}.base_layer.bias", 64), "q_proj.bias"),
     "a convolution": ({}, add(QA, 4, 64, 1, 1), "convolution"),
     "one factor": ({}, drop, "other factor"),
+    "a factor twice": ({}, twice, "two names"),
     "an empty factor": ({}, add(QA, 4, 0), "no factor"),
     "a factor with NaN": ({}, spoil, "lora_A"),
-    "unknown module": ({}, unknown, "model.x.weight"),
     "another shape": ({}, add(QA, 4, 63), "[64, 63]"),
+    "no factors": ({}, empty, "holds no factors"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_not_plain_lora_is_refused_by_name(models, tmp_path, capsys, case):
     settings, edit, words = REFUSED[case]
-    path, _ = write_adapter(tmp_path / "x", edit=edit, **settings)
+    path, _ = write_adapter(tmp_path / "x", edit, **settings)
     assert run("fold", models["a"], path, "-o", tmp_path / "m.safetensors") == 1
     one_line(capsys, words, path)
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
 @pytest.mark.parametrize("file, content, words", [
-    ("adapter_config.json", None, "adapter_config.json"), ("adapter_config.json", b"{", "JSON"),
-    ("adapter_config.json", b"[]", "JSON"), ("adapter_config.json", b'{"r": "\xff"}', "JSON"),
+    ("adapter_config.json", None, "adapter_config.json"),
+    ("adapter_config.json", b"{", "JSON"), ("adapter_config.json", b"[]", "JSON"),
+    ("adapter_config.json", b'{"r": "\xff"}', "JSON"),
+    ("adapter_config.json", b'{"r": 1' + b"0" * 5000 + b"}", "JSON"),
     ("adapter_model.safetensors", None, "adapter_model.safetensors"),
-    ("adapter_model.safetensors", b"PK\3\4" + bytes(40), "pickles run code")])
+    ("adapter_model.safetensors", b"PK\3\4" + bytes(40), "convert it")])
 def test_a_folder_that_is_no_adapter(models, tmp_path, capsys, file, content, words):
     path, _ = write_adapter(tmp_path / "x")
     (path / file).unlink()
@@ -326,12 +423,12 @@ def test_a_folder_that_is_no_adapter(models, tmp_path, capsys, file, content, wo
         (path / file).write_bytes(content)
     assert run("fold", models["a"], path, "-o", tmp_path / "m.safetensors") == 1
     one_line(capsys, words, path)
-    assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
 @pytest.mark.parametrize("value, dtype, words", [
-    (math.nan, torch.float32, "NaN"), (6e4, torch.float16, "does not fit torch.float16")])
-def test_a_value_that_does_not_belong_into_a_file(tmp_path, capsys, value, dtype, words):
+    (math.nan, torch.float32, "NaN"),
+    (6e4, torch.float16, "does not fit torch.float16")])
+def test_a_value_that_does_not_belong_there(tmp_path, capsys, value, dtype, words):
     """NaN in the base; a sum beyond float16's 65504."""
     base = llama_tensors(1, dtype=dtype)
     base[Q + ".weight"][3, 5] = value
@@ -343,27 +440,33 @@ def test_a_value_that_does_not_belong_into_a_file(tmp_path, capsys, value, dtype
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base.safetensors", "x"]
 
 
-@pytest.mark.parametrize("line", ["", "fold", "fold a b", "extract a b -o c", "merge a b -o c",
-                                  "extract a b -o c --rank 0", "extract a b -o c --rank x"])
+@pytest.mark.parametrize("line", [
+    "", "fold", "fold a b", "extract a b -o c", "merge a b -o c", "fold a b -o",
+    "fold ~ b -o c", "fold a ~ -o c", "fold a b -o ~", "extract ~ b --rank 1 -o c",
+    "extract a b --rank ~ -o c", "extract a b --rank 0 -o c",
+    "extract a b --rank x -o c", "fold a b --rank 1 -o c", "extract a b --ra 1 -o c",
+    "fold a b -o c --for", "fold a b --out c"])
 def test_usage(line, capsys):
+    """~ stands for an empty argument, an unset variable of the shell."""
     with pytest.raises(SystemExit) as caught:
-        lora.main(line.split())
+        lora.main([word.replace("~", "") for word in line.split()])
     assert caught.value.code == 2
     one_line(capsys)
 
 
-# --- extract --------------------------------------------------------------------------------------
+# --- extract --------------------------------------------------------------------------
 def save_changed(base, changes, path):
-    """A model, the base and what is added to some of its tensors: the tensors as stored."""
-    model = {name: tensor + changes.get(name, torch.zeros_like(tensor))
-             for name, tensor in base.items()}
+    """A model, the base and what is added to some of its tensors: the tensors."""
+    model = dict(base)
+    for name, change in changes.items():
+        model[name] = base[name] + change
     save_file(model, path)
     return model
 
 
 @pytest.fixture
 def expert(models, tmp_path):
-    """A full-rank difference on three matrices: its file, and module -> difference as stored."""
+    """A full-rank difference on three matrices: its file, {module: difference}."""
     g, base = torch.Generator().manual_seed(5), load_file(models["a"])
     changes = {f"{m}.weight": 0.01 * torch.randn(base[f"{m}.weight"].shape, generator=g)
                for m in MODULES}
@@ -383,67 +486,46 @@ def read_result(folder):
 
 @pytest.mark.parametrize("rank", [1, 7, 64, 100])
 def test_extract_is_the_best_product_of_its_rank(models, expert, tmp_path, rank):
-    """Eckart and Young: scipy's SVD says which product, its singular values what is lost."""
+    """Eckart and Young: scipy's SVD says which, its singular values what is lost."""
     model, deltas = expert
     record = lora.extract(model, models["a"], rank, tmp_path / "x")
     config, tensors = read_result(tmp_path / "x")
     assert {name.split(".lora_")[0] for name in tensors} == {P + m for m in MODULES}
-    assert config["r"] == rank and config["base_model_name_or_path"] == "a"
+    assert config["target_modules"] == sorted(MODULES) and config["r"] == rank
+    assert config["base_model_name_or_path"] == "a" and not config["fan_in_fan_out"]
     assert record["matrices"] == 3 and not record["left_out"]
-    cut, whole, shares = 0.0, 0.0, {}
+    cut, whole = {}, 0.0
     for module, delta in deltas.items():
         assert tensors[f"{P}{module}.lora_A.weight"].shape == (rank, delta.shape[1])
         U, S, Vt = scipy.linalg.svd(delta, full_matrices=False)
-        best = (U[:, :rank] * S[:rank]) @ Vt[:rank]
-        assert_near(product(tensors, module, 1.0), best, 1e-6)      # the factors are float32
-        cut, whole = cut + (S[rank:] ** 2).sum(), whole + (S ** 2).sum()
-        shares[f"{module}.weight"] = math.sqrt((S[rank:] ** 2).sum() / (S ** 2).sum())
-    assert record["lost"] == pytest.approx(math.sqrt(cut / whole), rel=1e-9, abs=1e-12)
-    assert record["worst"][1] == pytest.approx(max(shares.values()), rel=1e-9, abs=1e-12)
-
-
-def test_other_factors_are_further(models, expert, tmp_path):
-    """Brute force: no random change of the factors comes nearer."""
-    model, deltas = expert
-    lora.extract(model, models["a"], 3, tmp_path / "x")
-    _, tensors = read_result(tmp_path / "x")
-    A, B, g = tensors[QA].double().numpy(), tensors[QB].double().numpy(), np.random.default_rng(0)
-    best = np.linalg.norm(deltas[Q] - B @ A)
-    for _ in range(200):
-        size = 10.0 ** g.uniform(-4, -1)
-        near_A = A + size * A.std() * g.standard_normal(A.shape)
-        near_B = B + size * B.std() * g.standard_normal(B.shape)
-        assert np.linalg.norm(deltas[Q] - near_B @ near_A) > best
-
-
-def test_an_adapter_comes_back(models, tmp_path):
-    """fold, extract at the same rank, fold: the same model, up to float32."""
-    path, tensors = write_adapter(tmp_path / "x")
-    lora.fold(models["a"], path, tmp_path / "m.safetensors")
-    record = lora.extract(tmp_path / "m.safetensors", models["a"], 4, tmp_path / "y")
-    assert record["lost"] < 1e-5
-    _, found = read_result(tmp_path / "y")
-    for module in MODULES:
-        assert_near(product(found, module, 1.0), product(tensors, module), 1e-6)
-    again = lora.folded_tensors(models["a"], tmp_path / "y")
-    for name, tensor in load_file(tmp_path / "m.safetensors").items():
-        torch.testing.assert_close(again[name], tensor, rtol=1e-6, atol=1e-7)
+        assert_near(product(tensors, module, 1.0), (U[:, :rank] * S[:rank]) @ Vt[:rank])
+        cut[module] = (S[rank:] ** 2).sum()
+        whole += (S ** 2).sum()
+    worst = max(cut, key=cut.get)
+    name, share, own = record["worst"]
+    found = [record["lost"] ** 2, share ** 2, own ** 2]
+    expected = [sum(cut.values()) / whole, cut[worst] / whole,
+                cut[worst] / np.linalg.norm(deltas[worst]) ** 2]
+    assert found == pytest.approx(expected, rel=1e-9, abs=1e-24)
+    assert not share or name == f"{worst}.weight"
 
 
 def test_a_rank_that_loses_much_is_a_warning(models, tmp_path, capsys):
-    """Singular values 12, 4, 3, whose squares sum to 13^2: rank 1 loses 5/13, rank 2 loses 3/13."""
-    base, g, expert = load_file(models["a"]), np.random.default_rng(0), tmp_path / "e.safetensors"
+    """Singular values 12, 4, 3, whose squares sum to 13^2: rank 1 loses 5/13, rank 2
+    loses 3/13."""
+    base, path = load_file(models["a"]), tmp_path / "e.safetensors"
+    g = np.random.default_rng(0)
     U, V = (np.linalg.qr(g.standard_normal((64, 3)))[0] for _ in "UV")
     delta = torch.from_numpy((U * [12.0, 4.0, 3.0]) @ V.T).float()
-    save_changed(base, {f"{Q}.weight": delta}, expert)
-    for rank, said in ((1, "38 %"), (2, "23 %")):
+    save_changed(base, {f"{Q}.weight": delta}, path)
+    for rank, said in ((1, "38 %"), (2, "23 %"), (3, None)):
         out = tmp_path / f"x{rank}"
-        assert run("extract", expert, models["a"], "--rank", rank, "-o", out) == 0
-        printed = capsys.readouterr().out
-        assert f"warning: lost {said} of the difference" in printed and "all but" not in printed
-        assert f"lost {said}" in (out / "README.md").read_text()
-    assert run("extract", expert, models["a"], "--rank", 3, "-o", tmp_path / "x3") == 0
-    assert "warning" not in capsys.readouterr().out
+        assert run("extract", path, models["a"], "--rank", rank, "-o", out) == 0
+        printed = capsys.readouterr()
+        assert "wrote" in printed.out and bool(printed.err) == bool(said)
+        if said:
+            assert printed.err.startswith(f"warning: lost {said} of the difference")
+            assert f"lost {said}" in (out / "README.md").read_text()
 
 
 def test_what_an_adapter_cannot_hold_counts_as_lost(models, tmp_path, capsys):
@@ -453,47 +535,108 @@ def test_what_an_adapter_cannot_hold_counts_as_lost(models, tmp_path, capsys):
     delta[2, 3], norm[7] = 4.0, 3.0
     save_changed(base, {f"{Q}.weight": delta, "model.norm.weight": norm}, expert)
     assert run("extract", expert, models["a"], "--rank", 1, "-o", tmp_path / "x") == 0
-    out = capsys.readouterr().out
-    assert "warning: lost 60 %" in out
-    assert "an adapter cannot hold 1 of the tensors" in out and "(model.norm.weight): 60 %" in out
+    out, error = capsys.readouterr()
+    assert "warning: lost 60 %" in error
+    assert "cannot hold 1 of the tensors that differ (model.norm.weight (1)): 60" in out
     assert set(read_result(tmp_path / "x")[1]) == {QA, QB}
 
 
-def test_bfloat16_models_lose_nothing_more(models, tmp_path):
-    """The difference of two bfloat16 models comes back to 1e-6 at full rank; factors in bfloat16
-    would miss it by 1e-3."""
-    base, g = load_file(models["half"]), torch.Generator().manual_seed(0)
-    change = (0.01 * torch.randn(64, 64, generator=g)).bfloat16()
-    model = save_changed(base, {f"{Q}.weight": change}, tmp_path / "e.safetensors")
-    record = lora.extract(tmp_path / "e.safetensors", models["half"], 64, tmp_path / "x")
-    assert record["lost"] < 1e-9
-    delta = model[f"{Q}.weight"].double() - base[f"{Q}.weight"].double()
-    assert_near(product(read_result(tmp_path / "x")[1], Q, 1.0), delta.numpy(), 1e-6)
+def test_rounding_is_no_difference(models, tmp_path, capsys):
+    """An exact merge moves other matrices by a step of float32 here and there: noise of
+    full rank, that no factors should follow."""
+    base, expert = load_file(models["a"]), tmp_path / "e.safetensors"
+    delta = torch.zeros(64, 64)
+    delta[2, 3] = 4.0
+    noise = 1e-7 * base[f"{MODULES[1]}.weight"] * torch.randn(64, 96)
+    save_changed(base, {f"{Q}.weight": delta, f"{MODULES[1]}.weight": noise}, expert)
+    assert run("extract", expert, models["a"], "--rank", 1, "-o", tmp_path / "x") == 0
+    out, error = capsys.readouterr()
+    assert "rounding: model.layers.*.mlp.down_proj.weight (1)" in out
+    assert not error and set(read_result(tmp_path / "x")[1]) == {QA, QB}
 
 
-def test_layers_stored_the_other_way_round(tmp_path):
-    """GPT-2's, (inputs, outputs): PEFT then wants fan_in_fan_out, and A with a column per input."""
+# Names on disk of GPT-2 (from the Hub), T5, NeoX and MoEs, with small shapes; None: no
+# linear map.
+H, T5, MOE = "h.0", "encoder.block.0.layer.0.SelfAttention", "model.layers.0.mlp"
+KINDS = {f"{H}.attn.c_attn.weight": (8, 24), f"{H}.attn.c_proj.weight": (8, 8),
+         f"{H}.mlp.c_fc.weight": (8, 32), f"{H}.mlp.c_proj.weight": (32, 8),
+         f"{T5}.q.weight": (8, 8), "model.layers.0.self_attn.o_proj.weight": (8, 8),
+         "score.weight": (8, 8), "embed_out.weight": (9, 8), "wte.weight": None,
+         "wpe.weight": None, "shared.weight": None, "model.embed_tokens.weight": None,
+         f"{T5}.relative_attention_bias.weight": None, f"{H}.ln_1.weight": None,
+         f"{MOE}.router.weight": None, f"{MOE}.gate.weight": None,
+         f"{MOE}.experts.down_proj": None, f"{MOE}.experts.3.w1.weight": None}
+
+
+@pytest.fixture
+def no_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)      # importing it fails
+
+
+def test_only_linear_maps_are_extracted_each_the_right_way_round(
+        tmp_path, no_transformers):
+    """From a base with the Hub's names, as save_pretrained names the model."""
     g, base, changes = torch.Generator().manual_seed(0), {}, {}
-    for name, shape in (("h.0.mlp.c_fc.weight", (8, 32)), ("h.0.mlp.c_proj.weight", (32, 8))):
-        base[name] = torch.randn(shape, generator=g)
-        left, right = (torch.randn(size, generator=g) for size in shape)
-        changes[name] = torch.outer(left, right)
-    save_file(base, tmp_path / "base.safetensors")
-    model = save_changed(base, changes, tmp_path / "e.safetensors")
-    lora.extract(tmp_path / "e.safetensors", tmp_path / "base.safetensors", 2, tmp_path / "x")
+    for name, shape in KINDS.items():
+        base[name] = torch.randn(shape or (7, 8), generator=g)
+        rows, columns = base[name].shape
+        left = torch.randn(rows, 2, generator=g)
+        changes[name] = left @ torch.randn(2, columns, generator=g)
+    (tmp_path / "base").mkdir()
+    save_file(base, tmp_path / "base/model.safetensors")
+    (tmp_path / "base/config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    path = tmp_path / "e.safetensors"
+    model = save_changed(base, changes, path)
+    save_file({f"transformer.{name}" if name[0] in "hw" else name: tensor
+               for name, tensor in model.items()}, path)
+    record = lora.extract(path, tmp_path / "base", 2, tmp_path / "x")
     config, tensors = read_result(tmp_path / "x")
-    assert config["fan_in_fan_out"] and tensors[P + "h.0.mlp.c_fc.lora_A.weight"].shape == (2, 8)
-    folded = lora.folded_tensors(tmp_path / "base.safetensors", tmp_path / "x")
-    for name, tensor in model.items():
-        torch.testing.assert_close(folded[name], tensor, rtol=1e-6, atol=1e-6)
+    assert set(record["left_out"]) == {name for name in KINDS if not KINDS[name]}
+    for name, shape in KINDS.items():
+        module = name.removesuffix(".weight")
+        assert (module in config["target_modules"]) == bool(shape), name
+        if shape:
+            change = changes[name].double().numpy()
+            turned = ".c_" in name
+            assert_near(product(tensors, module, 1.0), change.T if turned else change)
+    assert config["fan_in_fan_out"] and config["task_type"] == "CAUSAL_LM"
+    assert "cannot be known" in record["notes"][-1]
+    name = f"{H}.attn.c_proj.weight"
+    folded = lora.folded_tensors(tmp_path / "base", tmp_path / "x")
+    assert_near(folded[name].numpy(), model[name].numpy())
+
+
+def test_heads_and_vocabularies(models, tmp_path, capsys):
+    """More tokens; a head that one file has, or that repeats the embedding; a further
+    layer; a buffer: said, and left out. What is equal in both need not be finite."""
+    base, delta = load_file(models["a"]), 0.1 * torch.ones(64, 64)
+    base["masked_bias"] = torch.tensor(-math.inf)
+    embedding = base["model.embed_tokens.weight"]
+    grown = torch.cat([embedding, torch.ones(2, 64)])
+    head = {"lm_head.weight": embedding.clone()}
+    for i, (more_base, more_model, words) in enumerate([
+            ({}, {"model.embed_tokens.weight": grown}, "vocabularies differ"),
+            ({}, {"lm_head.weight": embedding + 1}, "only model has it: lm_head"),
+            (head, {}, "only base has it: lm_head.weight"),
+            (head, {"lm_head.weight": embedding + 1}, "tied to model.embed_tokens"),
+            ({"model.layers.2.mlp.up_proj.weight": torch.ones(3, 3)}, {}, "only base"),
+            ({}, {"model.layers.0.attn.mask": torch.ones(3)}, "only model has it: m")]):
+        save_file(base | more_base, tmp_path / "base.safetensors")
+        model = base | {f"{Q}.weight": base[f"{Q}.weight"] + delta} | more_model
+        save_file(model, tmp_path / "model.safetensors")
+        files = [tmp_path / "model.safetensors", tmp_path / "base.safetensors"]
+        assert run("extract", *files, "--rank", 1, "-o", tmp_path / f"x{i}") == 0
+        assert words in capsys.readouterr().out
+        assert set(read_result(tmp_path / f"x{i}")[1]) == {QA, QB}
 
 
 UNFIT = {       # case: (base -> tensors, words of the error)
     "the base itself": (dict, "no matrix"),
-    "only a norm": (lambda base: base | {"model.norm.weight": torch.zeros(64)}, "no matrix"),
-    "one tensor less": (lambda base: {n: base[n] for n in base if n != "model.norm.weight"},
-                        "'model.norm.weight'"),
-    "one tensor more": (lambda base: base | {"extra": torch.ones(2)}, "'extra'"),
+    "only a norm": (lambda base: base | {"model.norm.weight": torch.zeros(64)},
+                    "no matrix"),
+    "rounding": (lambda base: base | {f"{Q}.weight": base[f"{Q}.weight"] * (1 + 2e-7)},
+                 "rounding"),
+    "other names": (lambda base: {f"{n}.x": base[n] + 1 for n in base}, "no matrix"),
     "another shape": (lambda base: llama_tensors(1, hidden=32), "shape"),
     "NaN": (lambda base: base | {f"{Q}.weight": torch.full((64, 64), math.nan)}, "NaN")}
 
@@ -502,23 +645,53 @@ UNFIT = {       # case: (base -> tensors, words of the error)
 def test_what_cannot_be_extracted(models, tmp_path, capsys, case):
     change, words = UNFIT[case]
     save_file(change(load_file(models["a"])), tmp_path / "e.safetensors")
-    arguments = [tmp_path / "e.safetensors", models["a"], "--rank", 2, "-o", tmp_path / "x"]
-    assert run("extract", *arguments) == 1
+    files = [tmp_path / "e.safetensors", models["a"]]
+    assert run("extract", *files, "--rank", 2, "-o", tmp_path / "x") == 1
     one_line(capsys, words)
     assert [p.name for p in tmp_path.iterdir()] == ["e.safetensors"]
 
 
-def test_an_old_adapter_needs_force_and_a_stranger_is_kept(models, expert, tmp_path, capsys):
+def test_an_old_adapter_needs_force(models, expert, tmp_path, capsys):
+    """And a file of somebody else's in its folder is kept."""
     arguments = ["extract", expert[0], models["a"], "--rank", 2, "-o", tmp_path / "x"]
     assert run(*arguments) == 0
     capsys.readouterr()
     assert run(*arguments) == 1
     one_line(capsys, "exists")
     assert run(*arguments, "--force") == 0
+    capsys.readouterr()
     (tmp_path / "x/precious.txt").write_text("precious")
     assert run(*arguments, "--force") == 1
     one_line(capsys, "precious.txt")
     assert (tmp_path / "x/precious.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("moment", [0, 1, 2])
+def test_ctrl_c_between_the_renames_loses_no_adapter(
+        models, expert, tmp_path, monkeypatch, moment):
+    """After the n-th of them, whichever function does it: the old one or the new one is
+    there, whole, and nothing else."""
+    arguments = ["extract", expert[0], models["a"], "-o", tmp_path / "x", "--quiet"]
+    assert run(*arguments, "--rank", 2) == 0
+    calls = []
+
+    def interrupted(rename):
+        def call(*paths):
+            rename(*paths)
+            calls.append(paths)
+            # write_tensors renames one file within the new folder.
+            if len(calls) == moment + 1:
+                raise KeyboardInterrupt
+        return call
+
+    monkeypatch.setattr(os, "rename", interrupted(os.rename))
+    monkeypatch.setattr(os, "replace", interrupted(os.replace))
+    monkeypatch.setattr(os, "link", interrupted(os.link))
+    assert run(*arguments, "--rank", 3, "--force") == 130
+    monkeypatch.undo()
+    config, tensors = read_result(tmp_path / "x")
+    assert tensors[QA].shape == (config["r"], 64) and config["r"] in (2, 3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["expert.safetensors", "x"]
 
 
 def test_equal_inputs_equal_bytes(models, expert, tmp_path):
@@ -534,41 +707,104 @@ def test_equal_inputs_equal_bytes(models, expert, tmp_path):
         assert str(tmp_path).encode() not in content
 
 
-def test_as_a_script(models, tmp_path):
-    def shell(*words):
-        line = [sys.executable, ROOT / "experiments/lora.py", *map(str, words)]
-        return subprocess.run(line, capture_output=True, text=True)
+def test_as_a_script_from_anywhere(models, tmp_path):
     path, _ = write_adapter(tmp_path / "x")
-    out = tmp_path / "m.safetensors"
-    done = shell("fold", models["a"], path, "-o", out)
-    assert done.returncode == 0 and "wrote" in done.stdout and not done.stderr
-    done = shell("extract", out, models["a"], "--rank", 4, "-o", tmp_path / "y")
-    assert done.returncode == 0 and "lost" in done.stdout and not done.stderr
+    script = ROOT / "experiments/tools/lora.py"
+    line = [sys.executable, script, "fold", models["a"], path, "-o", "m.safetensors"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and not done.stderr
+    assert "wrote m.safetensors" in done.stdout
+    assert (tmp_path / "m.safetensors").exists()
 
 
-# --- PEFT itself ----------------------------------------------------------------------------------
-def test_against_peft_where_it_is_installed(tmp_path):
-    """What we fold are PEFT's weights; what we extract gives PEFT our folded model's logits."""
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                                      num_attention_heads=4, vocab_size=40)
-    lm = transformers.LlamaForCausalLM(config)
-    lm.save_pretrained(tmp_path / "base")
-    model = peft.get_peft_model(lm, peft.LoraConfig(
-        r=4, lora_alpha=3, use_rslora=True, target_modules=["q_proj", "down_proj"],
-        rank_pattern={"down_proj": 2}, alpha_pattern={r"layers.1.mlp.*": 7},
+# --- PEFT itself ----------------------------------------------------------------------
+TINY = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, vocab_size=60)
+VISION_TINY = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3,
+                   num_attention_heads=4, image_size=8, patch_size=4, projection_dim=16)
+GPT2_TINY = dict(n_embd=32, n_layer=2, n_head=4, vocab_size=60, n_positions=40,
+                 num_labels=32, pad_token_id=0)
+
+
+def tiny(name):
+    """A random model of transformers. GPT-2's classifier is square, as its c_proj is;
+    LLaVA's names differ between file and memory; of ViT's hardly one is the same."""
+    hf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if name == "GPT-2":
+        return hf.GPT2ForTokenClassification(hf.GPT2Config(**GPT2_TINY))
+    if name == "Llama":
+        return hf.LlamaForCausalLM(hf.LlamaConfig(**TINY, tie_word_embeddings=False))
+    if name == "LLaVA":
+        return hf.LlavaForConditionalGeneration(hf.LlavaConfig(
+            vision_config=hf.CLIPVisionConfig(**VISION_TINY),
+            text_config=hf.LlamaConfig(**TINY), image_token_index=59))
+    if name == "Qwen2-VL":
+        rope = dict(type="mrope", mrope_section=[1, 1, 2])
+        tower = dict(depth=2, embed_dim=32, hidden_size=32, num_heads=4, patch_size=4)
+        return hf.Qwen2VLForConditionalGeneration(hf.Qwen2VLConfig(
+            text_config=dict(**TINY, rope_scaling=rope, bos_token_id=1, eos_token_id=2),
+            vision_config=tower))
+    if name == "ViT":
+        return hf.ViTForImageClassification(hf.ViTConfig(**VISION_TINY))
+    if name == "T5":
+        return hf.T5ForConditionalGeneration(hf.T5Config(
+            d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=60))
+    return hf.GptOssForCausalLM(hf.GptOssConfig(
+        **TINY, head_dim=8, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2))
+
+
+def linear_maps(model):
+    """Names of what LoRA can stand beside: all but heads tied to an embedding."""
+    embeddings = {id(module.weight) for module in model.modules()
+                  if isinstance(module, torch.nn.Embedding)}
+    return [name for name, module in model.named_modules()
+            if type(module).__name__ in ("Linear", "Conv1D")
+            and id(module.weight) not in embeddings]
+
+
+def saved(model, folder):
+    """What is in the file of a model, saved in a folder."""
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Llama", "LLaVA", "Qwen2-VL", "ViT"])
+def test_what_we_fold_is_what_peft_merges(tmp_path, name):
+    peft, model = pytest.importorskip("peft"), tiny(name)
+    saved(model, tmp_path / "base")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(
+        r=4, lora_alpha=3, use_rslora=True, target_modules=linear_maps(model),
+        rank_pattern={"q_proj|c_fc": 2}, alpha_pattern={r"1\.mlp.*": 7},
         init_lora_weights=False))
-    model.save_pretrained(tmp_path / "adapter")
-    theirs = model.merge_and_unload().state_dict()
-    for name, tensor in lora.folded_tensors(tmp_path / "base", tmp_path / "adapter").items():
-        torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-7)
-    lora.fold(tmp_path / "base", tmp_path / "adapter", tmp_path / "folded")
-    lora.extract(tmp_path / "folded", tmp_path / "base", 4, tmp_path / "extracted")
-    base, folded = (transformers.LlamaForCausalLM.from_pretrained(tmp_path / name).eval()
-                    for name in ("base", "folded"))
-    words = torch.arange(40)[None]
+    adapted.save_pretrained(tmp_path / "adapter")
+    theirs = saved(adapted.merge_and_unload(), tmp_path / "merged")
+    lora.fold(tmp_path / "base", tmp_path / "adapter", tmp_path / "ours")
+    ours = load_file(tmp_path / "ours/model.safetensors")
+    assert set(ours) == set(theirs)
+    for tensor in theirs:       # theirs is a float32 product, rounded twice
+        torch.testing.assert_close(ours[tensor], theirs[tensor], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "LLaVA", "ViT", "T5", "gpt-oss"])
+def test_what_we_extract_peft_loads_as_the_model(tmp_path, name):
+    """All but what is no linear map, which is named and stays the base's. GPT-2's base
+    has the names of the Hub."""
+    peft, model = pytest.importorskip("peft"), tiny(name)
+    base = saved(model, tmp_path / "base")
+    hub = {tensor.removeprefix("transformer."): base[tensor] for tensor in base}
+    save_file(hub, tmp_path / "base/model.safetensors", {"format": "pt"})
     with torch.no_grad():
-        plain = base(words).logits.clone()
-        ours = peft.PeftModel.from_pretrained(base, tmp_path / "extracted").eval()(words).logits
-        torch.testing.assert_close(ours, folded(words).logits, rtol=1e-4, atol=1e-5)
-        assert (ours - plain).abs().max() > 1e-3
+        for weight in model.parameters():
+            weight += 0.02 * torch.randn_like(weight)
+    expected = saved(model, tmp_path / "model")
+    record = lora.extract(tmp_path / "model", tmp_path / "base", 48, tmp_path / "x")
+    assert record["matrices"] == len(linear_maps(model))
+    fresh = type(model).from_pretrained(tmp_path / "base")
+    adapted = peft.PeftModel.from_pretrained(fresh, tmp_path / "x")
+    got = saved(adapted.merge_and_unload(), tmp_path / "merged")
+    left_out = {"transformer." + t for t in record["left_out"]} | {*record["left_out"]}
+    for tensor in expected:
+        wanted = base if tensor in left_out else expected
+        torch.testing.assert_close(got[tensor], wanted[tensor], rtol=1e-5, atol=1e-6)

@@ -1,209 +1,210 @@
-"""merge.py across shapes: hidden units matched by weights, through the command line."""
-import json
+"""experiments/relatives.py and real_sibling.py, on a tiny made-up Llama: what is cut, its order, the
+controls, the rows.
 
+Sizes are small for testing; oracles: the function itself, and matrices indexed by hand.
+"""
+import json
+import math
+import sys
+
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import chunking as ck
-import merge
-import tiny_lm
-from make_models import cut, gather, scramble
-from real_sibling import layer_count, random_order
+import real_sibling as pair
+import records
+import relatives
+import scores
+import transfer_tables
+from grid import Grid
+from lsmerge import Codec
+from tiny_lm import HEAD_DIM, TinyLM
 
-MODELS = tiny_lm.MODELS
-
-
-def model(name):
-    return MODELS / f"{name}.safetensors"
-
-
-def run(*flags):
-    return ck.command(lambda: merge.main([*map(str, flags), "--quiet"]))
+LAYERS, HIDDEN, HEADS, GROUPS, UNITS = 4, 64, 6, 2, 96
 
 
-def merged(tmp_path, *flags, vae="exact"):
-    """(tensors, report) of a run that must succeed."""
-    out, report = tmp_path / "m.safetensors", tmp_path / "r.json"
-    assert run(*flags, "--vae", vae, "-o", out, "--report", report, "--force") == 0
-    return load_file(out), json.loads(report.read_text())
+@pytest.fixture
+def tensors():
+    """Six heads on two groups; gains away from 1, so that a gain in the wrong place is seen."""
+    torch.manual_seed(0)
+    lm = TinyLM(hidden=HIDDEN, layers=LAYERS, heads=HEADS, mlp=UNITS, kv_heads=GROUPS)
+    for weight in lm.parameters():
+        torch.nn.init.normal_(weight, mean=float(weight.dim() == 1), std=0.2)
+    return {name: weight.detach().clone() for name, weight in lm.state_dict().items()}
 
 
-def save(path, tensors):
+def logits(tensors):
+    text = torch.arange(24).view(2, 12) * 7 % 256
+    return TinyLM.from_state_dict(tensors)(text).detach()
+
+
+def write(path, tensors):
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     return path
 
 
-def wide(name):
-    return {key: tensor.float() for key, tensor in load_file(model(name)).items()}
+# --- What is cut, and its order -------------------------------------------------------------------
+def test_named_layers_and_units_stay(tensors):
+    rows = {"heads": torch.arange(HEADS * HEAD_DIM), "groups": torch.arange(GROUPS * HEAD_DIM),
+            "units": torch.arange(30)}
+    cut = pair.cut(tensors, torch.arange(HIDDEN), [(0, rows), (3, rows)])
+    assert pair.layer_count(cut) == 2 and len(cut) == 2 + 2 * 9
+    for new, old in ((0, 0), (1, 3)):
+        for name, index in (("mlp.up_proj", slice(30)), ("mlp.down_proj", (slice(None), slice(30))),
+                            ("self_attn.k_proj", slice(None)), ("input_layernorm", slice(None))):
+            expected = tensors[f"model.layers.{old}.{name}.weight"][index]
+            assert torch.equal(cut[f"model.layers.{new}.{name}.weight"], expected)
 
 
-def nmse(ours, theirs):
-    """The worst tensor's squared error, over its mean square."""
-    return max(((ours[n].double() - theirs[n].double()).square().mean()
-                / theirs[n].double().square().mean()).item() for n in theirs)
+def test_another_order_is_the_same_function(tensors):
+    stream, layers = pair.random_order(tensors, range(LAYERS), UNITS, HEAD_DIM, seed=1)
+    moved = pair.cut(tensors, stream, layers)
+    for name in ("q", "k", "v", "o"):       # the seed moves heads and groups, not the stream alone
+        key = f"model.layers.0.self_attn.{name}_proj.weight"
+        assert not torch.equal(moved[key], tensors[key])
+    assert any(rows["groups"][0] != 0 for _, rows in layers)
+    # float32; the order of sums differs, and logits are near 10
+    torch.testing.assert_close(logits(moved), logits(tensors), rtol=1e-4, atol=1e-4)
 
 
-def permuted_groups(tensors, size, seed):
-    """Stream, MLP units and whole groups of heads in random order."""
-    units = len(tensors["model.layers.0.mlp.up_proj.weight"])
-    return cut(tensors, *random_order(tensors, range(layer_count(tensors)), units, size, seed))
+def test_what_is_dropped():
+    for seed in range(20):                  # layers never at the ends
+        kept = pair.kept_layers(5, 2, seed)
+        assert len(kept) == 3 and kept == sorted(kept) and {0, 4} <= set(kept) <= set(range(5))
+    assert len({tuple(pair.kept_layers(30, 2, seed)) for seed in range(5)}) > 1
+    assert pair.blocks(torch.tensor([1, 0]), 2).tolist() == [2, 3, 0, 1]
 
 
-def grouped(seed):
-    """A made-up Llama whose 6 heads of 16 rows share 3 keys and values."""
-    g, tensors = torch.Generator().manual_seed(seed), {}
-    shapes = {"self_attn.q": (96, 64), "self_attn.k": (48, 64), "self_attn.v": (48, 64),
-              "self_attn.o": (64, 96), "mlp.gate": (120, 64), "mlp.up": (120, 64),
-              "mlp.down": (64, 120)}
-    for layer in range(3):
-        for role, shape in shapes.items():
-            tensors[f"model.layers.{layer}.{role}_proj.weight"] = torch.randn(shape, generator=g)
-        tensors[f"model.layers.{layer}.input_layernorm.weight"] = torch.rand(64, generator=g)
-    tensors["model.embed_tokens.weight"] = torch.randn(300, 64, generator=g)
-    return tensors | {"model.norm.weight": torch.rand(64, generator=g)}
+# --- Controls -------------------------------------------------------------------------------------
+def test_controls_have_the_differences_norm(tensors):
+    def norms(of):
+        return {name: tensor.norm().item() for name, tensor in of.items()}
+    tensors["odd"] = torch.randn(3, 50)     # two runs of 64, and 22 more
+    for control in (relatives.noise, relatives.shuffled):
+        found = control(tensors, seed=3)
+        assert norms(found) == pytest.approx(norms(tensors), rel=1e-5)
+        again, other = control(tensors, seed=3), control(tensors, seed=4)
+        for name, tensor in tensors.items():
+            assert found[name].shape == tensor.shape and torch.equal(found[name], again[name])
+            assert tensor.numel() <= relatives.RUN or not torch.equal(found[name], tensor)
+        assert not torch.equal(found["odd"], other["odd"])
+    noise = relatives.noise(tensors, 3)
+    up, gate = (noise[f"model.layers.0.mlp.{name}_proj.weight"].flatten()
+                for name in ("up", "gate"))
+    assert abs(torch.dot(up, gate) / up.norm() / gate.norm()) < 0.1        # each its own
 
 
-# --- One model in two orders ----------------------------------------------------------------------
-def test_a_permuted_copy_merges_with_its_original_to_itself(tmp_path):
-    """Also through the reference VAE."""
-    reference = MODELS / "vae.safetensors"
-    for number, (start, vae) in enumerate([
-            (wide("code"), "exact"), (wide("pruned"), reference), (grouped(1), "exact")]):
-        own = save(tmp_path / f"own{number}.safetensors", start)
-        size = tiny_lm.HEAD_DIM if number < 2 else 16
-        other = save(tmp_path / f"other{number}.safetensors", permuted_groups(start, size, number))
-        end, report = merged(tmp_path, own, other, "--align", "units", "--lam", 0.5, vae=vae)
-        assert nmse(end, start) < 1e-6
-        assert report["align"] == "units" and report["kind"] == "same-shape"
-        kin, = report["kinship"]
-        assert kin["related"] and kin["layers"] == [*range(len(kin["layers"]))]
-        assert min(kin["similarity"]) > 0.999 and kin["null"] < 0.5
+def test_shuffled_runs_stay_whole():
+    tensor = torch.arange(5 * 64 + 10.0).view(5, -1)
+    before, (found,) = tensor.clone(), relatives.shuffled({"a": tensor}, seed=0).values()
+    flat = found.flatten()
+    runs = flat[:320].view(5, 64)
+    assert torch.equal(tensor, before) and torch.equal(flat[320:], tensor.flatten()[320:])
+    assert sorted(runs[:, 0].tolist()) == [0, 64, 128, 192, 256]
+    assert torch.equal(runs - runs[:, :1], torch.arange(64.0).expand(5, 64))
 
 
-def test_strangers_of_one_shape_are_told(tmp_path, capsys):
-    """Another seed, or another order of the same units; an expert of one base is no stranger."""
-    permuted = save(tmp_path / "p.safetensors", scramble(load_file(model("code")), 3)[0])
-    for source, said in ((model("base-seed2"), True), (permuted, True), (model("prose"), False)):
-        assert run(model("code"), source, "--dry-run") == 0
-        out = capsys.readouterr().out
-        assert ("strangers" in out) == said == ("--align units" in out)
+def test_neighbour_is_the_next_layers_difference(tensors, tmp_path):
+    """Layers 0, 2, 3 of the base are the target's: beside them stand 1, 3 and, at the end, 2."""
+    stream, layers = pair.random_order(tensors, [0, 2, 3], 60, HEAD_DIM, seed=1)
+    expert = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in tensors.items()}
+    paths = [write(tmp_path / f"{name}.safetensors", of) for name, of in (
+        ("target", pair.cut(tensors, stream, layers)), ("base", tensors), ("expert", expert))]
+    found = relatives.neighbour(*paths, 0.5)
+    for j, beside in enumerate((1, 3, 2)):
+        name, rows = f"model.layers.{beside}.mlp.up_proj.weight", layers[j][1]["units"]
+        expected = 0.5 * (expert[name] - tensors[name])[rows][:, stream]
+        torch.testing.assert_close(found[f"model.layers.{j}.mlp.up_proj.weight"], expected)
 
 
-# --- Across shapes --------------------------------------------------------------------------------
-def test_relatives_are_found_and_merged_in_the_targets_order(tmp_path, capsys):
-    """A scrambled cut of a model, merged at lambda 1, is the source in the target's order: every
-    number by construction; layers without a partner keep the target's."""
-    g, start = torch.Generator().manual_seed(0), wide("base")
-    stream, layers = torch.arange(128), [
-        (layer, torch.arange(3), torch.arange(288)) for layer in (0, 2, 3)]
-    cut = gather(start, stream, layers)
-    target = {name: tensor + 0.1 * tensor.std() * torch.randn(tensor.shape, generator=g)
-              for name, tensor in cut.items()}
-    source = scramble(start, 5)[0]
-    paths = [save(tmp_path / f"{n}.safetensors", t) for n, t in (("t", target), ("s", source))]
-    end, report = merged(tmp_path, *paths, "--lam", 1)
-    for name, tensor in end.items():
-        expected = cut[name] if ".layers." in name and "norm" not in name else target[name]
-        torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-5)
-    assert (report["kind"], report["align"]) == ("cross-shape", "units")
-    assert report["kinship"][0]["layers"] == [0, 2, 3]
-    back, report = merged(tmp_path, *paths[::-1], "--lam", 1)       # the source may be smaller, too
-    assert report["kinship"][0]["layers"] == [0, None, 1, 2]
-    assert torch.equal(back["model.layers.1.mlp.up_proj.weight"],
-                       source["model.layers.1.mlp.up_proj.weight"])
-    assert not torch.equal(back["model.layers.2.mlp.up_proj.weight"],
-                           source["model.layers.2.mlp.up_proj.weight"])
+# --- Rows -----------------------------------------------------------------------------------------
+@pytest.fixture
+def family(tensors, tmp_path, monkeypatch):
+    """`pruned`: layers 0, 2, 3 of `base`, in another order; `code`: an expert of `base`, with a
+    change that is known; a stranger."""
+    monkeypatch.setattr(relatives, "MODELS", tmp_path)
+    monkeypatch.setattr(scores, "held_out", lambda domain, split: (b"x = 1\n" * 4, b"abc def ghi"))
+    change = {name: 0.05 * torch.randn_like(tensor) for name, tensor in tensors.items()}
+    order = pair.random_order(tensors, [0, 2, 3], 60, HEAD_DIM, seed=1)
+    torch.manual_seed(9)
+    for name, of in (("base", tensors), ("pruned", pair.cut(tensors, *order)),
+                     ("code", {name: tensors[name] + change[name] for name in tensors}),
+                     ("stranger", {name: torch.randn_like(w) for name, w in tensors.items()})):
+        write(tmp_path / f"{name}.safetensors", of)
+    return tmp_path, pair.cut(change, *order)
 
 
-def test_strangers_go_by_chunks_with_a_warning(tmp_path, capsys):
-    _, report = merged(tmp_path, model("base"), model("large"))
-    assert "no relative" in capsys.readouterr().out
-    assert (report["align"], report["lambda"]) == ("gaussian", [0.1])
-    kin, = report["kinship"]
-    assert not kin["related"] and kin["layers"] == [None] * 4
-    assert max(kin["similarity"]) < 1.5 * kin["null"]
+def test_rows_of_a_pruned_model(family, monkeypatch, capsys):
+    """The command; and a merge at lambda 1 adds the known change, in the target's order."""
+    folder, change = family
+    seen = []
+    monkeypatch.setattr(relatives, "score", lambda tensors: seen.append(tensors) or scores.score(
+        tensors))
+    monkeypatch.setattr(sys, "argv", ["relatives.py", "--pruned", "--record", str(folder / "r")])
+    relatives.main()
+    rows = records.Results(folder / "r").rows("pruned")
+    assert [row["lam"] for row in rows if row["row"].startswith("diff")] == [0.3, 0.5, 1.0]
+    assert [row["row"] for row in rows[3:]] == ["neighbour", *["noise", "shuffled"] * 5]
+    start, merged = seen[0], seen[3]
+    assert len(merged) == 2 + 3 * 9
+    for name, tensor in merged.items():
+        if "norm" not in name or tensor.shape == change[name].shape:
+            torch.testing.assert_close(tensor, start[name] + change[name], rtol=1e-4, atol=1e-5)
+    assert "difference, matched" in capsys.readouterr().out
 
 
-def test_kinship_is_reported_across_shapes_whatever_the_alignment(tmp_path):
-    for align in ("gaussian", "none"):
-        _, report = merged(tmp_path, model("base"), model("grown"), "--align", align)
-        assert report["align"] == align and report["kinship"][0]["related"]
-        assert report["kinship"][0]["layers"] == [0, 1, 3, 4]
-    assert merged(tmp_path, model("base"), model("code"))[1]["kinship"] is None
+def test_kinship_of_every_pair(family, monkeypatch):
+    monkeypatch.setattr(relatives, "NAMES", ("base", "pruned", "stranger"))
+    rows = {(row["target"], row["source"]): row for row in relatives.kinship_rows()}
+    assert len(rows) == 6 and json.dumps([*rows.values()], allow_nan=False)
+    assert rows["pruned", "base"]["layers"] == [0, 2, 3]
+    assert rows["base", "pruned"]["layers"] == [0, None, 1, 2]
+    assert {row["related"] for (a, b), row in rows.items() if "stranger" in (a, b)} == {False}
+    assert np.array(rows["pruned", "base"]["matrix"]).shape == (4, 3)      # source, target
 
 
-def test_of_several_sources_the_stranger_is_named(tmp_path, capsys):
-    assert run(model("base"), model("grown"), model("large"), "--dry-run") == 0
-    note, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
-    assert "large" in note and "grown" not in note
+def test_figure_4s_rows_of_a_relative(family, monkeypatch, tmp_path):
+    """Matched: at lambda 1 the source itself, where every layer has a partner."""
+    folder, change = family
+    monkeypatch.setattr(transfer_tables, "LAMBDAS", (1.0,))
+    target, source = folder / "pruned.safetensors", folder / "code.safetensors"
+    grid, kept = Grid(target, Codec.load("exact")), {}
+    monkeypatch.setattr(grid, "score", lambda key, model, splits: kept.update({key: model}))
+    transfer_tables.measure_by_units(grid, target, source, tmp_path, seeds=1)
+    assert [(key.align, key.pairing, key.control) for key in kept] == [
+        ("units", "weights", control) for control in (None, "carried", "neighbour")]
+    start = load_file(target)
+    first, carried, beside = (model.state_dict() for model in kept.values())
+    for name in start:
+        moved = 0.0 if ".layers." not in name or "norm" in name else change[name]
+        torch.testing.assert_close(first[name], start[name] + moved, rtol=1e-4, atol=1e-5)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not any(torch.allclose(other[name], first[name], atol=0.1) for other in (carried, beside))
 
 
-def test_the_dry_run_prints_kinship(capsys):
-    assert run(model("base"), model("grown"), "--dry-run") == 0
-    lines = capsys.readouterr().out.splitlines()
-    at = next(i for i, line in enumerate(lines) if line.startswith("kinship"))
-    assert [line.split(":")[0].split() for line in lines[at + 1:at + 5]] == [
-        ["0", "<-", "0"], ["1", "<-", "1"], ["2", "<-", "3"], ["3", "<-", "4"]]
+# --- Losses of a real model -----------------------------------------------------------------------
+def test_paired_difference_by_hand():
+    found = pair.paired({"prose": [1.0, 2.0, 6.0]}, {"prose": [0.0, 0.0, 3.0]})["prose"]
+    assert found["mean"] == pytest.approx(2) and found["loss"] == pytest.approx(3)
+    assert found["se"] == pytest.approx(1 / math.sqrt(3))       # differences 1, 2, 3
 
 
-def test_task_arithmetic_across_shapes(tmp_path):
-    """A difference made up for known units arrives at these, times lambda; nothing else moves."""
-    base = wide("base")
-    expert = {name: tensor.clone() for name, tensor in base.items()}
-    moved = "model.layers.2.mlp.up_proj.weight"
-    expert[moved][7] += 0.25
-    target = gather(base, torch.arange(128), [
-        (layer, torch.arange(4), torch.arange(288)) for layer in (0, 2, 3)])
-    order = scramble(base, 9)
-    both = [order[0], gather(expert, *order[1])]
-    paths = [save(tmp_path / f"{n}.safetensors", tensors)
-             for n, tensors in zip("tbe", [target, *both])]
-    end, report = merged(tmp_path, paths[0], paths[2], paths[2], "--base", paths[1],
-                         "--operator", "task-arithmetic", "--lam=0.5,-2")
-    change = {name: end[name] - target[name] for name in end}
-    row = change.pop("model.layers.1.mlp.up_proj.weight")
-    torch.testing.assert_close(row[7], torch.full((128,), -1.5 * 0.25), rtol=1e-4, atol=1e-5)
-    row[7] = 0
-    assert max(part.abs().max() for part in [row, *change.values()]) < 1e-5
-    assert len(report["kinship"]) == 3 and report["align"] == "units"
+def test_windows_are_runs_of_the_domains_in_the_mixture():
+    tokens = {"code": torch.arange(1000), "prose": torch.arange(5000, 6000)}
+    recipe = pair.Recipe(mixture=(0.5, 0.5, 0), steps=1, rate=0, batch=64)
+    rows = pair.windows(tokens, recipe, np.random.default_rng(0))
+    assert rows.shape == (64, pair.WINDOW) and bool((rows.diff(dim=1) == 1).all())
+    assert 16 < (rows[:, 0] < 1000).sum() < 48      # four standard deviations
 
 
-def test_names_that_nobody_knows_go_by_chunks_with_a_note(tmp_path, capsys):
-    paths = [save(tmp_path / f"{name}.safetensors",
-                  {key.replace("_proj", "_x"): tensor for key, tensor in wide(name).items()})
-             for name in ("base", "grown")]
-    _, report = merged(tmp_path, *paths)
-    assert "no matrix for down, k, o, q, up, v" in capsys.readouterr().out
-    assert report["align"] == "gaussian" and report["kinship"] is None
-
-
-def renamed(name, old, new):
-    return {key.replace(old, new): tensor for key, tensor in wide(name).items()}
-
-
-@pytest.mark.parametrize("flags, said", [
-    (["grown", "base", "--base", "large"], ["base", "differs in shape", "large"]),
-    (["pruned", "code", "--base", "base-seed2"], ["code", "no relative", "base-seed2"]),
-    (["pruned", "code", "--base", "base", "--align=gaussian"], ["--base", "--align units"]),
-    (["pruned", "base-seed2", "--base", "base-seed2"], ["pruned", "no relative"]),
-    (["base", "no-embedding"], ["no-embedding", "embedding", "--align"]),
-    (["base", "hybrid"], ["hybrid", "no matrix for o", "--align"]),
-    (["base", "odd"], ["odd", "--align"]),
-    (["base", "fused"], ["fused", "no matrix for q", "--align"])], ids=" ".join)
-def test_what_cannot_be_matched_is_one_line(tmp_path, capsys, flags, said):
-    save(tmp_path / "no-embedding.safetensors", renamed("grown", "embed_tokens", "other"))
-    save(tmp_path / "fused.safetensors", renamed("grown", "q_proj", "qkv_proj"))
-    save(tmp_path / "hybrid.safetensors", renamed("grown", "layers.2.self_attn.o_proj", "o.2"))
-    odd = renamed("grown", "?", "?")        # one layer reads another stream than the embedding's
-    for name in [name for name in odd if ".2." in name and "norm" not in name]:
-        odd[name] = odd[name][:100, :100]
-    save(tmp_path / "odd.safetensors", odd)
-    paths = [tmp_path / f"{flag}.safetensors" for flag in flags]
-    flags = [path if path.exists() else flag if flag[0] == "-" else model(flag)
-             for flag, path in zip(flags, paths)]
-    more = ["--operator", "task-arithmetic"] if "--base" in flags else ["--align", "units"]
-    assert run(*flags, *more, "-o", tmp_path / "m.safetensors") == 1
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and all(word in error for word in said), error
-    assert not (tmp_path / "m.safetensors").exists()
+def test_a_model_is_written_as_a_folder(tensors, tmp_path):
+    (parent := tmp_path / "parent").mkdir()
+    (parent / "config.json").write_text('{"hidden_size": 64, "num_hidden_layers": 9}')
+    (parent / "tokenizer.json").write_text("{}")
+    pair.write_model(tmp_path / "new", tensors, parent, num_hidden_layers=4)
+    assert json.loads((tmp_path / "new/config.json").read_text()) == {
+        "hidden_size": 64, "num_hidden_layers": 4}
+    assert (tmp_path / "new/tokenizer.json").exists()
+    found = pair.read_model(tmp_path / "new")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())

@@ -1,0 +1,678 @@
+"""experiments/tools/match.py: against brute force, planted permutations, known relatives."""
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+TOOLS = Path(__file__).resolve().parents[1] / "experiments/tools"
+MODELS = TOOLS.parent / "models"
+sys.path.insert(0, str(TOOLS))
+import match
+from chunking import Checkpoint, CheckpointError, StateDict
+
+SIZE = 8        # rows of a head in the models made here: small for testing
+
+
+# --- Models with a known order ------------------------------------------------------------
+def normal(generator, *shape):
+    return torch.randn(*shape, generator=generator)
+
+
+def made(seed, layers=3, stream=48, heads=6, groups=3, neurons=40, vocabulary=300,
+         bias=False, gate=True):
+    """A state dict with Llama's names, of Gaussian numbers. Heads share groups of keys and
+    values. Norms and biases (of all roles, and of Qwen2's) have numbers of their own."""
+    g = torch.Generator().manual_seed(seed)
+    tensors = {"model.embed_tokens.weight": normal(g, vocabulary, stream),
+               "model.norm.weight": normal(g, stream),
+               "lm_head.weight": normal(g, vocabulary, stream)}
+    shapes = {"self_attn.q_proj": (heads * SIZE, stream),
+              "self_attn.k_proj": (groups * SIZE, stream),
+              "self_attn.v_proj": (groups * SIZE, stream),
+              "self_attn.o_proj": (stream, heads * SIZE),
+              "mlp.gate_proj": (neurons, stream), "mlp.up_proj": (neurons, stream),
+              "mlp.down_proj": (stream, neurons)}
+    if not gate:
+        del shapes["mlp.gate_proj"]
+    for layer in range(layers):
+        for role, shape in shapes.items():
+            tensors[f"model.layers.{layer}.{role}.weight"] = normal(g, *shape)
+            if bias:
+                tensors[f"model.layers.{layer}.{role}.bias"] = normal(g, shape[0])
+        for norm, width in (("input_layernorm", stream), ("self_attn.q_norm", heads * SIZE),
+                            ("self_attn.k_norm", SIZE)):
+            tensors[f"model.layers.{layer}.{norm}.weight"] = normal(g, width)
+    return tensors
+
+
+def rows_of(heads):
+    return (heads[:, None] * SIZE + torch.arange(SIZE)).flatten()
+
+
+def planted(tensors, seed, layers, stream=None, neurons=None, groups=None):
+    """These layers of a model, each in a random order of its own, cut to so many positions,
+    neurons and groups of heads. Returns (tensors, stream, [(layer, index by axis), ...])."""
+    g = torch.Generator().manual_seed(seed)
+    width = len(tensors["model.norm.weight"])
+    stream = torch.randperm(width, generator=g)[:stream]
+    new = {name: tensor[..., stream] for name, tensor in tensors.items()
+           if ".layers." not in name}
+    order = []
+    for number, layer in enumerate(layers):
+        part = {name.split(".", 3)[3]: tensor for name, tensor in tensors.items()
+                if name.startswith(f"model.layers.{layer}.")}
+        every = {name: len(part[f"{name}_proj.weight"])
+                 for name in ("self_attn.q", "self_attn.k", "mlp.up")}
+        group = torch.randperm(every["self_attn.k"] // SIZE, generator=g)[:groups]
+        share = every["self_attn.q"] // every["self_attn.k"]
+        heads = [i * share + torch.randperm(share, generator=g) for i in group.tolist()]
+        index = {"heads": rows_of(torch.cat(heads)), "groups": rows_of(group),
+                 "neurons": torch.randperm(every["mlp.up"], generator=g)[:neurons]}
+        order.append((layer, index))
+        of = {"q_proj": "heads", "k_proj": "groups", "v_proj": "groups", "q_norm": "heads",
+              "gate_proj": "neurons", "up_proj": "neurons"}
+        for rest, tensor in part.items():
+            role = rest.split(".")[-2]
+            if role != "k_norm":                    # the same for every head: not moved
+                tensor = tensor[index.get(of.get(role), stream)]
+            if tensor.dim() == 2:
+                column = {"o_proj": index["heads"], "down_proj": index["neurons"]}
+                tensor = tensor[:, column.get(role, stream)]
+            new[f"model.layers.{number}.{rest}"] = tensor
+    return {name: tensor.contiguous() for name, tensor in new.items()}, stream, order
+
+
+def noisy(tensors, seed, share):
+    """The same, with noise of this share of every tensor's spread."""
+    g = torch.Generator().manual_seed(seed)
+    return {name: tensor + share * tensor.std() * normal(g, *tensor.shape)
+            for name, tensor in tensors.items()}
+
+
+def matched(target, source):
+    """(Kinship, units) of two state dicts."""
+    pair = match.open_layers(StateDict(target, "target"), StateDict(source, "source"))
+    kinship = match.find_kinship(*pair)
+    return kinship, match.match_units(*pair, kinship)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Write state dicts by name: files(a=tensors) -> {'a': path}."""
+    def write(**models):
+        paths = {}
+        for name, tensors in models.items():
+            paths[name] = tmp_path / f"{name}.safetensors"
+            save_file(tensors, paths[name])
+        return paths
+    return write
+
+
+def run(*argv):
+    return match.main([*map(str, argv), "--quiet"])
+
+
+def refused(capsys, *argv):
+    """The message of a run that must fail."""
+    with pytest.raises(CheckpointError) as error:
+        run(*argv)
+    return str(error.value)
+
+
+# --- Assignment ---------------------------------------------------------------------------
+def best_injection(cosine, slack):
+    """By brute force: the largest total over all injections; -1 counts as the slack."""
+    J, I = cosine.shape
+    totals = []
+    for pick in itertools.product(*[[*range(I), -1]] * J):
+        used = [i for i in pick if i >= 0]
+        if len(used) == len(set(used)):
+            worth = [cosine[j, i].item() if i >= 0 else slack for j, i in enumerate(pick)]
+            totals.append((sum(worth), pick))
+    return max(totals)[1]
+
+
+@pytest.mark.parametrize("J, I", [(1, 1), (3, 3), (2, 4), (4, 2), (4, 4)])
+def test_assignment_is_the_best_of_all_injections(J, I):
+    for seed in range(10):
+        cosine = torch.rand(J, I, generator=torch.Generator().manual_seed(seed))
+        for slack in (0.3, 0.6, 1.0):
+            found = match.assign(match.keep_above(cosine, slack), slack)
+            assert found.tolist() == list(best_injection(cosine, slack))
+
+
+def test_assignment_by_hand():
+    cosine = torch.tensor([[0.9, 0.8], [0.7, 0.1]])
+    for slack, expected in ((0.3, [1, 0]), (0.75, [0, -1]), (0.95, [-1, -1])):
+        found = match.assign(match.keep_above(cosine, slack), slack)
+        assert found.tolist() == expected
+
+
+def test_strong_cosines_in_blocks(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    one, other = normal(g, 7, 5), normal(g, 4, 5)
+    monkeypatch.setattr(match, "BLOCK", 3)
+    product = one @ other.T
+    found = torch.from_numpy(match.strong_cosines(one, other, 0.5).toarray())
+    torch.testing.assert_close(found, torch.where(product > 0.5, product, 0))
+
+
+# --- What is compared, against torch's own cosine -----------------------------------------
+def test_products_of_unit_vectors_are_mean_cosines():
+    pair = match.open_layers(StateDict(made(1)), StateDict(made(2)))
+    target, source = pair
+    positions = match.Positions(torch.arange(0, 48, 2), torch.arange(48).roll(5)[::2])
+
+    def mean_cosine(axis, j, i, size):
+        values = []
+        mine, theirs = target.rows(0, axis), source.rows(0, axis)
+        for role in mine:
+            a = mine[role][j * size:(j + 1) * size, positions.target]
+            b = theirs[role][i * size:(i + 1) * size, positions.source]
+            values.append(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+        return torch.stack(values).mean()
+
+    for axis, size, at in (("neurons", 1, (3, 17)), ("heads", SIZE, (4, 1)),
+                           ("groups", SIZE, (2, 0))):
+        roles = list(target.rows(0, axis))
+        mine = match.unit_vectors(target.rows(0, axis), positions.target, roles, size)
+        theirs = match.unit_vectors(source.rows(0, axis), positions.source, roles, size)
+        expected = mean_cosine(axis, *at, size)
+        torch.testing.assert_close((mine @ theirs.T)[at], expected)     # float32 algebra
+
+
+@pytest.mark.parametrize("neurons", [(32, 32), (32, 50), (50, 32)])
+def test_similarity_and_null_of_strangers(monkeypatch, neurons):
+    """By brute force: the mean over all neurons of the smaller layer of their best cosine;
+    the null as the same of rows whose columns are shuffled. Some large columns, as real
+    models have them: strangers share these, the null does not."""
+    sides = []
+    for seed, number, layers in ((11, neurons[0], 2), (12, neurons[1], 3)):
+        tensors = made(seed, layers=layers, neurons=number)
+        for name, tensor in tensors.items():
+            if "gate" in name or "up" in name:
+                tensor[:, 7:19] += 2
+            elif "down" in name:
+                tensor[7:19] += 2
+        sides.append(tensors)
+    target, source = match.open_layers(*map(StateDict, sides))
+    every = torch.arange(48)
+    similarity_JI, null = match.compare_layers(target, source, match.Positions(every, every))
+
+    def parts(layers, number, generator=None):
+        found = []
+        for rows in layers.rows(number, "neurons").values():
+            if generator is not None:
+                rows = torch.stack([row[torch.randperm(48, generator=generator)] for row in rows])
+            found.append(torch.nn.functional.normalize(rows, dim=1))
+        return found
+
+    def best(j, i, generator=None):
+        fewer, more = (target, j), (source, i)
+        if neurons[0] > neurons[1]:
+            fewer, more = more, fewer
+        cosine = sum(a @ b.T for a, b in zip(parts(*fewer, generator), parts(*more))) / 3
+        return cosine.amax(1).mean().item()
+
+    generator = torch.Generator().manual_seed(5)
+    nulls = []
+    for j, i in itertools.product(range(2), range(3)):
+        # as many neurons as the sample: each is in it
+        assert similarity_JI[j, i].item() == pytest.approx(best(j, i), abs=1e-5)
+        nulls += [best(j, i, generator) for _ in range(5)]
+    assert null == pytest.approx(sum(nulls) / len(nulls), rel=0.05)     # statistical
+    assert similarity_JI.min() > 1.5 * null
+
+
+@pytest.mark.parametrize("I, J", [(48, 48), (48, 42), (42, 48)])
+def test_stream_is_found_beside_tokens_that_were_never_trained(I, J):
+    """Those hold one large vector, which drifts: plain cosines of columns hang on it."""
+    g = torch.Generator().manual_seed(0)
+    wide = normal(g, 300, 48)
+    wide[100:] += 20 * normal(g, 48)
+    order = torch.randperm(48, generator=g)
+    source = wide[:, order][:, :I] + 0.3 * normal(g, 300, I)
+    source[100:] += 12 * normal(g, I)
+    place_of = {place: i for i, place in enumerate(order[:I].tolist())}
+    found = match.match_stream(wide[:, :J], source)
+    assert found.tolist() == [place_of.get(j, -1) for j in range(J)]
+
+
+# --- Planted orders -----------------------------------------------------------------------
+@pytest.mark.parametrize("groups, more", [(6, {}), (3, {"bias": True}), (1, {"gate": False})])
+def test_a_permuted_copy_comes_back_bit_for_bit(files, groups, more):
+    """Stream, neurons, heads and groups in another order; all tensors, biases and norms of
+    heads among them. The types are the target's: bfloat16, from float32 that it can hold."""
+    target = {name: t.bfloat16() for name, t in made(3, groups=groups, **more).items()}
+    source, _, _ = planted(target, 4, (0, 1, 2))
+    source = {name: tensor.float() for name, tensor in source.items()}
+    paths = files(target=target, source=source)
+    out = paths["target"].with_name("out.safetensors")
+    assert not run(paths["target"], paths["source"], "-o", out)
+    result = load_file(out)
+    assert result.keys() == target.keys()
+    moved = [name for name in target if not torch.equal(source[name].bfloat16(), target[name])]
+    assert len(moved) > 0.8 * len(target)
+    for name, tensor in target.items():
+        assert result[name].dtype == tensor.dtype and torch.equal(result[name], tensor), name
+
+
+def test_a_cut_relative_is_found_exactly_both_ways():
+    """Fewer layers, positions, neurons and groups, another order, a third of noise."""
+    large = made(5, layers=5, stream=64, heads=8, groups=4, neurons=56)
+    small, stream, order = planted(large, 6, (0, 3, 1), stream=48, neurons=40, groups=3)
+    small = noisy(small, 7, 1 / 3)
+    kinship, units = matched(small, large)
+    assert kinship.related and list(kinship.layers.values()) == [0, 3, 1]
+    assert torch.equal(kinship.stream_J, stream)
+    for number, (_, index) in enumerate(order):
+        for axis in index:
+            assert torch.equal(units[number][axis], index[axis]), axis
+    back, units = matched(large, small)
+    assert back.related and back.layers == {0: 0, 1: 2, 2: None, 3: 1, 4: None}
+    assert min(back.similarity[j] for j in (0, 1, 3)) > 0.9
+    assert units.keys() == {0, 1, 3}
+    for number, (layer, index) in enumerate(order):
+        for axis, rows in index.items():
+            expected = torch.full_like(units[layer][axis], -1)
+            expected[rows] = torch.arange(len(rows))
+            assert torch.equal(units[layer][axis], expected), axis
+
+
+def test_layers_that_repeat_are_found():
+    """A depth-upscaled relative, noisy and permuted, as the target and as the source."""
+    base = made(8, layers=4)
+    stack = [0, 1, 2, 1, 2, 3]
+    deep, _, _ = planted(base, 9, stack)
+    deep = noisy(deep, 10, 0.3)
+    kinship, _ = matched(deep, base)
+    assert kinship.related and list(kinship.layers.values()) == stack
+    back, _ = matched(base, deep)
+    assert back.related and [stack[i] for i in back.layers.values()] == [0, 1, 2, 3]
+
+
+def attention_of(tensors):
+    """What match_heads takes of a model of one layer."""
+    layers, _ = match.open_layers(StateDict(tensors), StateDict(tensors))
+    return {axis: layers.rows(0, axis) for axis in ("heads", "groups")}
+
+
+EVERY = match.Positions(torch.arange(48), torch.arange(48))
+
+
+def test_heads_stay_with_their_group():
+    """What was a head of group 1 stands in group 0, where other keys and values serve it."""
+    target = made(31, layers=1)
+    source = {name: tensor.clone() for name, tensor in target.items()}
+    stranger = made(32, layers=1)
+    order = rows_of(torch.tensor([0, 2, 1, 3, 4, 5]))
+    q, o = (f"model.layers.0.self_attn.{role}_proj.weight" for role in "qo")
+    source[q] = target[q][order]
+    source[o] = target[o][:, order]
+    alien = slice(2 * SIZE, 3 * SIZE)
+    source[q][alien] = stranger[q][alien]
+    source[o][:, alien] = stranger[o][:, alien]
+    rows, _ = match.match_heads(attention_of(target), attention_of(source), EVERY, SIZE,
+                                match.SLACK)
+    assert rows["groups"][::SIZE].tolist() == [0, 8, 16]
+    assert rows["heads"][::SIZE].tolist() == [0, -1, -1, 24, 32, 40]
+
+
+def test_all_heads_count_that_can_have_a_partner():
+    """One of two heads in each group is left: it matches as well as its keys do, whichever
+    side has fewer."""
+    target = made(7, layers=1)
+    few = dict(target)
+    rows = rows_of(torch.tensor([1, 2, 5]))
+    for role in ("q_proj.weight", "q_norm.weight"):
+        few[f"model.layers.0.self_attn.{role}"] = target[f"model.layers.0.self_attn.{role}"][rows]
+    few["model.layers.0.self_attn.o_proj.weight"] = (
+        target["model.layers.0.self_attn.o_proj.weight"][:, rows])
+    for one, other, heads in ((target, few, [-1, 0, 8, -1, -1, 16]), (few, target, [8, 16, 40])):
+        found, score = match.match_heads(attention_of(one), attention_of(other), EVERY, SIZE,
+                                         match.SLACK)
+        assert score == pytest.approx(1, abs=1e-5)          # float32 algebra
+        assert found["heads"][::SIZE].tolist() == heads
+
+
+def test_groups_of_equal_keys_and_values_are_told_apart_by_their_heads():
+    target = made(21, layers=1)
+    for role in "kv":
+        name = f"model.layers.0.self_attn.{role}_proj.weight"
+        target[name] = target[name][:SIZE].repeat(3, 1)
+    source, _, order = planted(target, 22, (0,))
+    _, units = matched(source, target)
+    assert torch.equal(units[0]["groups"], order[0][1]["groups"])
+    assert torch.equal(units[0]["heads"], order[0][1]["heads"])
+
+
+def test_of_sizes_that_match_the_largest_is_taken():
+    """Heads of 16 rows whose halves are equal: halves alone could be taken for each other."""
+    target = made(33, layers=1, groups=6)
+    for role in "qkvo":
+        matrix = target[f"model.layers.0.self_attn.{role}_proj.weight"]
+        if role == "o":
+            matrix = matrix.T
+        halves = matrix.unflatten(0, (3, 2, SIZE))      # a view
+        halves[:, 1] = halves[:, 0]
+    rows = rows_of(torch.tensor([4, 5, 0, 1, 2, 3]))    # whole heads of two halves
+    source = dict(target)
+    for role in "qkv":
+        name = f"model.layers.0.self_attn.{role}_proj.weight"
+        source[name] = target[name][rows]
+    name = "model.layers.0.self_attn.o_proj.weight"
+    source[name] = target[name][:, rows]
+    _, units = matched(target, noisy(source, 34, 0.2))
+    assert torch.equal(units[0]["heads"], rows.argsort())
+    assert torch.equal(units[0]["groups"], rows.argsort())
+
+
+# --- What has no partner ------------------------------------------------------------------
+def test_rows_by_hand():
+    brought = match.Brought("s", 1, torch.tensor([1, -1]), torch.tensor([0, -1]))
+    target = StateDict({"t": torch.tensor([[7.0, 8], [4, 5]])})
+    source = StateDict({"s": torch.tensor([[1.0], [2]])})
+    found = match.read_matched(target, source, "t", brought, 0, 2)
+    assert found.tolist() == [[2, 8], [4, 5]]
+    assert match.read_matched(target, source, "t", brought, 1, 2).tolist() == [[4, 5]]
+    assert target.tensors["t"].tolist() == [[7, 8], [4, 5]]     # not written into
+
+
+def test_what_the_source_lacks_is_the_targets(files):
+    """Tensor by tensor against the planted order; a vocabulary that the target extended, a
+    mask of -inf, and whole numbers."""
+    large = made(5, layers=3, stream=64, heads=8, groups=4, neurons=56, bias=True)
+    small, stream, order = planted(large, 6, (0, 2), stream=48, neurons=40, groups=3)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        small[name] = small[name][:250]
+    large["model.layers.0.attention.masked_bias"] = torch.tensor(-torch.inf)
+    large["model.steps"] = torch.tensor([1, 2, 3])
+    mark = noisy(small, 7, 0.1)             # numbers that are told from the target's
+    paths = files(large=large, small=mark)
+    out = paths["large"].with_name("out.safetensors")
+    assert not run(paths["large"], paths["small"], "-o", out)
+    result = load_file(out)
+
+    expected = {name: tensor.clone() for name, tensor in large.items()}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        expected[name][:250, stream] = mark[name]
+    for number, (layer, index) in enumerate(order):
+        for role, (row, column) in match.AXES.items():
+            part = "mlp" if "neurons" in (row, column) else "self_attn"
+            known = {"stream": stream, **index}
+            name = f"model.layers.{layer}.{part}.{role}_proj"
+            theirs = f"model.layers.{number}.{part}.{role}_proj"
+            expected[f"{name}.weight"][known[row][:, None], known[column]] = (
+                mark[f"{theirs}.weight"])
+            expected[f"{name}.bias"][known[row]] = mark[f"{theirs}.bias"]
+        name = f"model.layers.{layer}.self_attn.k_norm.weight"      # of equal width
+        expected[name] = mark[f"model.layers.{number}.self_attn.k_norm.weight"]
+    for name in large:
+        assert torch.equal(result[name], expected[name]), name
+
+
+@pytest.mark.parametrize("source_head", [True, False])
+def test_a_tied_head_stays_tied(files, source_head):
+    target = made(3)
+    target["lm_head.weight"] = target["model.embed_tokens.weight"].clone()
+    source = noisy(planted(target, 4, (0, 1, 2))[0], 5, 0.1)
+    if not source_head:
+        del source["lm_head.weight"]
+    paths = files(target=target, source=source)
+    out = paths["target"].with_name("out.safetensors")
+    assert not run(paths["target"], paths["source"], "-o", out)
+    result = load_file(out)
+    assert torch.equal(result["lm_head.weight"], result["model.embed_tokens.weight"])
+    assert not torch.equal(result["lm_head.weight"], target["lm_head.weight"])
+
+
+def test_a_relative_with_a_new_vocabulary(files):
+    """The layers say that it is one; embeddings and head have nothing in common."""
+    target = made(3)
+    source = noisy(target, 4, 0.1)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        source[name] = made(5)[name]
+    paths = files(target=target, source=source)
+    out = paths["target"].with_name("out.safetensors")
+    assert not run(paths["target"], paths["source"], "-o", out)
+    result = load_file(out)
+    for name, tensor in result.items():
+        own = name in ("model.embed_tokens.weight", "lm_head.weight")
+        assert torch.equal(tensor, target[name] if own else source[name]), name
+
+
+# --- Relatives and strangers --------------------------------------------------------------
+def test_no_wrong_verdict_among_the_committed_models():
+    family = "base", "code", "prose", "arithmetic", "grown", "pruned"
+    strangers = "base-seed2", "large"
+    models = {name: Checkpoint(MODELS / f"{name}.safetensors") for name in family + strangers}
+    for one, other in itertools.combinations(models, 2):
+        target, source = match.open_layers(models[one], models[other])
+        kinship = match.find_kinship(target, source)
+        related = one in family and other in family
+        assert kinship.related == related, (one, other)
+        met = [i for i in kinship.layers.values() if i is not None]
+        assert len(met) == related * min(len(target), len(source)), (one, other)
+        if not related:
+            assert max(kinship.similarity) < 1.5 * kinship.null, (one, other)
+
+
+def test_grown_is_matched_with_its_base():
+    """Against the places where make_models.py puts the parent's layers."""
+    pair = match.open_layers(Checkpoint(MODELS / "base.safetensors"),
+                             Checkpoint(MODELS / "grown.safetensors"))
+    kinship = match.find_kinship(*pair)
+    assert list(kinship.layers.values()) == [0, 1, 3, 4] and min(kinship.similarity) > 0.9
+    assert (kinship.stream_J >= 0).all()
+
+
+@pytest.mark.parametrize("common, related", [(1, False), (2, True)])
+def test_half_of_the_layers_make_a_relative(common, related):
+    target, source = made(26, layers=4), made(27, layers=4)
+    for name in target:
+        if ".layers." not in name or int(name.split(".")[2]) < common:
+            source[name] = target[name]
+    kinship, _ = matched(target, source)
+    assert kinship.related == related
+    assert list(kinship.layers.values()) == [*range(common)] + [None] * (4 - common)
+
+
+def test_strangers_are_refused_and_nothing_is_written(files, capsys):
+    paths = files(target=made(1), source=made(2))
+    here = paths["target"].parent
+    before = sorted(here.iterdir())
+    found = refused(capsys, paths["target"], paths["source"], "-o", here / "out.safetensors",
+                    "--report", here / "report.json")
+    assert found.startswith(str(paths["source"])) and "no relative" in found
+    assert sorted(here.iterdir()) == before
+    # the paternity test: the report is what was asked for
+    refused(capsys, paths["target"], paths["source"], "--report", here / "report.json")
+    kinship, = json.loads((here / "report.json").read_text())["kinship"]
+    assert kinship["related"] is False and kinship["layers"] == [None] * 3
+    assert max(kinship["similarity"]) < 1.5 * kinship["null"]
+    # --force writes all the same, and replaces what is there
+    for _ in range(2):
+        assert not run(paths["target"], paths["source"], "-o", here / "out.safetensors",
+                       "--force")
+    assert torch.equal(load_file(here / "out.safetensors")["model.norm.weight"],
+                       made(2)["model.norm.weight"])
+
+
+def test_report_and_what_is_printed(files, capsys):
+    small, _, _ = planted(made(5), 6, (0, 2), neurons=30)
+    paths = files(target=made(5), source=small)
+    report = paths["target"].with_name("report.json")
+    assert not run(paths["target"], paths["source"], "--report", report)
+    kinship, = json.loads(report.read_text())["kinship"]
+    assert kinship["related"] is True and kinship["layers"] == [0, None, 1]
+    assert kinship["similarity"][0] == pytest.approx(1, abs=1e-5)   # float32 algebra
+    assert kinship["similarity"][1] < 2 * kinship["null"] < 1
+    printed = capsys.readouterr().out
+    assert "source is related to target: 2 of 3 layers" in printed
+    assert "layer 1 <- none" in printed and "layer 2 <- 1  1.000" in printed
+
+
+# --- Several sources by one match ---------------------------------------------------------
+def test_one_match_serves_a_base_and_its_experts(files, capsys):
+    """The expert stands in the base's order; its difference to the base is brought along,
+    also in units that are no more like those of the target."""
+    target = made(3)
+    base, _, _ = planted(target, 4, (0, 1, 2))
+    expert = {name: tensor.clone() for name, tensor in base.items()}
+    alien = made(9)
+    for role in ("gate", "up"):                     # 10 neurons that have changed beyond
+        name = f"model.layers.1.mlp.{role}_proj.weight"         # recognition
+        expert[name][:10] = alien[name][:10]
+    paths = files(target=target, base=base, expert=expert)
+    out = paths["target"].with_name("out")
+    report = out.with_name("report.json")
+    assert not run(paths["target"], paths["base"], paths["expert"], "-o", out, "--report",
+                   report)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "base.safetensors", "expert.safetensors"]
+    matched_base, matched_expert = (load_file(out / f"{name}.safetensors")
+                                    for name in ("base", "expert"))
+    for name in target:
+        assert torch.equal(matched_base[name], target[name]), name
+        changed = ~torch.isclose(matched_expert[name], target[name], rtol=0, atol=0)
+        expected = 10 * 48 if "layers.1.mlp.gate" in name or "layers.1.mlp.up" in name else 0
+        assert changed.sum() == expected, name
+    records = json.loads(report.read_text())["kinship"]
+    assert [record["related"] for record in records] == [True, True]
+    assert records[0]["layers"] == records[1]["layers"] == [0, 1, 2]
+
+
+def test_a_further_source_in_another_order_is_refused(files, capsys):
+    """By the first one's match it would come into disorder: a stranger, one that was
+    permuted again, and one of another shape; each is named. One stranger does not spoil
+    the kinship of the others."""
+    target = made(3)
+    base, _, _ = planted(target, 4, (0, 1, 2))
+    neurons = {name: tensor.clone() for name, tensor in base.items()}
+    for role in ("gate", "up", "down"):
+        name = f"model.layers.1.mlp.{role}_proj.weight"
+        neurons[name] = neurons[name].flip(int(role == "down"))
+    paths = files(target=target, base=base, stranger=made(5), neurons=neurons,
+                  again=planted(base, 6, (0, 1, 2))[0],
+                  wider=planted(made(3), 4, (0, 1, 2), neurons=30)[0],
+                  flatter=planted(made(3), 4, (0, 1))[0])
+    out = paths["target"].with_name("out")
+    for name in ("stranger", "neurons", "again", "wider", "flatter"):
+        found = refused(capsys, paths["target"], paths["base"], paths[name], "-o", out)
+        assert found.startswith(str(paths[name])), name
+        assert not out.exists()
+    assert not run(paths["target"], paths["base"], paths["stranger"], paths["again"])
+    printed = capsys.readouterr().out
+    assert "base is related" in printed and "stranger is no relative" in printed
+    assert "again is related" in printed
+
+
+# --- What is refused, by file and tensor --------------------------------------------------
+EMBED = "model.embed_tokens.weight"
+UP = "model.layers.1.mlp.up_proj.weight"
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+def change(name, tensor):
+    def apply(tensors):
+        tensors[name] = tensor
+    return apply
+
+
+def spoil(name, value):
+    def apply(tensors):
+        tensors[name].view(-1)[5] = value
+    return apply
+
+
+def rename(old, new):
+    def apply(tensors):
+        for name in list(tensors):
+            if old in name:
+                tensors[name.replace(old, new)] = tensors.pop(name)
+    return apply
+
+
+BAD = {
+    "embedding narrower than the stream": (change(EMBED, torch.ones(300, 32)), EMBED),
+    "embedding of one dimension": (change(EMBED, torch.ones(64)), EMBED),
+    "embedding without rows": (change(EMBED, torch.ones(0, 48)), EMBED),
+    "no embedding": (rename("embed_tokens", "words"), "no embedding"),
+    "NaN in the embedding": (spoil(EMBED, torch.nan), EMBED),
+    "NaN in an MLP": (spoil(UP, torch.nan), UP),
+    "infinity in a norm": (spoil("model.layers.2.input_layernorm.weight", torch.inf),
+                           "model.layers.2.input_layernorm.weight"),
+    "fused projection": (rename("self_attn.q_proj", "self_attn.qkv_proj"),
+                         "model.layers.0.self_attn.qkv_proj.weight"),
+    "experts": (rename("mlp.", "mlp.experts.0."), "model.layers.0.mlp.experts.0."),
+    "no matrix for up": (rename("mlp.up_proj", "mlp.riddle"), "layer 0"),
+    "shapes that do not fit": (change(DOWN, torch.ones(48, 39)), DOWN),
+    "keys that queries cannot share": (change("model.layers.0.self_attn.k_proj.weight",
+                                              torch.ones(20, 48)),
+                                       "model.layers.0.self_attn.k_proj.weight"),
+}
+
+
+@pytest.mark.parametrize("where", ["target", "source"])
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_matched_is_named(files, capsys, case, where):
+    spoiled, name = BAD[case]
+    models = {"target": made(3), "source": made(3)}
+    spoiled(models[where])
+    if case.startswith("keys"):
+        models[where]["model.layers.0.self_attn.v_proj.weight"] = torch.ones(20, 48)
+    paths = files(**models)
+    found = refused(capsys, paths["target"], paths["source"])
+    assert found.startswith(str(paths[where])) and name in found and "; fix: " in found
+
+
+def test_outputs_are_checked_before_any_work(files, capsys):
+    paths = files(target=made(3), source=made(3))
+    target, source = paths.values()
+    there = target.with_name("there.safetensors")
+    there.write_text("kept")
+    for out, word in ((target, "way"), (there, "exists"), (target.with_name("x"), "end it")):
+        assert word in refused(capsys, target, source, "-o", out)
+    assert "way" in refused(capsys, target, source, "--report", source)
+    assert there.read_text() == "kept"
+
+
+@pytest.mark.parametrize("argv, word", [
+    (["a"], "required"), (["a", "b", "--seed", "-1"], "--seed"),
+    (["a", "b", "--force"], "drop --force"), (["a", "b", "-o", ""], "empty"),
+    (["a", "b", "c", "-o", "x.safetensors"], "folder"),
+    (["a", "m/b", "n/b", "-o", "x"], "rename one")])
+def test_usage(capsys, argv, word):
+    with pytest.raises(SystemExit) as error:
+        match.main(argv)
+    assert error.value.code == 2 and word in capsys.readouterr().err
+
+
+def test_a_folder_gets_the_targets_companions(files):
+    target = made(3)
+    paths = files(source=planted(target, 4, (0, 1, 2))[0])
+    folder = paths["source"].with_name("model")
+    (folder / "1_Pooling").mkdir(parents=True)
+    save_file(target, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    (folder / "1_Pooling/config.json").write_text("[]")
+    out = folder.with_name("out")
+    assert not run(folder, paths["source"], "-o", out)
+    assert (out / "config.json").read_text() == "{}"
+    assert (out / "1_Pooling/config.json").read_text() == "[]"
+    result = load_file(out / "model.safetensors")
+    assert all(torch.equal(result[name], target[name]) for name in target)
+
+
+def test_the_command(files):
+    """Once as a user runs it: from another folder, with its exit codes and one line."""
+    paths = files(target=made(1), source=made(2))
+    done = subprocess.run([sys.executable, TOOLS / "match.py", *paths.values()],
+                          cwd=paths["target"].parent, capture_output=True, text=True)
+    assert done.returncode == 1 and "source is no relative of target" in done.stdout
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
