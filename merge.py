@@ -814,7 +814,7 @@ def put_companions(run, folder):
         shutil.copyfile(join(run.models[0].folder, file), join(folder, file))
     facts = json.dumps(facts_of(run) | {"inputs": names_of(run)}, indent=1)
     with open(join(folder, "README.md"), "w") as card:
-        card.write(f"---\ntags: [merge, lsmerge]\n---\nMerged with LS-Merge:\n\n"
+        card.write(f"---\ntags:\n- merge\n- lsmerge\n---\n\nMerged with LS-Merge:\n\n"
                    f"```json\n{facts}\n```\n")
 
 
