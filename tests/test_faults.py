@@ -501,14 +501,26 @@ def log(tmp_path_factory): return tmp_path_factory.mktemp("log") / "log"
 def said(log, kind="err"): return log.with_suffix(f".{kind}").read_text()
 
 
-def slowly(pipe, seconds=0.1):
+def slowly(pipe):
     """For the child: every piece that is written is announced and takes its time."""
     real = ck.Output.put
 
     def put(*arguments):
         real(*arguments)
         os.write(pipe, b"x")
-        time.sleep(seconds)
+        time.sleep(0.1)
+    ck.Output.put = put
+
+
+def pausing(mouth, go):
+    """For the child: the first piece is announced; it waits until it is told to go on."""
+    real = ck.Output.put
+
+    def put(*arguments):
+        ck.Output.put = real
+        os.write(mouth, b"x")
+        os.read(go, 1)
+        real(*arguments)
     ck.Output.put = put
 
 
@@ -558,7 +570,7 @@ def test_a_signal_between_the_two_renames_of_a_folder(box, log, sent):
         os.rename = rename
     pid = forked(log, [target, box.b, "--force", "-o", out], prepare)
     assert ended(pid) == SIGNALS[sent]
-    rest = sorted(out.parent.glob(".lsmerge-*"), key=lambda path: len(path.name))
+    rest = sorted(out.parent.glob(".lsmerge-*/*"))
     if sent == signal.SIGKILL:
         new, old = rest
         assert {f"{out}{path[len(str(old)):]}" for path in snapshot(old)} == set(before)
@@ -595,12 +607,13 @@ def test_too_little_memory(box, log):
 def test_two_runs_into_one_output(box, log, kind, force):
     """With --force the later one wins, whole; without it the later one finds its place
     taken, and says so."""
-    (target, _), (ear, mouth) = inputs_of(box, kind), os.pipe()
+    (target, _), (ear, mouth), (wait, go) = inputs_of(box, kind), os.pipe(), os.pipe()
     out = box.folder / "out" / ("new" if kind == "folder" else "new.safetensors")
     way = [target, box.b, "-o", out, *["--force"] * force]
-    slow = forked(log, [*way, "--lam", 0.25], lambda: slowly(mouth, 0.02))
+    slow = forked(log, [*way, "--lam", 0.25], lambda: pausing(mouth, wait))
     os.read(ear, 1)
     assert run(*way, "--lam", 0.75) == 0
+    os.write(go, b"xxxx")                       # one for each thread that may wait
     assert ended(slow) == (0 if force else 1)
     weights = out / "model.safetensors" if kind == "folder" else out
     facts = ck.Checkpoint(weights).metadata["lsmerge.lambda"]

@@ -231,17 +231,6 @@ def test_draws_of_the_posterior():
         assert std == pytest.approx(0.01, rel=0.015)
 
 
-def test_draws_of_the_prior():
-    """A bottleneck without values: q(z | w) is N(0, I), whatever the weights."""
-    vae = Codec.load("exact").vae
-    for head in (vae.to_mu, vae.to_logvar):
-        for parameter in head.parameters():
-            torch.nn.init.zeros_(parameter)
-    for samples in (1, 9):
-        prior = noise_parent(2 ** 16, Codec(vae), 0, samples=samples).latents(0, 1024)
-        assert prior.std().item() * samples ** 0.5 == pytest.approx(1, rel=0.015)
-
-
 def test_draws_do_not_depend_on_who_asks(monkeypatch):
     """In one piece or in many, from anywhere, alone or beside a second source of weight 0
     and of another shape (which once changed the target's draws): the same noise."""
