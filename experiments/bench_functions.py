@@ -20,13 +20,13 @@ a step with the KL on. Not reached: `reached` is false, and the time is that of 
 import itertools
 import math
 import os
+import random
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -297,7 +297,7 @@ def train_release(parents, config, schedule, log):
     Its rate falls as a cosine from 1e-4."""
     noise = generator_for(schedule.seed)
     vae = VAE(config).start(noise)
-    picks = np.random.default_rng(schedule.seed)
+    picks = random.Random(schedule.seed)
     windows = train.Windows(parents, config, schedule)
     optimiser = torch.optim.AdamW(vae.parameters(), lr=1e-4, weight_decay=1e-5)
     budget = schedule.steps2
@@ -308,8 +308,8 @@ def train_release(parents, config, schedule, log):
             log({"stage": 2, "step": step, "seconds": time.perf_counter() - began, **figures})
             if figures["nmse"] <= REACH or step == budget:
                 return
-        chosen = picks.integers(len(windows.training), size=schedule.batch)
-        loss = release_loss(vae, *windows.read(windows.training[chosen]), noise)
+        chosen = picks.choices(windows.training, k=schedule.batch)
+        loss = release_loss(vae, *windows.read(chosen), noise)
         optimiser.param_groups[0]["lr"] = 1e-4 * (1 + math.cos(math.pi * step / budget)) / 2
         optimiser.zero_grad()
         loss.backward()

@@ -72,6 +72,8 @@ def point(figures):
     for key in KEYS:
         value = figures.get(key)
         kept[key] = float(f"{value:.5g}") if isinstance(value, float) else value
+    if figures["stage"] == 1:
+        kept["kl"] = None       # it has none
     return kept
 
 

@@ -254,7 +254,7 @@ def test_layers_pair_by_depth():
 
 
 def test_layers_pair_by_index_as_algorithm_1_reads():
-    assert align.pair_layers(2, 4, by="index") == [0, 1]        # 2 and 3: nobody
+    assert align.pair_layers(2, 4, by="index") == [0, 1]
     assert align.pair_layers(4, 2, by="index") == [0, 1]
     assert align.partners_by_depth({3: 0, 5: 0, 7: 0}, {2: 0, 4: 0}, "index") == {3: 2, 5: 4}
     for arguments in [(0, 3), (3, 0), (3, 3, "name")]:
@@ -308,9 +308,6 @@ def test_streamed_projection_equals_the_whole(n_s, n_t, step):
         i0, i1 = align.source_range(j0, j1, n_s, n_t)
         part = align.project_rows(z[i0:i1], i0, n_s, j0, j1, n_t)
         close(part, whole[j0:j1], rtol=1e-12)
-        if i1 - i0 > 1:
-            with pytest.raises(IndexError):
-                align.project_rows(z[i0:i1 - 1], i0, n_s, j0, j1, n_t)
 
 
 # --- Line 4: Sinkhorn -----------------------------------------------------------------
@@ -494,11 +491,6 @@ def test_bad_input_is_refused():
     for epsilon in [0.0, -1.0, math.nan]:
         with pytest.raises(ValueError, match="epsilon"):
             align.sinkhorn(torch.rand(3, 4), epsilon=epsilon)
-    for shape in [(3,), (0, 4), (4, 0), (2, 2, 2)]:
-        with pytest.raises((ValueError, RuntimeError)):
-            align.sinkhorn(torch.zeros(shape))
-    with pytest.raises(RuntimeError):           # latents of two sizes
-        align.squared_cost(cloud(3, 4), cloud(3, 5))
 
 
 def test_squared_cost_against_differences():

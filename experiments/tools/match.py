@@ -69,7 +69,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from align import pair_names, pair_stacks, stacks_of
 from chunking import (PIECE, Checkpoint, Parser, appear, cast, check_output, command,
                       create, measure, need, say, spans)
-from merge import RELATED, companions, equal, mean_cosine
+from merge import RELATED, companions, digest, mean_cosine
 
 VERSION = 1             # of the report
 
@@ -147,12 +147,12 @@ class Layers:
         # q reads the stream: it is as wide as q has columns.
         self.stream = self.entries[self.numbers[0]]["q"].shape[1]
         self.embedding = word_embedding(checkpoint, self.stream)
-        self.tied = [self.embedding.name]
-        for name, entry in checkpoint.entries.items():
-            other = entry.place.layer is None and name != self.embedding.name
-            if other and equal(checkpoint, name, checkpoint, self.embedding.name):
-                self.tied.append(name)
         check_shapes(self)
+        self.tied = []
+        own = digest(checkpoint, self.embedding)
+        for name, entry in checkpoint.entries.items():
+            if entry.place.layer is None and digest(checkpoint, entry) == own:
+                self.tied.append(name)
 
     def __len__(self): return len(self.numbers)
 
