@@ -354,8 +354,8 @@ def sinkhorn(cost_IJ, epsilon=EPSILON, tolerance=TOLERANCE,
     Equation:  min over plans P of  sum_ij P_ij (cost_ij + epsilon max(cost) log P_ij)
     Source:    paper: Sec. 3.3, Eq. 2, by "an existing OT library"; ours: written out
     Returns:   Sinkhorn, whose plan_IJ sums to 1/I along each row, 1/J down each column
-    Raises:    ValueError unless epsilon > 0, cost >= 0, and both marginals are met (which
-               a cost that holds infinity never does)
+    Raises:    ValueError unless epsilon > 0, cost >= 0, and both marginals are met
+               (which a cost that holds infinity never does)
     Example:   cost [[0, 1], [1, 0]], epsilon 1: the plan is [[p, p/e], [p/e, p]] with
                p = 1 / (2 + 2/e) = 0.3655
 
