@@ -429,7 +429,7 @@ def test_init_random_trains_on_the_inputs_and_may_keep_it(
         models, tmp_path, monkeypatch, capsys):
     """The training is seeded; the VAE that is kept gives the same bytes; the gate judges
     it."""
-    monkeypatch.setattr(merge, "Schedule", Short)
+    monkeypatch.setattr(train, "Schedule", Short)
     kept, inputs = tmp_path / "v.safetensors", [models["a"], models["b"], "--max-nmse", 9]
     for name, flags in [("x", ["--save-vae", kept]), ("y", [])]:
         got, report = merged(tmp_path, *inputs, "--init", "random", *flags, name=name)
@@ -445,7 +445,7 @@ def test_init_random_trains_on_the_inputs_and_may_keep_it(
 
 
 def test_ctrl_c_in_such_a_training_writes_nothing(models, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(merge, "Schedule", Short)
+    monkeypatch.setattr(train, "Schedule", Short)
     monkeypatch.setattr(train, "train_step", lambda *_: signal.raise_signal(signal.SIGINT))
     assert run(models["a"], models["b"], "--init", "random", "-o", tmp_path / "m") == 130
     assert capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.iterdir())
