@@ -197,12 +197,16 @@ def prior_draws(path, vae, K, seed):
     """The decoded mean of K draws from N(0, I) (paper: Sec. 3.3); a tensor's mean and scale, and
     whatever is not encoded, are the model's."""
     file = Checkpoint(path)
-    codec = Codec.load(vae)
+    network = Codec.load(vae).vae
+    for head in (network.to_mu, network.to_logvar):     # q(z | w) is then N(0, I)
+        for parameter in head.parameters():
+            torch.nn.init.zeros_(parameter)
+    codec = Codec(network)
     tensors = load_file(path)
     for number, (name, entry) in enumerate(file.entries.items()):
         if is_selected(entry):
             parent = Parent(partial(file.read, name), measure(file, name), codec, K,
-                            (seed, number), prior=True)
+                            (seed, number))
             pieces = [piece for _, piece in ls_merge(parent, [], [1.0])]
             tensors[name] = torch.cat(pieces).reshape(entry.shape)
     return tensors
