@@ -285,11 +285,12 @@ def check_shapes(run, task):
     entry = task.entry
     strict = run.space == "weight" or run.operator in ("slerp", "task-arithmetic")
     for k, other in task.parents.items():
-        fits = other.numel <= SHARE * entry.numel and not strict
-        need(fits or other.shape == entry.shape, run.models[0].path,
+        need(not strict or other.shape == entry.shape, run.models[0].path,
              f"{list(entry.shape)} meets {other.name!r} {list(other.shape)} of "
-             f"{run.models[k].path}",
-             f"use lerp in latent space, or narrow --select; or, {MATCH}", entry.name)
+             f"{run.models[k].path}", f"use lerp in latent space; or, {MATCH}", entry.name)
+        need(other.numel <= SHARE * max(1, entry.numel), run.models[k].path,
+             f"is over {SHARE} times as large as its partner", "narrow --select",
+             other.name)
 
 
 def float_places(model):
@@ -808,8 +809,8 @@ def check_outputs(run):
             inside = None           # only the result may be a folder
     litter = join(glob.escape(dirname(realpath(run.output))), ".lsmerge-*")
     for left in glob.glob(litter):
-        say(f"note: {left}: unfinished; delete it once the process of that number has "
-            "ended")
+        number = left.split("-")[-2]
+        say(f"note: {left} is of process {number}: delete it once that has ended")
 
 
 def put_companions(run, folder):
