@@ -237,8 +237,8 @@ def plan(run):
     for task in run.tasks:
         if task.action == "averaged" and not plain:
             task.copy("not encoded")
-    need(run.kind == "cross-shape" or not run.source_vae, run.source_vae, "is not needed: "
-         "equal shapes share one VAE", "drop --source-vae")
+    need(run.kind == "cross-shape" or not run.source_vae, run.source_vae,
+         "is not needed: equal shapes share one VAE", "drop --source-vae")
     warnings = strangers(run)
     n = len(sources) - bool(run.base)               # sources proper
     share = 1 / (n + 1)
@@ -287,7 +287,8 @@ def check_shapes(run, task):
     for k, other in task.parents.items():
         need(not strict or other.shape == entry.shape, run.models[0].path,
              f"{list(entry.shape)} meets {other.name!r} {list(other.shape)} of "
-             f"{run.models[k].path}", f"use lerp in latent space; or, {MATCH}", entry.name)
+             f"{run.models[k].path}", f"use lerp in latent space; or, {MATCH}",
+             entry.name)
         need(other.numel <= SHARE * max(1, entry.numel), run.models[k].path,
              f"is over {SHARE} times as large as its partner", "narrow --select",
              other.name)
@@ -682,7 +683,8 @@ def print_plan(run):
     say(f"{run.kind}: {run.operator} in {run.space} space, lambda {lam}, "
         f"align {facts['align']}, codec {facts['codec']}",
         f"{count['encoded']} in {run.space} space + {count['averaged']} averaged + "
-        f"{count['copied']} copied = {count['total']} tensors, {facts['bytes']:,} bytes")
+        f"{count['copied']} copied = {count['total']} tensors, "
+        f"{facts['bytes']:,} bytes")
     copied = defaultdict(list)
     for task in run.tasks:
         copied[task.why].append(task.entry.name)
