@@ -17,8 +17,8 @@ Out:   per compression ratio r, checkpoint and method: NMSE (squared relative er
                          basis can do
        PCA, c = 1024     chunks as long as a window: has as many numbers as the family
                          has weights
-       noise             Gaussian, of the VAE's NMSE per tensor: is its error kinder than
-                         noise?
+       noise             Gaussian, of the VAE's NMSE per tensor: is the VAE's error
+                         kinder?
 
        Beside r the white-noise line 1 - 1/r, what PCA would lose if weights were noise,
        and the effective ratio, weights / (latent numbers + the codec's own numbers).

@@ -8,10 +8,11 @@ In:    the experts code and prose, on which every variant of the codec is traine
        never sees.
 Out:   per variant: NMSE and decoded bits per byte minus the model's own, on seen and
        unseen checkpoints; KL per latent number; seconds. It is judged by decoded bits
-       on unseen checkpoints, paired per document, against its group's first row. "One
-       stage": the KL counts and codes are sampled from the first step of the random
-       network, for as many steps as both stages have, at the first one's rate. (At r >
-       1 the bottleneck starts in the principal directions of the untrained network.)
+       on unseen checkpoints, paired per document, against its group's first row.
+       "One stage": the KL counts and codes are sampled from the first step of the
+       random network, for as many steps as both stages have, at the first one's rate.
+       (At r > 1 the bottleneck starts in the principal directions of the untrained
+       network.)
 Equal compute: the same number of steps of the same number of chunks through the same
 network.
 Paper: abstract and Sec. 3.2: two stages, and the collapse without them; "distilling to

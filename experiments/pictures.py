@@ -6,9 +6,10 @@ In:    models base and large; with --also any other checkpoint, by a name.
 Out:   clouds.jsonl, a row per alignment: the latents of one tensor of base (the target)
        and those of its partner in large (the source, in the target's slots), at most
        300 each, in the two leading principal components of the target's. "none" is what
-       line 3 projects. By the exact codec. spectra.jsonl, a row per model and role: the
-       variance of its standardised chunks that the first 1, 2, ..., C principal
-       directions explain, beside as many chunks of white noise.
+       line 3 projects. By the exact codec.
+       spectra.jsonl, a row per model and role: the variance of its standardised chunks
+       that the first 1, 2, ..., C principal directions explain, beside as many chunks
+       of white noise.
 Paper: Sec. 3.3 (transport); Fig. 2 (spectra of whole matrices, see
        tools/weight_statistics.py).
 ours:  the pictures of clouds; spectra of chunks, which are what the VAE sees: at ratio

@@ -10,9 +10,8 @@ In:    a folder with a Llama-type model, its configuration and tokenizer: the ba
 Out:   in --work: the expert (the base, trained on sums), the target (the base with
        fewer layers and MLP units, in another order, then healed), both as
        tools/match.py writes them in the target's order, and merge.py's results. A step
-       whose output lies there is skipped. Per merge and
-       control: the loss (nats per token) minus the target's, its standard error over
-                texts.
+       whose output lies there is skipped. For each merge and control the loss (nats
+       per token) minus the target's, and its standard error over texts.
        Controls: zero (the target through the codec), and those of relatives.py.
 Paper: Table 5, an expert of one architecture merged into another. ours: the target
        descends from the expert's base, so that its hidden units have known partners.

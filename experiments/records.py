@@ -83,7 +83,7 @@ def keep(path, rows):
 
 
 def command_line(doc):
-    """The parser of a command of this folder; its help is the text at the head of its file."""
+    """The parser of a command; its help is the text at the head of its file."""
     return argparse.ArgumentParser(description=doc,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
 

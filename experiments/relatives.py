@@ -3,8 +3,7 @@
     python experiments/relatives.py --kinship --pruned [--record experiments/results]
 
 In:    the models of make_models.py.
-Out:   kinship.jsonl   per pair of models: cosine of matched layers, and that of
-       strangers
+Out:   kinship.jsonl   per pair of models: cosine of matched layers, and of strangers
        pruned.jsonl    `pruned` + lambda (`code` - `base`), beside controls: noise of
                        the difference's norm per tensor, its runs of 64 weights
                        shuffled, the layers' neighbours

@@ -4,11 +4,10 @@
         [--record experiments/results/vae.jsonl]
 
 In:    a VAE file of train.py, whose header names what it was trained on; checkpoints.
-Out:   per model: NMSE over its encoded weights and of the worst tensor, and the loss
-       before and
-       after: bits per byte of the experiments' own models, nats per token of a language
-       model in a folder (needs transformers; prose and code of evaluate.py), nothing of
-       other files.
+Out:   per model: NMSE over its encoded weights and of the worst tensor; the loss before
+       and behind it, in bits per byte of the experiments' own models, in nats per token
+       of a language model in a folder (needs transformers; prose and code of
+       evaluate.py); of other files none.
 Paper: Table 7, "a VAE of one model on another": the claim that the encoder generalises.
 Previous: real_model.py. Next: learning_curves.py.
 """

@@ -3,7 +3,7 @@
 In:    models (or their tensors), the texts of evaluate.py.
 Out:   scores: domain -> (S, documents) bits per byte, S seeds, 1 where nothing is
        random; differences with standard errors over documents and over seeds; "beats",
-       "ties", "loses", "transfers".
+       "ties", "loses".
 Paper: Sec. 4 reports benchmarks, without errors. ours: everything here.
 Left out on purpose: what is merged and measured; the tables decide that.
 Previous: make_models.py. Next: baselines.py.
