@@ -360,8 +360,7 @@ MAGIC = [
     (b"version https://git-lfs", "a git-lfs pointer, no weights", "run `git lfs pull`"),
     (b"<", "a web page or XML, not the weights", "download the file itself")]
 # Numbers that mean a weight only together with a scale. (int64 is for indices.)
-PACKED = {torch.int8, torch.uint8, torch.int16, torch.int32, torch.uint32,
-          torch.float8_e4m3fn, torch.float8_e5m2}
+PACKED = {"I8", "U8", "I16", "I32", "U32", "F8_E4M3", "F8_E5M2"}
 # How their scales are called, in the last dotted part of a name.
 SCALES = r"(?i)(scale|absmax|quant|qzeros|\bscb\b)[^.]*$"
 
@@ -409,15 +408,15 @@ def refuse_quantised(entries, folder):
     """
     scaled = {name.rpartition(".")[0] for name in entries if re.search(SCALES, name)}
     for name, entry in entries.items():
-        packed = entry.dtype in PACKED and len(entry.shape) >= 2
+        packed = DTYPE_NAMES[entry.dtype] in PACKED and len(entry.shape) >= 2
         beside = name in scaled or name.rpartition(".")[0] in scaled
         need(not (packed and beside), entry.file,
              f"is quantised: {entry.dtype} beside its scales", ORIGINAL, name)
     # config.json and hf_quant_config.json say so as well. With {} or null they do not.
-    said = rb'"(quantization|compression)(_config)?"\s*:\s*\{\s*"'
     for config in Path(folder).glob("*config.json"):
-        need(not re.search(said, config.read_bytes()), config,
-             "says that the checkpoint is quantised", ORIGINAL)
+        said = re.search(rb'"(quantization|compression)(_config)?"\s*:\s*\{\s*"',
+                         config.read_bytes())
+        need(not said, config, "says that the checkpoint is quantised", ORIGINAL)
 
 
 def locate(path):
@@ -435,8 +434,8 @@ def locate(path):
         file = join(path, name)
         if isfile(file) and read_shards(file):
             return file
-    found = glob("*.safetensors.index.json", root_dir=path)
-    found = found or glob("*.safetensors", root_dir=path)
+    found = (glob("*.safetensors.index.json", root_dir=path)
+             or glob("*.safetensors", root_dir=path))
     found = [name for name in found if not name.startswith("adapter_")]
     need(found or not exists(join(path, "adapter_config.json")), path, "is an adapter, "
          "no model",
@@ -615,8 +614,8 @@ class Output:
     def check(self):
         """The file is whole: by count, and its header as it was made."""
         held, _ = read_header(self.path)
-        whole = sum(entry.numel for entry in held.values())
-        need(sum(self.written) == whole and held == self.entries, self.path,
+        numel = sum(entry.numel for entry in held.values())
+        need(sum(self.written) == numel and held == self.entries, self.path,
              "was not written completely", "run it again")
 
 
@@ -711,8 +710,9 @@ def check_output(path, others, force, flag="-o", folder=None):
     need(not foreign, path, f"the folder also holds {foreign[:5]}", "move that")
     need(force or not exists(real), path, "the output exists",
          fix + ", or pass --force")
-    parent = join(real.parent, "")      # with a slash at its end: no file
-    need(os.access(parent, os.W_OK), path, "its folder is missing or not writable", fix)
+    # With a slash at its end the parent must be a folder.
+    need(os.access(join(real.parent, ""), os.W_OK), path,
+         "its folder is missing or not writable", fix)
 
 
 # --- What all commands share: how they read, speak and fail ---------------------------

@@ -15,6 +15,19 @@ carry these weights; merge tensor by tensor; report. What happens to a tensor:
     averaged    norms, biases, embeddings: the same operator on the weights themselves
     copied      the target's own: whole numbers, what met nobody, what is not merged
 
+Example, `python merge.py base.safetensors code.safetensors --dry-run` for a model of
+one layer, whose target has a score head of its own:
+
+    same-shape: lerp in latent space, lambda [0.5], align none, codec vae.safetensors
+    7 in latent space + 5 averaged + 2 copied = 14 tensors, 85,464 bytes
+      copied, whole numbers: 1
+      copied, met nobody: 1
+      averaged lm_head.weight <- code.safetensors: lm_head.weight
+      encoded model.layers.0.mlp.up_proj.weight <- code.safetensors: model.layers.0...
+      ...
+      copied position_ids <- whole numbers
+      copied score.weight <- met nobody
+
 All functions share one namespace, `run`. It holds the flags as the command line has
 them (run.lam, run.operator, ...), and what was found since:
 
@@ -23,6 +36,7 @@ them (run.lam, run.operator, ...), and what was found since:
     run.along   the files beside the weights of a result folder; None for a file
     run.kind    self, same-shape or cross-shape
     run.tasks   a Task for each tensor of the target, in its order
+    run.sink    the Output that is written to
     run.seconds of each stage
 """
 if __name__ == "__main__":      # Ctrl-C during the imports: end without a traceback
@@ -43,7 +57,8 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from os.path import abspath, basename, dirname, isfile, join, normpath, realpath, relpath
+from os.path import (abspath, basename, dirname, isfile, join, normpath, realpath,
+                     relpath)
 
 import numpy as np
 import torch
@@ -72,9 +87,16 @@ HARM = ("Merging unrelated models does harm: +0.09 bits per byte and more in our
 
 # --- The run, straight down -----------------------------------------------------------
 def main(argv=None):
+    """The command. What it decides and does stands here and in `merge`, in order.
+    Returns None, which is exit code 0; every error is raised, and chunking.command says
+    it."""
     run = parse(argv)
     run.codecs = load_codecs(run)
     run.models = [Checkpoint(path) for path in run.paths]
+    for model in run.models:
+        single = join(model.path, "model.safetensors")
+        if isfile(single) and single not in model.files:    # people may expect either
+            say(f"note: {single} is not used: the index names other files")
     check_outputs(run)
     warnings = plan(run)
     warn(warnings)
@@ -84,24 +106,27 @@ def main(argv=None):
         return
     report = merge(run)
     if rank_and_size()[0] > 0:
-        return                          # under torchrun the first process speaks for all
+        return                      # under torchrun the first process speaks for all
     if run.report:
         with appear(run.report, run.force) as path, open(path, "w") as file:
             json.dump(report, file, indent=1, allow_nan=False)
     print_plan(run)
     print_report(report)
-    say(f"wrote {run.output} and {len(run.along or [])} companions")
+    say(f"wrote {run.output}")
     warn(warnings + late_warnings(run, report))     # again, as the last lines
 
 
 def warn(warnings):
+    """On stderr: what is printed on stdout scrolls away, or into a file."""
     for warning in warnings:
         say(f"warning: {warning}", stream=sys.stderr)
 
 
 def merge(run):
-    """Statistics, codec, gate, merge: the report. The output is opened only when nothing
-    can be refused any more. Under torchrun the first process makes it, and all fill it."""
+    """Statistics, codec, gate, merge: the report. The output is opened only when
+    nothing can be refused any more. Under torchrun the first process makes it, and all
+    fill it.
+    """
     run.tasks = parallel_map(measure_task, run, "read")
     tie(run)
     if run.init:
@@ -109,6 +134,8 @@ def merge(run):
     gates, trip = check_codec(run)
     entries = run.models[0].entries.values()
     header = {f"lsmerge.{key}": str(value) for key, value in facts_of(run).items()}
+    # `create` gives the file its name at the end, when it is complete; an error before
+    # that leaves nothing behind.
     with contextlib.ExitStack() as stack:
         if rank_and_size()[0] == 0:
             output = stack.enter_context(create(run.output, entries, header,
@@ -116,7 +143,7 @@ def merge(run):
             put_companions(run, dirname(output.path))
             gather(output.path)             # the others wait for it
         else:
-            output = Output(gather(None)[0], entries, header)
+            output = Output(gather(None)[0])
         run.sink = output
         results = parallel_map(merge_tensor, run, "merge")
         output.written = sum(gather(output.written), [])
@@ -147,6 +174,7 @@ def parallel_map(work, run, label):
         pool.shutdown(cancel_futures=True)          # waits for those that run
         torch.set_num_threads(threads)
         STOP.clear()
+    # Every process knows all results: what follows is decided alike in all of them.
     for part in gather(found):
         if part is None:
             raise SystemExit(1)                     # that process has said why
@@ -160,15 +188,19 @@ def parallel_map(work, run, label):
 class Task:
     """A tensor of the target, and what happens to it.
 
-    parents: {0: its entry in the target, k: that of its partner in the k-th source}; with
-    their statistics, once they are measured.
+    parents: {0: its entry in the target, k: that of its partner in the k-th source};
+    with their statistics, once they are measured.
+
+    Example:  the target's up_proj meets the second of two sources only:
+              {0: Entry('model.layers.0.mlp.up_proj.weight', ...),
+               2: Entry('layers.0.mlp.up_proj.weight', ...)}
     """
     entry: Entry
     number: int                 # its position in the target: part of every seed
     parents: dict
     action: str = "averaged"    # or "encoded", or "copied"
     why: str = ""               # it is copied
-    tied: tuple = ()            # names of tensors that the target holds equal to this one
+    tied: tuple = ()            # names of tensors that are to stay equal to this one
 
     def copy(self, why):
         """The tensor stays the target's own."""
@@ -178,8 +210,12 @@ class Task:
 
 
 def plan(run):
-    """Decide kind, tasks and, where none is given, lambda. Returns warnings. What can be
-    refused without reading all weights is refused here."""
+    """Decide kind, tasks and, where none is given, lambda. Returns warnings. What can
+    be refused without reading all weights is refused here.
+
+    paper:    across shapes lambda is best from 0.05 to 0.2; sources share it
+    ours:     equal shapes: 1 / (N + 1), the uniform average of target and N sources
+    """
     target, *sources = run.models
     run.tasks = []
     for number, entry in enumerate(target.entries.values()):
@@ -201,13 +237,15 @@ def plan(run):
     for task in run.tasks:
         if task.action == "averaged" and not plain:
             task.copy("not encoded")
+    need(run.kind == "cross-shape" or not run.source_vae, run.source_vae, "is not needed: "
+         "equal shapes share one VAE", "drop --source-vae")
     warnings = strangers(run)
     n = len(sources) - bool(run.base)               # sources proper
     share = 1 / (n + 1)
     if run.kind == "cross-shape":
         warnings.append(f"shapes differ. {HARM}; {MATCH}")
         if run.operator == "lerp":
-            share = 0.1 / n                         # paper: best from 0.05 to 0.2
+            share = 0.1 / n
     run.lam = run.lam or [share] * n
     return warnings
 
@@ -215,7 +253,11 @@ def plan(run):
 def decide(run, task):
     """What happens to a tensor that has met its partners; the kind of the run with it:
     cross-shape if an encoded pair differs in shape. What one model alone has (a score
-    head, a mask, a larger vocabulary) does not make it so."""
+    head, a mask, a larger vocabulary) does not make it so.
+
+    An encoded tensor may meet any shape: it is projected. What is averaged must meet
+    its own shape, as there is no projection of an embedding or of a norm.
+    """
     entry = task.entry
     met = task.parents
     alike = {k: other for k, other in met.items() if other.shape == entry.shape}
@@ -230,22 +272,24 @@ def decide(run, task):
         task.copy("whole numbers")
     elif len(met) == 1 and len(run.models) > 1:
         task.copy("met nobody")
-    elif len(task.parents) < len(met) == 2:
+    elif len(task.parents) == 1 < len(met):
         task.copy("met another shape")
     elif run.base and len(task.parents) < len(run.models):
-        task.copy("not in every model")
+        task.copy("not in every model")     # there is no task vector without a base
 
 
 def check_shapes(run, task):
-    """Refuse another shape if the operator needs equal ones, or if a chunk would meet
-    more of a source than a piece holds."""
+    """Refuse another shape if the operator needs equal ones (an angle and a difference
+    are between vectors of one length), or if a chunk would meet more of a source than a
+    piece holds: memory would then grow with the source."""
     entry = task.entry
     strict = run.space == "weight" or run.operator in ("slerp", "task-arithmetic")
     for k, other in task.parents.items():
         fits = other.numel <= SHARE * entry.numel and not strict
         need(fits or other.shape == entry.shape, run.models[0].path,
              f"{list(entry.shape)} meets {other.name!r} {list(other.shape)} of "
-             f"{run.models[k].path}", f"use lerp in latent space, or narrow --select; or, {MATCH}", entry.name)
+             f"{run.models[k].path}",
+             f"use lerp in latent space, or narrow --select; or, {MATCH}", entry.name)
 
 
 def float_places(model):
@@ -290,8 +334,12 @@ def mean_cosine(target, source, pairs):
 
 
 def strangers(run):
-    """Warnings of models that are no relatives of the target, judged role by role: one
-    role in another order is enough to ruin a merge, and the mean over all hides it."""
+    """Warnings of models that are no relatives of the target, judged role by role.
+
+    One role in another order is enough to ruin a merge, and the mean over all hides it:
+    a copy whose MLP neurons are permuted computes the same, has cosine 1 in attention
+    and 0 in gate, up and down, and its average with the target is noise.
+    """
     pairs = defaultdict(list)
     for task in run.tasks:
         if task.action == "encoded":
@@ -302,8 +350,8 @@ def strangers(run):
     for (k, role), names in pairs.items():
         if mean_cosine(run.models[0], run.models[k], names) < RELATED:
             apart[run.models[k].path].append(role)
-    return [f"{path} and the target are strangers in {', '.join(roles)}. {HARM}; {MATCH}"
-            for path, roles in apart.items()]
+    return [f"{path} and the target are strangers in {', '.join(roles)}. {HARM}; "
+            f"{MATCH}" for path, roles in apart.items()]
 
 
 # --- Statistics and ties --------------------------------------------------------------
@@ -366,9 +414,9 @@ def load_codecs(run):
 
 
 def train_codec(run):
-    """--init random: train.py on the inputs, with the paper's start and its own defaults;
-    the VAE goes to --save-vae, or is forgotten. Under torchrun all processes train it, and
-    the first one writes it."""
+    """--init random: train.py on the inputs, with the paper's start and its own
+    defaults. The VAE goes to --save-vae, or is forgotten. Under torchrun all processes
+    train it, the first one writes it, and all read it."""
     with tempfile.TemporaryDirectory() as folder:
         run.vae = gather(run.save_vae or join(folder, "vae.safetensors"))[0]
         argv = [*run.paths, f"--output={run.vae}", f"--seed={run.seed}",
@@ -384,11 +432,14 @@ def train_codec(run):
 
 
 def parents_of(run, task):
-    """The tensor's Parents. Noise is seeded by run, tensor and parent."""
+    """The tensor's Parents: how each is read, its statistics, its codec. Noise is
+    seeded by run, tensor and parent, so that it is the same whoever draws it, and
+    when."""
     parents = []
     for k, stats in task.parents.items():
         read = partial(run.models[k].read, stats.name)
-        codec = run.codecs[stats.shape != task.entry.shape]
+        other = stats.shape != task.entry.shape
+        codec = run.codecs[other]               # 0: the target's, 1: of other shapes
         seed = (run.seed, task.number, k)
         parents.append(ls.Parent(read, stats, codec, run.samples, seed))
     return ls.share_statistics(parents)
@@ -398,21 +449,27 @@ def round_trip(run, task):
     """[(NMSE, typical error, weights, name) of each parent], of D(E(w)) on GATE_WEIGHTS
     of an encoded tensor, in the unit that it is encoded in.
 
-    NMSE is the mean squared error over the variance. It weighs variance, not weights:
-    beside one outlier all others may be lost. So also the typical error: the median
-    squared error, and the noise of draws, over the median square; of these squares the
-    largest of all parents.
+    With x the standardised weights and e = D(E(x)) - x:
+
+        NMSE            mean(e^2), as x has variance 1
+        typical error   (median(e^2) + noise) / median(x^2)
+
+    NMSE weighs variance, not weights: beside one outlier of 1e4 standard deviations all
+    others may be lost at an NMSE of 3e-4. The typical error is that of a weight in the
+    middle. median(x^2) is the largest of all parents': a target near zero has no unit
+    of its own. The noise is that of K draws, each with the posterior's variance, near
+    beta.
     """
     if task.action != "encoded" or not run.codecs:
         return []
     noise = 0.0
-    if run.samples:         # the mean of K draws, each of variance beta or so
+    if run.samples:
         noise = run.codecs[0].vae.config.beta / run.samples
     errors = []
     squares = []
     for parent in parents_of(run, task):
         stats = parent.stats
-        width = parent.codec.C * parent.codec.T
+        width = parent.codec.C * parent.codec.T             # weights of a window
         step = width * max(1, stats.numel // GATE_WEIGHTS)
         starts = range(0, stats.numel, step)
         flat_L = torch.cat([parent.read(start, start + width) for start in starts])
@@ -431,8 +488,13 @@ def round_trip(run, task):
 def check_codec(run):
     """(gates, round trip of the target) for the report. A codec that loses more of a
     parent than the bound is refused before anything is merged: on average over all
-    encoded weights, or of the typical weight of any tensor. With --residual what is lost
-    of an unaligned parent comes back: no gate."""
+    encoded weights, or of the typical weight of any tensor. With --residual what is
+    lost of an unaligned parent comes back: no gate.
+
+    gates: [{name, passed, value, bound}, ...]: who gets here has passed them all.
+    round trip: {nmse, worst: {name, nmse}}; None without a codec, or if nothing is
+    encoded.
+    """
     found = [[] for _ in run.models]
     for task, rows in zip(run.tasks, parallel_map(round_trip, run, "codec")):
         for k, row in zip(task.parents, rows):
@@ -451,10 +513,10 @@ def check_codec(run):
             continue
         for what, value, name in (("NMSE", nmse, where),
                                   ("typical error", *max(zip(typicals, names)))):
-            need(value <= run.max_nmse, run.models[k].path, "the codec would lose too much "
-                 f"({what} {value:.2g} > {run.max_nmse:g}); nothing was merged",
-                 "--residual, --vae exact, or a VAE trained for longer or at a lower ratio",
-                 name)
+            need(value <= run.max_nmse, run.models[k].path, "the codec would lose too "
+                 f"much ({what} {value:.2g} > {run.max_nmse:g}); nothing was merged",
+                 "--residual, --vae exact, or a VAE trained for longer or at a lower "
+                 "ratio", name)
             gates.append({"name": f"{what}, {names_of(run)[k]}", "passed": True,
                           "value": value, "bound": run.max_nmse})
     return gates, trip
@@ -462,20 +524,24 @@ def check_codec(run):
 
 # --- The merge of a tensor ------------------------------------------------------------
 def merge_tensor(run, task):
-    """Merge one tensor into the output. Returns (squared distances, records of
-    transports).
+    """Merge one tensor into the output, piece by piece: memory depends neither on the
+    model nor on its largest tensor.
 
+    Returns (squared distances, records of transports), for the report.
     In all an encoded tensor is read four times: for its statistics, by the gate, to be
-    encoded, and for the distances; six times for slerp and with --residual."""
+    encoded, and for the distances; six times for slerp and with --residual.
+    """
     squares = Counter()
     records = []
     if task.why == "tied to another":
         return squares, records             # written with that one
     entry = task.entry
-    readers = [partial(run.models[k].read, each.name) for k, each in task.parents.items()]
+    readers = []
+    for k, each in task.parents.items():
+        readers.append(partial(run.models[k].read, each.name))
     encoded = task.action == "encoded"
     plain = coefficients_of(run, task, readers, spans(entry.numel))
-    # Where only the target is left, and what the codec loses comes back, it is the target.
+    # Only the target is left, and what the codec loses comes back: it is the target.
     nothing_lost = run.residual and not any(plain[1:])
     if not encoded or not run.codecs or nothing_lost:
         pieces = ls.weight_merge(readers, plain, entry)
@@ -502,9 +568,13 @@ def merge_tensor(run, task):
 
 
 def coefficients_of(run, task, vectors, steps):
-    """c_k of the parents. A source without a partner leaves its share to the target.
+    """c_k of the parents, z_lambda = sum_k c_k z_k; the same for raw weights.
+
+    A source without a partner leaves its share to the target.
     vectors: the parents' weights or latents, read in steps: slerp asks for the angle
-    between two of them."""
+    between two of them, over the whole tensor.
+    Example:  lambda 0.3, 0.2 and a tensor that only the second source has: 0.8, 0.2
+    """
     if run.operator == "slerp" and task.action == "encoded":
         pieces = ([vector(*step) for vector in vectors] for step in steps)
         return ls.slerp_coefficients(run.lam[0], *ls.inner(pieces))
@@ -518,7 +588,9 @@ def distances(run, task, readers, coefficients, start, piece_L):
     norm     of the target to zero
     average  to what --space weight gives
     plain    of that to the target: the difference that was to be merged
-    Across shapes there is no distance but to the target."""
+    Across shapes there is no distance but to the target. Squares add up over pieces and
+    tensors; the report takes the root.
+    """
     def square(one_L, other_L):         # in float64: it may leave float32
         return (one_L.double() - other_L.double()).square().sum().item()
 
@@ -541,8 +613,13 @@ def names_of(run):
 
 
 def facts_of(run):
-    """How the result was made, for its header, its card, the report and the screen. No
-    time, no path: equal runs give equal bytes."""
+    """How the result was made: one dictionary for the header of its file, the card of
+    its folder, the report and the screen. No time, no path: equal runs, equal bytes.
+
+    Example (shortened):  {"kind": "same-shape", "operator": "lerp", "lambda": [0.5],
+                           "codec": "vae.safetensors", "align": "none",
+                           "tensors": {"encoded": 7, "averaged": 5, "copied": 2}}
+    """
     align = run.align
     if align == "auto":
         align = "none"
@@ -568,8 +645,14 @@ def facts_of(run):
 
 
 def make_report(run, gates, trip, results):
-    """The JSON report. Distances are Frobenius norms over the encoded tensors, over the
-    target's; null where undefined."""
+    """The JSON report: the facts, and what was measured.
+
+    distance: Frobenius norms over the encoded tensors, over the target's norm; null
+    where undefined.  to_average: to what --space weight gives.  average_to_target: of
+    that to the target, the difference that was to be merged.
+    Example:  parents 0.27 apart, lambda 0.5: to_target 0.14, to_source [0.14],
+              to_average 6e-4, which is the codec's error
+    """
     squares = Counter()
     records = []
     for part, transports in results:
@@ -590,19 +673,15 @@ def make_report(run, gates, trip, results):
         "unpaired": [task.entry.name for task in run.tasks if task.why == "met nobody"]}
 
 
-def show(template, facts):
-    """Print facts of the report, their numbers to two digits."""
-    def short(digits):
-        return float(f"{float(digits):.2g}")
-    say(template.format_map(json.loads(json.dumps(facts), parse_float=short)))
-
-
 def print_plan(run):
-    """What is done, for people; then why tensors are copied."""
-    show("{kind}: {operator} in {space} space, lambda {lambda}, align {align}, "
-         "codec {codec}\n{tensors[encoded]} in {space} space + {tensors[averaged]} "
-         "averaged + {tensors[copied]} copied = {tensors[total]} tensors, {bytes:,} "
-         "bytes", facts_of(run))
+    """What is done, for people: counts first, then why tensors are copied."""
+    facts = facts_of(run)
+    count = facts["tensors"]
+    lam = ", ".join(f"{value:g}" for value in run.lam) or "none"
+    say(f"{run.kind}: {run.operator} in {run.space} space, lambda {lam}, "
+        f"align {facts['align']}, codec {facts['codec']}",
+        f"{count['encoded']} in {run.space} space + {count['averaged']} averaged + "
+        f"{count['copied']} copied = {count['total']} tensors, {facts['bytes']:,} bytes")
     copied = defaultdict(list)
     for task in run.tasks:
         copied[task.why].append(task.entry.name)
@@ -614,23 +693,38 @@ def print_plan(run):
 def print_pairs(run):
     """--dry-run: who meets whom, by the names in the files; then what is copied."""
     for task in sorted(run.tasks, key=lambda task: task.action == "copied"):
-        met = [f"{run.models[k].path}: {e.name}" for k, e in task.parents.items() if k > 0]
+        met = []
+        for k, other in task.parents.items():
+            if k > 0:
+                met.append(f"{run.models[k].path}: {other.name}")
         why = task.why or ", ".join(met) or "itself"
         say(f"  {task.action} {task.entry.name} <- {why}")
 
 
 def print_report(report):
-    """For people: how far the result went."""
-    if report["ratio"]:
-        show("round trip of the target: NMSE {roundtrip[nmse]}, its worst tensor "
-             "{roundtrip[worst][nmse]}", report)
-    show("distance, over the target's norm: {distance[to_target]} to the target, "
-         "{distance[to_source]} to the sources, {distance[to_average]} to the same "
-         "operator on weights\nseconds: {seconds}", report)
+    """For people: how far the result went. What is not defined is not printed."""
+    trip = report["roundtrip"]
+    if trip["nmse"] is not None:
+        say(f"round trip of the target: NMSE {trip['nmse']:.1e}, its worst tensor "
+            f"{trip['worst']['nmse']:.1e}")
+    far = report["distance"]
+    shown = {"the target": far["to_target"],
+             "the same operator on weights": far["to_average"]}
+    for k, value in enumerate(far["to_source"], 1):
+        shown[f"source {k}"] = value
+    for name, value in shown.items():
+        if value is not None:
+            say(f"distance to {name}: {value:.4f} of the target's norm")
+    seconds = sum(report["seconds"].values())
+    say(f"{seconds:.1f} seconds")
 
 
 def late_warnings(run, report):
-    """What only the result shows: parents too far apart, a codec too coarse."""
+    """What only the result shows: parents too far apart, a codec too coarse.
+
+    Two parents are at most as far apart as both distances to the result add up to; for
+    a result between them, on their line, exactly so.
+    """
     far = report["distance"]
     warnings = []
     if run.control or not any(run.lam) or far["average_to_target"] is None:
@@ -638,7 +732,8 @@ def late_warnings(run, report):
     for k, rest in enumerate(far["to_source"], 1):
         way = far["to_target"] + (rest or 0.0)
         if way > FAR:
-            warnings.append(f"source {k} is {way:.2f} of the target's norm away. {HARM}")
+            warnings.append(f"source {k} is {way:.2f} of the target's norm away. "
+                            f"{HARM}")
     if 0 < far["average_to_target"] < far["to_average"] and run.vae != "exact":
         warnings.append("the codec's error exceeds the difference that was merged: add "
                         "--residual, or --vae exact")
@@ -656,42 +751,40 @@ def companions(folder):
     """(files that go along with the weights, files that stay behind), as paths relative
     to a model's folder. The model card is written anew.
 
-    All goes along but weights, states of a training, and sub-folders that are
-    checkpoints of their own. But what modules.json names is a part of the model
-    (sentence-transformers), and goes along with its weights.
+    All goes along but weights, states of a training, and sub-folders that hold weights:
+    they are checkpoints of their own. But a folder whose name begins with a number is a
+    part of the model (sentence-transformers), and goes along with its weights.
+
+    Example:  tokenizer.json               along
+              1_Pooling/config.json        along
+              2_Dense/model.safetensors    along: a part of the model
+              model.safetensors            behind: the result brings its own
+              optimizer.pt                 behind: of a training
+              checkpoint-500/config.json   behind, with the weights beside it
     """
-    modules = text_of(folder, "modules.json")
     along = []
     behind = []
     for where, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name[0] != "."]
         sub = relpath(where, folder)
-        own = "trainer_state.json" in names or "model_type" in text_of(where, "config.json")
+        part = sub[0].isdigit()
+        own = sub != "." and any(name.endswith(WEIGHTS) for name in names)
         for name in sorted(names):
             path = normpath(join(sub, name))
-            other = own and sub != "." or name.endswith(WEIGHTS)
-            if other and f'"{sub}"' not in modules:
+            if not part and (own or name.endswith(WEIGHTS)):
                 behind.append(path)
             elif name[0] != "." and path != "README.md":
                 along.append(path)
     return along, behind
 
 
-def text_of(folder, name):
-    """The text of a file, or nothing if it is not there."""
-    if not isfile(join(folder, name)):
-        return ""
-    with open(join(folder, name), encoding="utf-8", errors="replace") as file:
-        return file.read()
-
-
 def check_outputs(run):
     """Decide where the result goes, and what goes along. All outputs are checked before
     any work."""
     target = run.models[0]
-    inputs = []
+    others = []             # what must not be overwritten
     for each in (*run.models, *run.codecs):
-        inputs += each.files
+        others += each.files
     run.along = None
     inside = None
     name = "merged.safetensors"
@@ -699,25 +792,29 @@ def check_outputs(run):
         run.along, behind = companions(target.folder)
         inside = ["model.safetensors", "README.md", *run.along]
         name = "merged"
-        behind = [path for path in behind if join(target.folder, path) not in inputs]
-        if behind:
-            say(f"note: not taken along: {', '.join(behind)}")
+        behind = [path for path in behind if join(target.folder, path) not in others]
+        say(f"{len(run.along)} companions; not taken along: "
+            f"{', '.join(behind) or 'none'}")
     run.output = run.output or name
+    need(run.along is not None or not run.output.endswith(os.sep), run.output, "is a "
+         f"folder's name, and {target.path} is a file", "give -o the name of a file")
     if run.dry_run:
         return
-    check_output(run.output, inputs, run.force, "-o", inside)
-    for flag, path in (("--save-vae", run.save_vae), ("--report", run.report)):
+    for flag, path in (("-o", run.output), ("--save-vae", run.save_vae),
+                       ("--report", run.report)):
         if path:
-            inputs.append(run.output)
-            check_output(path, inputs, run.force, flag)
+            check_output(path, others, run.force, flag, inside)
+            others.append(path)
+            inside = None           # only the result may be a folder
     litter = join(glob.escape(dirname(realpath(run.output))), ".lsmerge-*")
     for left in glob.glob(litter):
-        say(f"note: {left}: unfinished; delete it once the process of that number has ended")
+        say(f"note: {left}: unfinished; delete it once the process of that number has "
+            "ended")
 
 
 def put_companions(run, folder):
     """What a result folder holds beside the weights, and a model card in the Hub's
-    format."""
+    format. JSON escapes what is no plain text in a name."""
     if run.along is None:
         return
     for file in run.along:
@@ -725,7 +822,7 @@ def put_companions(run, folder):
         shutil.copyfile(join(run.models[0].folder, file), join(folder, file))
     facts = json.dumps(facts_of(run) | {"inputs": names_of(run)}, indent=1)
     with open(join(folder, "README.md"), "w") as card:
-        card.write(f"---\ntags: [merge, lsmerge]\n---\nMerged with LS-Merge:\n\n"
+        card.write(f"---\ntags:\n- merge\n- lsmerge\n---\n\nMerged with LS-Merge:\n\n"
                    f"```json\n{facts}\n```\n")
 
 
@@ -738,10 +835,12 @@ def parse(argv):
     add("paths", nargs="+", metavar="MODEL", help="TARGET, then sources: .safetensors "
         "files, folders or indexes. TARGET alone is merged with itself")
     add("-o", "--output", help="the result (merged.safetensors; of a folder merged/)")
-    add("--lam", "--lambda", type=numbers, metavar="L[,L...]", help="weight of each source, "
-        "0 to 1; 0: the target's round trip (1/(N+1) each of N; across shapes 0.1 in all)")
-    add("--operator", choices=("lerp", "slerp", "soup", "task-arithmetic"), default="lerp",
-        help="soup: uniform; task-arithmetic: z_target + sum of lambda (z_i - z_base)")
+    add("--lam", "--lambda", type=numbers, metavar="L[,L...]", help="weight of each "
+        "source, 0 to 1; 0: the target's round trip (1/(N+1) each of N; across shapes "
+        "0.1 in all)")
+    add("--operator", choices=("lerp", "slerp", "soup", "task-arithmetic"),
+        default="lerp", help="soup: uniform; task-arithmetic: z_target + sum of lambda "
+        "(z_i - z_base)")
     add("--base", metavar="MODEL", help="the sources' ancestor, for task arithmetic")
     add("--space", choices=("latent", "weight"), default="latent",
         help="weight: the same operator without a codec")
@@ -757,8 +856,8 @@ def parse(argv):
         "LS-Merge is then plain averaging")
     add("--init", choices=("random",), help="train the paper's VAE on the inputs first")
     add("--save-vae", metavar="FILE", help="and keep it")
-    add("--source-vae", metavar="FILE", help="a second VAE, for sources of other shapes")
-    add("--max-nmse", type=float, default=MAX_NMSE, help="refuse a codec that loses more")
+    add("--source-vae", metavar="FILE", help="a VAE for sources of other shapes")
+    add("--max-nmse", type=float, default=MAX_NMSE, help="refuse a lossier codec")
     add("--roundtrip", action="store_true", help="encode and decode the target only")
     add("--dry-run", action="store_true", help="print the plan, write nothing")
     add("--report", metavar="FILE", help="a JSON report")
@@ -785,13 +884,16 @@ def check_usage(run, parser):
     """What the command line alone decides. A flag that would change nothing is refused,
     as it shows a wrong expectation.  rules: (it holds, why, flags of no use)"""
     n = len(run.paths) - 1
-    codec = "vae source-vae init save-vae max-nmse samples roundtrip residual dtype device"
+    codec = ("vae source-vae init save-vae max-nmse samples roundtrip residual dtype "
+             "device align control epsilon")
     operator = run.operator
     rules = [
-        (n == 0, "there is no source", "lam align control source-vae operator base space"),
+        (n == 0, "there is no source",
+         "lam align control source-vae operator base space"),
         (run.roundtrip, "a round trip takes the posterior's mean", "samples"),
-        (run.space == "weight", "there is no codec", codec + " align control epsilon"),
-        (operator == "slerp", "slerp takes latents as they are", "align control samples"),
+        (run.space == "weight", "there is no codec", codec),
+        (operator == "slerp", "slerp takes latents as they are",
+         "align control samples"),
         (operator == "soup", "a soup is uniform", "lam"),
         (operator != "task-arithmetic", "only task arithmetic has a base", "base"),
         (run.control, "a control replaces what is aligned", "align epsilon"),
@@ -831,9 +933,10 @@ def check_usage(run, parser):
 
 # --- From Python ----------------------------------------------------------------------
 def merge_state_dicts(target, *sources, **flags):
-    """What the command does, for state dicts: {name: tensor}, all of them new, by way of
-    temporary files. Flags by their names; what the command prints is not printed.
-    Example:  merge_state_dicts(a, b, lam=0.3, vae="exact")"""
+    """What the command does, for state dicts: {name: tensor}, all of them new, by way
+    of temporary files. Flags by their names; what the command prints is not printed.
+    Example:  merge_state_dicts(a, b, lam=0.3, vae="exact")
+    """
     with tempfile.TemporaryDirectory() as folder:
         argv = ["--quiet", f"--output={folder}/merged.safetensors"]
         for name, value in flags.items():

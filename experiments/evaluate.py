@@ -7,13 +7,12 @@ Out:   bits per byte per domain with standard errors over documents, exact-match
 Paper: Sec. 4 reports MMLU, HellaSwag, GSM8k and others. differs: models this small know only bytes,
        so the three domains are source code, reference prose and sums, all of which every Python
        installation has.
-Left out on purpose: downloads, sampling of text, a leaderboard. Previous: tiny_lm.py.
+Left out on purpose: downloads, sampling of text, a leaderboard. Previous: records.py.
 Next:  make_models.py.
 """
 import argparse
 import functools
 import hashlib
-import json
 import os
 import platform
 import sys
@@ -28,6 +27,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from records import keep, machine
 from tiny_lm import load
 
 DOMAINS = ("code", "prose", "arithmetic")
@@ -205,16 +205,15 @@ def print_table(files, results, split):
         print(f"{file.name:{width}}", *(f"{cell:>18}" for cell in cells))
 
 
-def record(file, scores, split):
-    """One JSON line about a file: numbers, and what they depend on. No path: it would mean nothing
+def row_of(file, scores, split):
+    """A row about a file: numbers, and what they depend on. No path: it would mean nothing
     elsewhere."""
     columns = {}
     for column, values in scores.items():
         mean, error = mean_and_error(values)
         columns[column] = {"mean": mean, "error": error, "documents": len(values)}
-    return json.dumps({
-        "file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "split": split,
-        "scores": columns, "python": platform.python_version(), "torch": torch.__version__})
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return {"file": file.name, "sha256": digest, "split": split, "scores": columns, **machine()}
 
 
 def parse():
@@ -228,7 +227,7 @@ def parse():
                         help="print one number for one FILE, higher is better: minus the bits per "
                         f"byte of {', '.join(DOMAINS)}, or the accuracy")
     parser.add_argument("--record", type=Path, metavar="FILE.jsonl",
-                        help="append a JSON line per file")
+                        help="keep a JSON line per file; those of equal names are replaced")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
     if args.score and len(args.files) > 1:
@@ -252,9 +251,7 @@ def main():
     else:
         print_table(args.files, results, args.split)
     if args.record:
-        args.record.parent.mkdir(parents=True, exist_ok=True)
-        with args.record.open("a") as lines:
-            lines.writelines(record(*pair, args.split) + "\n" for pair in zip(args.files, results))
+        keep(args.record, [row_of(*pair, args.split) for pair in zip(args.files, results)])
     return 0
 
 

@@ -29,7 +29,7 @@ from align import Moments, control_latents, pair_names, partners_by_depth
 from chunking import Checkpoint, cast, create, is_selected, measure
 from evaluate import DOMAINS
 from lsmerge import Alignment, Parent, as_source, convex_coefficients, share_statistics
-from records import find, machine
+from records import machine
 from scores import difference, score, stacked, summary
 from tiny_lm import TinyLM
 

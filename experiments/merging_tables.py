@@ -22,7 +22,6 @@ import math
 import shutil
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,12 +34,13 @@ import lora
 import merge
 import train
 from baselines import dare, dare_ties, noise_average, soup, ties
-from chunking import Checkpoint, is_selected, measure
+from chunking import Checkpoint, cast, is_selected, measure
 from evaluate import DOMAINS
 from greedy_soup import greedy_soup
-from lsmerge import Codec, Parent, ls_merge
+from lsmerge import Codec
 from records import machine
 from scores import QUICK, difference, pooled, score, stacked, summary, verdict
+from vae import generator_for
 
 # Codecs. The first is exact and linear (r = 1), so that merging latents is merging weights. The
 # second is the same, with a posterior ten times as wide (sigma near 0.1). The third has a code of
@@ -199,12 +199,15 @@ def prior_draws(path, vae, K, seed):
     file = Checkpoint(path)
     codec = Codec.load(vae)
     tensors = load_file(path)
-    for number, (name, entry) in enumerate(file.entries.items()):
+    for number, entry in enumerate(file.entries.values()):
         if is_selected(entry):
-            parent = Parent(partial(file.read, name), measure(file, name), codec, K,
-                            (seed, number), prior=True)
-            pieces = [piece for _, piece in ls_merge(parent, [], [1.0])]
-            tensors[name] = torch.cat(pieces).reshape(entry.shape)
+            stats = measure(file, entry.name)
+            generator = generator_for(seed, number)
+            z_NZ = torch.zeros(stats.n_chunks(codec.C), codec.Z)
+            for _ in range(K):
+                z_NZ += torch.randn(z_NZ.shape, generator=generator) / K
+            decoded_L = codec.decode(z_NZ, stats, stats.numel)
+            tensors[entry.name] = cast(decoded_L, stats).reshape(stats.shape)
     return tensors
 
 

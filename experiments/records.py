@@ -2,7 +2,7 @@
 
 In:    rows: dicts that JSON can hold.
 Out:   files in which each key of KEYS stands once: what is measured again replaces what was there.
-Paper: none of it. Previous: evaluate.py. Next: scores.py.
+Paper: none of it. Previous: tiny_lm.py. Next: evaluate.py.
 """
 import json
 import math

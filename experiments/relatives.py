@@ -82,7 +82,8 @@ def shuffled(change, seed):
 
 
 def neighbour(target, base, expert, lam):
-    """lam (expert - base), by the match of the base with every layer one off. Paths."""
+    """lam (expert - base), by the match of the base with every layer one off; what stands outside
+    the layers (the embedding) is as in the difference itself. Paths."""
     sides = []
     with tempfile.TemporaryDirectory() as folder:
         for number, source in enumerate((expert, base)):

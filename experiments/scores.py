@@ -6,7 +6,7 @@ Out:   scores: domain -> (S, documents) bits per byte, S seeds, 1 where nothing 
        "transfers".
 Paper: Sec. 4 reports benchmarks, without errors. ours: everything here.
 Left out on purpose: what is merged and measured; the tables decide that.
-Previous: records.py. Next: baselines.py.
+Previous: make_models.py. Next: baselines.py.
 """
 import math
 from typing import NamedTuple

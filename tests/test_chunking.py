@@ -47,13 +47,12 @@ def test_worked_example_and_windows_of_latents():
     assert torch.equal(ck.from_windows(z_BTZ, 5), z_NZ)
 
 
-@pytest.mark.parametrize("numel, step", [(0, 4), (1, 4), (4, 4), (9, 4), (2 ** 20 + 1, None)])
+@pytest.mark.parametrize("numel, step", [(1, 4), (4, 4), (9, 4), (2 ** 20 + 1, ck.PIECE)])
 def test_spans_tile_the_tensor(numel, step):
-    pieces = ck.spans(numel, step) if step else ck.spans(numel)
-    step = step or ck.PIECE
-    assert [pieces[0][0], pieces[-1][1]] == [0, numel]
+    pieces = ck.spans(numel, step)
+    assert [pieces[0][0], pieces[-1][1]] == [0, numel] and ck.spans(0, step) == []
     assert all(stop - start == step for start, stop in pieces[:-1])
-    assert 0 <= numel - pieces[-1][0] <= step
+    assert 0 < numel - pieces[-1][0] <= step
     assert all(stop == start for (_, stop), (start, _) in zip(pieces, pieces[1:]))
 
 
@@ -161,7 +160,7 @@ PLACES = {          # name -> (stack, layer, role)
     B + "intermediate.dense.weight": ("bert.encoder.layer", 2, "up"),
     B + "attention.output.LayerNorm.weight": ("bert.encoder.layer", 2, "norm"),
     T + "0.SelfAttention.q.weight": ("decoder.block", 4, "q.0"),
-    T + "1.EncDecAttention.o.weight": ("decoder.block", 4, "o.1.cross"),
+    T + "1.EncDecAttention.o.weight": ("decoder.block", 4, "o.1.encdec"),
     T + "2.DenseReluDense.wo.weight": ("decoder.block", 4, "down.2"),
     T + "2.DenseReluDense.wi_0.weight": ("decoder.block", 4, "gate.2"),
     "shared.weight": ("", None, "embed"), "embed_out.weight": ("", None, "head"),
