@@ -67,7 +67,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from align import pair_names, pair_stacks, stacks_of
-from chunking import (PIECE, Checkpoint, Parser, appear, cast, check_output, command,
+from chunking import (PIECE, Checkpoint, Parser, appear, check_output, command,
                       create, measure, need, say, spans, wide)
 from merge import RELATED, companions, digest, mean_cosine
 
@@ -130,6 +130,7 @@ class Layers:
     stream     width of the residual stream
     embedding  the Entry of the embedding of words
     tied       names of the tensors that equal it, itself among them
+    foreign    how the names of other towers (a vision tower) begin
     Raises:    CheckpointError, by file and tensor, for what cannot be matched
     """
 
@@ -138,7 +139,9 @@ class Layers:
         number of a layer, 'model.layers'."""
         self.checkpoint = checkpoint
         self.stack = stack
-        self.named = stacks_of(places_of(checkpoint))[stack]
+        stacks = stacks_of(places_of(checkpoint))
+        self.named = stacks.pop(stack)
+        self.foreign = tuple(apart(stack, other) for other in stacks)
         self.numbers = sorted(self.named)
         self.entries = {}
         for number, names in self.named.items():
@@ -180,6 +183,16 @@ def places_of(checkpoint):
     Example:  'model.layers.3.mlp.up_proj.weight' -> stack 'model.layers', layer 3,
               role 'up', rest 'mlp.up_proj.weight'"""
     return {name: entry.place for name, entry in checkpoint.entries.items()}
+
+
+def apart(stack, other):
+    """How the names of the tower of another stack begin: with what both stacks have in
+    common, and one part more.
+    Example:  'model.language_model.layers' and 'model.visual.blocks'
+              -> 'model.visual.', and so 'model.visual.norm.weight' is of that tower"""
+    parts = other.split(".")
+    common = os.path.commonprefix([stack.split("."), parts])
+    return ".".join(parts[:len(common) + 1]) + "."
 
 
 def role_of(entry):
@@ -230,7 +243,7 @@ def word_embedding(checkpoint, stream):
     need(found, checkpoint.path, "has no embedding, which would tell the order of the "
          "residual stream", OTHER)
     largest = max(found, key=lambda entry: entry.numel)
-    fits = largest.numel > 0 and largest.shape == (largest.shape[0], stream)
+    fits = largest.numel > 0 and largest.shape[1:] == (stream,)
     need(fits, largest.file, f"has shape {largest.shape}; the layers ask for "
          f"{stream} columns", OTHER, largest.name)
     return largest
@@ -278,9 +291,7 @@ def check_finite(layers, progress=quiet):
     (GPT-NeoX keeps a mask of -inf)."""
     checkpoint = layers.checkpoint
     for entry in progress(list(checkpoint.entries.values()), "check"):
-        inside = entry.place.stack in ("", layers.stack)
-        known = role_of(entry) in (*AXES, "norm", "embed", "head")
-        if inside and known and entry.is_float:
+        if entry.is_float and axes_of(entry, layers):
             measure(checkpoint, entry.name)     # raises, and names file and tensor
 
 
@@ -694,7 +705,8 @@ def match_units(target, source, kinship, progress=quiet):
 # --- Which tensor, with which rows and columns --------------------------------------
 # Everything follows the units: a bias the rows of its matrix, a norm the stream, an
 # embedding and a head the stream by their columns, the common vocabulary by their rows.
-# What is not known to follow stays the target's, and is named.
+# What is not known to follow stays the target's, and is named: better a number that is
+# not merged than one that is merged with a stranger.
 class Brought(NamedTuple):
     """How a tensor of the target is read from the source. Both are matrices here; what
     is a vector is a matrix of one row.
@@ -745,9 +757,11 @@ def axes_of(entry, layers):
     role = role_of(entry)
     shape = entry.shape
     sizes = {"stream": layers.stream, "tokens": layers.embedding.shape[0]}
-    inside = entry.place.layer is not None
+    inside = entry.place.stack == layers.stack and entry.place.layer is not None
     if inside:
         sizes |= layers.sizes(entry.place.layer)
+    elif entry.place.layer is not None or entry.place.rest.startswith(layers.foreign):
+        return None                     # of another tower, with a stream of its own
 
     # First the roles: which axes should this tensor have?
     if entry.name in layers.tied:
@@ -757,11 +771,13 @@ def axes_of(entry, layers):
         axes = (norm_axis(entry, sizes),)
     elif role in AXES and inside:
         axes = AXES[role]
-    elif role in ("embed", "head") and shape[0] == sizes["tokens"]:
+    elif role in ("embed", "head") and shape[:1] == (sizes["tokens"],):
         axes = ("tokens", "stream")
     elif role in ("embed", "head"):
         axes = ("fixed", "stream")
     else:
+        return None
+    if not 1 <= len(shape) <= 2:
         return None
     # Then the shape: does it have them? A bias has the first one, its matrix's rows.
     axes = axes[:len(shape)]
@@ -877,7 +893,7 @@ def write_matched(output, target, source, brought, progress=quiet):
 
     Args:     target, source   Checkpoints
               brought          {name: Brought}; all other tensors are the target's own
-    Raises:   CheckpointError if a number does not fit the target's dtype
+    Raises:   CheckpointError if a number does not fit the target's dtype: never an Inf
     """
     for name, entry in progress(list(target.entries.items()), "write"):
         # The target's own: byte for byte, whatever its dtype.
@@ -892,7 +908,12 @@ def write_matched(output, target, source, brought, progress=quiet):
             step = max(1, PIECE // K)   # or a piece of the vocabulary
         for start, stop in spans(J, step):
             rows_JK = read_matched(target, source, name, brought[name], start, stop)
-            output.put(name, start * K, cast(rows_JK.view(-1), entry))
+            piece_L = rows_JK.to(entry.dtype).view(-1)
+            # 70,000 does not fit float16, which ends at 65,504.
+            fits = piece_L.double().sum().isfinite()
+            need(fits, source.path, "has numbers that do not "
+                 f"fit the target's {entry.dtype}", "store the target wider", name)
+            output.put(name, start * K, piece_L)
 
 
 # --- Several sources by one match ---------------------------------------------------
