@@ -237,8 +237,8 @@ def plan(run):
     for task in run.tasks:
         if task.action == "averaged" and not plain:
             task.copy("not encoded")
-    need(run.kind == "cross-shape" or not run.source_vae, run.source_vae, "is not needed: "
-         "equal shapes share one VAE", "drop --source-vae")
+    need(run.kind == "cross-shape" or not run.source_vae, run.source_vae,
+         "is not needed: equal shapes share one VAE", "drop --source-vae")
     warnings = strangers(run)
     n = len(sources) - bool(run.base)               # sources proper
     share = 1 / (n + 1)
@@ -285,11 +285,13 @@ def check_shapes(run, task):
     entry = task.entry
     strict = run.space == "weight" or run.operator in ("slerp", "task-arithmetic")
     for k, other in task.parents.items():
-        fits = other.numel <= SHARE * entry.numel and not strict
-        need(fits or other.shape == entry.shape, run.models[0].path,
+        need(not strict or other.shape == entry.shape, run.models[0].path,
              f"{list(entry.shape)} meets {other.name!r} {list(other.shape)} of "
-             f"{run.models[k].path}",
-             f"use lerp in latent space, or narrow --select; or, {MATCH}", entry.name)
+             f"{run.models[k].path}", f"use lerp in latent space; or, {MATCH}",
+             entry.name)
+        need(other.numel <= SHARE * max(1, entry.numel), run.models[k].path,
+             f"is over {SHARE} times as large as its partner", "narrow --select",
+             other.name)
 
 
 def float_places(model):
@@ -681,7 +683,8 @@ def print_plan(run):
     say(f"{run.kind}: {run.operator} in {run.space} space, lambda {lam}, "
         f"align {facts['align']}, codec {facts['codec']}",
         f"{count['encoded']} in {run.space} space + {count['averaged']} averaged + "
-        f"{count['copied']} copied = {count['total']} tensors, {facts['bytes']:,} bytes")
+        f"{count['copied']} copied = {count['total']} tensors, "
+        f"{facts['bytes']:,} bytes")
     copied = defaultdict(list)
     for task in run.tasks:
         copied[task.why].append(task.entry.name)
@@ -702,7 +705,16 @@ def print_pairs(run):
 
 
 def print_report(report):
-    """For people: how far the result went. What is not defined is not printed."""
+    """For people: how far the result went. What is not defined is not printed.
+
+    Example:  two experts of one base, 7 % of its norm to either side, and 0.3 % from what
+              plain averaging gives (in bfloat16 the rounding alone makes that much):
+
+        round trip of the target: NMSE 3.4e-07, its worst tensor 3.6e-07
+        distance to the target: 0.0739 of the target's norm
+        distance to the same operator on weights: 0.0028 of the target's norm
+        distance to source 1: 0.0739 of the target's norm
+    """
     trip = report["roundtrip"]
     if trip["nmse"] is not None:
         say(f"round trip of the target: NMSE {trip['nmse']:.1e}, its worst tensor "
@@ -808,8 +820,8 @@ def check_outputs(run):
             inside = None           # only the result may be a folder
     litter = join(glob.escape(dirname(realpath(run.output))), ".lsmerge-*")
     for left in glob.glob(litter):
-        say(f"note: {left}: unfinished; delete it once the process of that number has "
-            "ended")
+        number = left.split("-")[-2]
+        say(f"note: {left} is of process {number}: delete it once that has ended")
 
 
 def put_companions(run, folder):
@@ -876,7 +888,8 @@ def parse(argv):
 
 
 def numbers(value):
-    """The type of --lam: numbers with commas between."""
+    """The type of --lam: numbers with commas between.  Example: '0.2,0.3' -> [0.2, 0.3];
+    a ValueError becomes argparse's own line about the flag."""
     return [float(part) for part in value.split(",")]
 
 
