@@ -707,8 +707,8 @@ def print_pairs(run):
 def print_report(report):
     """For people: how far the result went. What is not defined is not printed.
 
-    Example:  two experts of one base, 7 % of its norm to either side, and 0.3 % from what
-              plain averaging gives (in bfloat16 the rounding alone makes that much):
+    Example:  two experts of one base, 7 % of its norm to either side, and 0.3 % from
+              plain averaging (in bfloat16 the rounding alone makes that much):
 
         round trip of the target: NMSE 3.4e-07, its worst tensor 3.6e-07
         distance to the target: 0.0739 of the target's norm
@@ -888,8 +888,8 @@ def parse(argv):
 
 
 def numbers(value):
-    """The type of --lam: numbers with commas between.  Example: '0.2,0.3' -> [0.2, 0.3];
-    a ValueError becomes argparse's own line about the flag."""
+    """The type of --lam: numbers with commas between: '0.2,0.3' -> [0.2, 0.3].
+    A ValueError becomes argparse's own line about the flag."""
     return [float(part) for part in value.split(",")]
 
 
