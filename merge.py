@@ -307,12 +307,14 @@ def layer_partners(target, source, mine, theirs):
     prediction, or of a draft model): then by index too, and those layers meet nobody.
     Example:  62 layers and 61, of which 61 are alike: the 62nd stays the target's
     """
+    if len(mine) == len(theirs):
+        return ot.partners_by_depth(mine, theirs)       # no weight need be read
     common = mine.keys() & theirs.keys()
     alike = 0
     for layer in common:
         pairs = ot.pair_within_layer(mine[layer], theirs[layer])
         alike += mean_cosine(target, source, pairs.items()) > RELATED
-    if len(mine) != len(theirs) and alike >= 0.9 * len(common) > 0:
+    if alike >= 0.9 * len(common) > 0:
         return {layer: layer for layer in common}
     return ot.partners_by_depth(mine, theirs)
 
@@ -345,9 +347,10 @@ def strangers(run):
     pairs = defaultdict(list)
     for task in run.tasks:
         if task.action == "encoded":
-            for k, other in task.parents.items():       # k = 0: the target is itself
-                names = (task.entry.name, other.name)
-                pairs[k, task.entry.place.role].append(names)
+            for k, other in task.parents.items():
+                if k > 0:
+                    names = (task.entry.name, other.name)
+                    pairs[k, task.entry.place.role].append(names)
     apart = defaultdict(list)
     for (k, role), names in pairs.items():
         if mean_cosine(run.models[0], run.models[k], names) < RELATED:
@@ -411,8 +414,10 @@ def load_codecs(run):
         return []                               # none, or it is trained here
     device = pick_device(run.device)
     dtype = getattr(torch, run.dtype)
-    paths = (run.vae, run.source_vae or run.vae)
-    return [ls.Codec.load(path, device, dtype) for path in paths]
+    target = ls.Codec.load(run.vae, device, dtype)
+    if not run.source_vae:
+        return [target, target]                 # one network for all
+    return [target, ls.Codec.load(run.source_vae, device, dtype)]
 
 
 def train_codec(run):
