@@ -367,7 +367,7 @@ def broken_and_wrong(box):
 def far_too_large(box):
     target = box.save({"layers.0.q_proj.weight": torch.ones(8, 8)}, "t.safetensors")
     source = box.save({"layers.0.q_proj.weight": torch.ones(1024, 257)})
-    return [target, source], [source, "layers.0.q_proj", "[1024, 257]"]
+    return [target, source], [source, "layers.0.q_proj", "4096"]
 
 
 OPTIONS = {
@@ -513,7 +513,7 @@ def test_a_signal_while_writing(box, log, kind, sent):
     if sent == signal.SIGKILL:
         assert left and all(".lsmerge-" in path for path in left)
         assert ended(forked(log, arguments)) == 0
-        assert f"{min(left)}: unfinished" in said(log, "out") and str(pid) in min(left)
+        assert f"{min(left)} is of process" in said(log, "out") and str(pid) in min(left)
         assert set(snapshot(box.folder)) >= left
     else:
         assert not left and said(log).count("\n") <= 1
@@ -795,7 +795,7 @@ def test_no_mutation_of_a_header_is_read_otherwise_than_by_the_library(box):
     rng, count = random.Random(0), {True: 0, False: 0}
     start = box.save(FUZZED).read_bytes()
     size = 8 + int.from_bytes(start[:8], "little")
-    for _ in range(5_000):
+    for _ in range(3_000):
         data = packed(mutated(start[8:size], rng), start[size:])
         box.bad.unlink()            # not truncated: some file systems then wait
         box.bad.write_bytes(data)
@@ -803,20 +803,20 @@ def test_no_mutation_of_a_header_is_read_otherwise_than_by_the_library(box):
         own = mine is None and any(reason in line for reason in OWN_REASONS)
         assert mine == theirs or own, (data, line)
         count[mine is not None] += 1
-    assert count[True] > 400 and count[False] > 2_500, count
+    assert count[True] > 200 and count[False] > 1_500, count
 
 
 def test_no_mutation_of_an_index_crashes(box):
     """What is accepted holds tensors of the shards, each from where it is."""
     rng, count, folder = random.Random(0), {True: 0, False: 0}, box.shards(FUZZED)
     text, expected = (folder / INDEX).read_bytes(), ours(ck.Checkpoint(folder))
-    for _ in range(2_000):
+    for _ in range(1_000):
         (folder / INDEX).unlink()
         (folder / INDEX).write_bytes(mutated(text, rng))
         mine, _ = opened(folder)
         assert mine is None or mine and mine.items() <= expected.items()
         count[mine is not None] += 1
-    assert count[True] > 200 and count[False] > 800, count
+    assert count[True] > 100 and count[False] > 400, count
     assert sorted(os.listdir(folder)) == sorted([*SHARDS, INDEX, "config.json"])
 
 
