@@ -1,7 +1,6 @@
 """experiments/tools/match.py: against brute force, planted orders, known relatives."""
 import itertools
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -704,10 +703,12 @@ def test_a_folder_gets_the_targets_companions(files):
     assert all(torch.equal(result[name], target[name]) for name in target)
 
 
-def test_the_command(files):
-    """Once as a user runs it: from another folder, with its exit codes and one line."""
-    paths = files(target=made(1), source=made(2))
-    done = subprocess.run([sys.executable, TOOLS / "match.py", *paths.values()],
-                          cwd=paths["target"].parent, capture_output=True, text=True)
-    assert done.returncode == 1 and "source is no relative of target" in done.stdout
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+def test_the_command(files, capsys):
+    """Its exit codes, and one line on stderr."""
+    paths = files(target=made(1), source=made(2), copy=made(1))
+    for name, code in (("source", 1), ("copy", 0)):
+        argv = [str(paths["target"]), str(paths[name]), "--quiet"]
+        assert match.command(lambda: match.main(argv)) == code
+        printed = capsys.readouterr()
+        assert printed.err.count("\n") == code == printed.err.count("error: ")
+        assert f"{name} is " in printed.out
