@@ -1,6 +1,7 @@
 """align.py against oracles: names by hand; scipy's LP, assignment and sqrtm, loops, closed
 forms."""
 import math
+import re
 
 import numpy as np
 import pytest
@@ -110,14 +111,10 @@ def t5(parts, decoder=True):
     return names
 
 
-def wrapped(names, lead="", inside=None):
-    """Every name behind `lead`, and with `inside` before its self_attn or mlp."""
-    found = {}
-    for meaning, name in names.items():
-        for part in ("self_attn.", "mlp."):
-            name = name.replace(part, f"{inside}.{part}" if inside else part)
-        found[meaning] = lead + name
-    return found
+def wrapped(names, lead="", inside=""):
+    """Every name behind `lead`, and with `inside` behind a layer's number."""
+    return {meaning: lead + re.sub(r"(layers\.\d+\.)", rf"\1{inside}", name)
+            for meaning, name in names.items()}
 
 
 def without(names, *meanings):
@@ -177,8 +174,9 @@ NAMES = {
     "a wrapper": (llama(), wrapped(llama(), "module.")),
     "two of them": (llama(), wrapped(llama(), "module._orig_mod.")),
     "FSDP's, inside": (llama(), wrapped(llama(), "_fsdp_wrapped_module.",
-                                        "_fsdp_wrapped_module")),
-    "checkpointing's, inside": (llama(), wrapped(llama(), inside="_checkpoint_wrapped_module")),
+                                        "_fsdp_wrapped_module.")),
+    "checkpointing's, inside": (llama(), wrapped(
+        llama(), inside="_checkpoint_wrapped_module.")),
     "BERT and its encoder": (bert(extra=PREDICTIONS), bert("")),
     "BERT in sentence-transformers": (bert(""), bert("0.auto_model.")),
     "T5": (t5(["wi", "wo"]), t5(["wi", "wo"])),

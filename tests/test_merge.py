@@ -385,9 +385,16 @@ CASES = {"equal shapes": ["b"], "draws": ["b", "--samples", "2"],
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_same_command_same_bytes_whatever_the_threads(models, tmp_path, case):
+def test_same_command_same_bytes_whatever_the_threads(
+        models, tmp_path, monkeypatch, case):
+    """As each tensor is computed by a single one."""
     source, *flags = CASES[case]
-    threads, sums = torch.get_num_threads(), {}
+    threads, sums, real = torch.get_num_threads(), {}, merge.merge_tensor
+
+    def merge_tensor(*arguments):
+        assert torch.get_num_threads() == 1
+        return real(*arguments)
+    monkeypatch.setattr(merge, "merge_tensor", merge_tensor)
     try:
         for name, count in (("x", 1), ("y", 1), ("z", 3)):
             torch.set_num_threads(count)

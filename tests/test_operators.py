@@ -241,6 +241,10 @@ def test_draws_do_not_depend_on_who_asks(monkeypatch):
     for first, last in ((0, 100), (700, 1300), (1023, 1025), (3000, 3125)):
         part = parent.latents(first, last)
         torch.testing.assert_close(part, whole[first:last], rtol=1e-5, atol=1e-5)
+    noise = whole - replace(parent, samples=0).latents(0, parent.N)
+    batches = torch.stack([noise[i:i + 512].flatten() for i in range(0, 3072, 512)])
+    apart = torch.corrcoef(batches) - torch.eye(6)
+    assert apart.abs().max() < 0.04             # 32,768 numbers: seven deviations
     other = noise_parent(900_000, codec, 1, samples=1, seed=(6,))
     other = lsmerge.as_source(parent, other, lsmerge.Alignment("mean"))
 
