@@ -354,8 +354,8 @@ def sinkhorn(cost_IJ, epsilon=EPSILON, tolerance=TOLERANCE,
     Equation:  min over plans P of  sum_ij P_ij (cost_ij + epsilon max(cost) log P_ij)
     Source:    paper: Sec. 3.3, Eq. 2, by "an existing OT library"; ours: written out
     Returns:   Sinkhorn, whose plan_IJ sums to 1/I along each row, 1/J down each column
-    Raises:    ValueError unless epsilon > 0 and both marginals are met; so a cost that
-               holds NaN or infinity is refused too
+    Raises:    ValueError unless epsilon > 0, cost >= 0, and both marginals are met
+               (which a cost that holds infinity never does)
     Example:   cost [[0, 1], [1, 0]], epsilon 1: the plan is [[p, p/e], [p/e, p]] with
                p = 1 / (2 + 2/e) = 0.3655
 
@@ -367,14 +367,15 @@ def sinkhorn(cost_IJ, epsilon=EPSILON, tolerance=TOLERANCE,
     better when tried: epsilon scaling, fixed over-relaxation, restarts.
     """
     cost = cost_IJ.double()
-    if not epsilon > 0:
-        raise ValueError("epsilon must be above 0")
+    if not (epsilon > 0 and cost.min() >= 0):           # so put, NaN is refused too
+        raise ValueError("epsilon must be above 0, and the cost at least 0")
     unit = epsilon * (cost.max().item() or 1.0)
     I, J = cost.shape
     a = cost.new_full((I,), 1 / I)
     b = cost.new_full((J,), 1 / J)
 
-    K, f0, g0, g = absorb(cost, unit, torch.zeros_like(b))
+    g = torch.zeros_like(b)
+    K, f0, g0 = absorb(cost, unit, g)
     trail = deque(maxlen=MEMORY + 1)        # (potential before, potential after)
     for iteration in range(1, max_iterations + 1):
         v = (g - g0).exp()
@@ -390,7 +391,7 @@ def sinkhorn(cost_IJ, epsilon=EPSILON, tolerance=TOLERANCE,
         if iteration % PERIOD == 0:
             g = extrapolate(trail)
         if (g - g0).abs().max() > MAX_MOVE:
-            K, f0, g0, g = absorb(cost, unit, g)
+            K, f0, g0 = absorb(cost, unit, g)
 
     plan_IJ = u[:, None] * K * v
     row_error = (plan_IJ.sum(1) - a).abs().sum()
@@ -407,14 +408,13 @@ def absorb(cost, unit, g):
     """Take the scalings into the kernel: K = exp(f0 + g0 - cost / unit), around the
     potential g = g0 + log v. So u and v begin near 1 again, and do not overflow.
 
-    Returns:  K, f0, g0, g. In each row and column of K the largest entry is 1, at any
-              epsilon. Where g lies too far below what its column allows, it is raised.
+    Returns:  K, f0, g0. In each row and column of K the largest entry is 1, at any
+              epsilon; and K v is at least 1, although v may vanish in places
     """
     cost = cost / unit
     f0 = (cost - g).amin(1)
     g0 = (cost - f0[:, None]).amin(0)
-    K = (f0[:, None] - cost).add_(g0).exp_()
-    return K, f0, g0, torch.maximum(g, g0 - MAX_MOVE)
+    return (f0[:, None] - cost).add_(g0).exp_(), f0, g0
 
 
 def extrapolate(trail):

@@ -461,11 +461,11 @@ def main(argv=None):
             with appear(a.log, a.force) as path, open(path, "w") as file:
                 print(*map(json.dumps, figures), sep="\n", file=file)
         say(f"wrote {a.output}: r = {vae.config.true_ratio:g}")
+    if stages[-1]["ended"] == "interrupted":
+        return 130                          # as shells expect
     if stages[-1]["nmse"] > MAX_NMSE:
         say("warning: merge.py refuses a codec whose NMSE is above "
             f"{MAX_NMSE:g}: train for longer, or at a lower --ratio", stream=sys.stderr)
-    if stages[-1]["ended"] == "interrupted":
-        return 130                          # as shells expect
     return 0
 
 

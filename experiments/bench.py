@@ -1,30 +1,34 @@
-"""Speed and memory, measured beside what they are to be held against; medians of interleaved runs.
+"""Speed and memory, measured beside what they are to be held against; medians of
+interleaved runs.
 
-    python experiments/bench.py --merge --memory --record       # whole processes: this file
+    python experiments/bench.py --merge --memory --record  # processes: this file
     python experiments/bench.py --peer --peer-python peer/bin/python --record
-    python experiments/bench.py --align --codec --training      # functions: bench_functions.py
+    python experiments/bench.py --align --codec --training # bench_functions.py
 
 In:    nothing but this repository; the models are made here (bench_models.py).
 Out:   printed tables; with --record the rows of results/bench-PART.jsonl.
 Paper: it reports neither time nor memory.
 
---merge: merge.py on two checkpoints of 126 M weights, over the time that the same arithmetic takes
-at the matrix-multiply rate of all cores (measured before and after, same dtype) plus the bytes at
-the disk's measured copy rate; with a network whose blocks all compute, and with the exact codec.
+--merge: merge.py on two checkpoints of 126 M weights, over the time that the same
+arithmetic takes at the matrix-multiply rate of all cores (measured before and after,
+same dtype) plus the bytes at the disk's measured copy rate; with a network whose blocks
+all compute, and with the exact codec.
 
---memory: merge.py on pairs of 0.77 and 3 GB, each with one tensor of 500 MB: the peak of anonymous
-memory must depend neither on the model nor on its largest tensor. Needs 10 GB of disk.
+--memory: merge.py on pairs of 0.77 and 3 GB, each with one tensor of 500 MB: the peak
+of anonymous memory must depend neither on the model nor on its largest tensor. Needs 10
+GB of disk.
 
---peer: merge.py beside mergekit, its linear merge at weights 0.5 and 0.5, on two models of
-Qwen2-0.5B's shape; whole processes, all imports included, in turns. mergekit wants an environment
-of its own, as it pins other versions:
+--peer: merge.py beside mergekit, its linear merge at weights 0.5 and 0.5, on two models
+of Qwen2-0.5B's shape; whole processes, all imports included, in turns. mergekit wants
+an environment of its own, as it pins other versions:
 
     python -m venv peer; peer/bin/pip install torch "mergekit>=0.1,<0.2"
 
-Everything else is at its default for everyone: two threads on two cores, files in the page cache.
-merge.py waits until its result is on the disk, mergekit leaves that to the system.
-Memory is anonymous memory (RssAnon of Linux), of a process and all its children, looked at every
-10 ms: what a process needs to itself; file pages that the system lends it do not count.
+Everything else is at its default for everyone: two threads on two cores, files in the
+page cache. merge.py waits until its result is on the disk, mergekit leaves that to the
+system. Memory is anonymous memory (RssAnon of Linux), of a process and all its
+children, looked at every 10 ms: what a process needs to itself; file pages that the
+system lends it do not count.
 """
 import argparse
 import itertools
@@ -57,9 +61,10 @@ MEMORY_BOUND = 350          # MiB, of --memory, at any size
 ROUNDS = 3                  # of whole processes
 
 
-# --- Whole processes, watched from outside ----------------------------------------------------
+# --- Whole processes, watched from outside --------------------------------------------
 def anonymous_mib(pid):
-    """Anonymous memory of a process and of all below it, now, in MiB; 0 for one that has ended."""
+    """Anonymous memory of a process and of all below it, now, in MiB; 0 for one that
+    has ended."""
     kib = 0
     waiting = [pid]
     while waiting:
@@ -76,8 +81,9 @@ def anonymous_mib(pid):
 
 
 def watch(command):
-    """Run a command to its end. Returns (seconds, peak anonymous memory in MiB, what it printed).
-    Raises subprocess.CalledProcessError if it fails, with all that it printed."""
+    """Run a command to its end. Returns (seconds, peak anonymous memory in MiB, what it
+    printed). Raises subprocess.CalledProcessError if it fails, with all that it
+    printed."""
     with tempfile.TemporaryFile("w+") as printed:
         start = time.perf_counter()
         peak = 0.0
@@ -97,16 +103,18 @@ def watch(command):
 def run_merge(folder, *flags):
     """merge.py on a and b in a folder: (seconds, peak MiB, its report)."""
     report = folder / "report.json"
-    seconds, peak, _ = watch([*MERGE, folder / "a.safetensors", folder / "b.safetensors", "-o",
-                              folder / "merged.safetensors", "--force", "--quiet", "--report",
+    seconds, peak, _ = watch([*MERGE, folder / "a.safetensors",
+                              folder / "b.safetensors", "-o",
+                              folder / "merged.safetensors", "--force", "--quiet",
+                              "--report",
                               report, "--max-nmse", "1", *flags])
     return seconds, peak, json.loads(report.read_text())
 
 
-# --- --merge ----------------------------------------------------------------------------------
+# --- --merge --------------------------------------------------------------------------
 def matmul_rate(dtype, seconds=6.0):
-    """Operations per second of all cores on 1024 x 1024 matrices: the median over some seconds, as
-    a core that has rested is faster at first than it can remain."""
+    """Operations per second of all cores on 1024 x 1024 matrices: the median over some
+    seconds, as a core that has rested is faster at first than it can remain."""
     x = torch.ones(1024, 1024, dtype=dtype)
     rates = []
     began = time.perf_counter()
@@ -119,7 +127,8 @@ def matmul_rate(dtype, seconds=6.0):
 
 
 def copy_rate(path, scratch):
-    """Bytes per second of reading a file and writing it anew, to the disk and not to its cache."""
+    """Bytes per second of reading a file and writing it anew, to the disk and not to
+    its cache."""
     start = time.perf_counter()
     with open(path, "rb") as source, open(scratch, "wb") as target:
         shutil.copyfileobj(source, target, 2 ** 20)
@@ -157,7 +166,8 @@ def bench_merge(quick):
     """Yields a row per run; three runs of each arithmetic and network."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        entries = llama_pair(folder, layers=1 if quick else 10, hidden=1024, mlp=2752, vocab=256)
+        entries = llama_pair(folder, layers=1 if quick else 10, hidden=1024, mlp=2752,
+                             vocab=256)
         write_network(folder / "full.safetensors", VAEConfig(init="pca"))
         cells = itertools.product(("float32", "bfloat16"), ("full", "exact"),
                                   range(1 if quick else ROUNDS))
@@ -166,7 +176,7 @@ def bench_merge(quick):
             yield facts | merge_row(folder, entries, dtype, network)
 
 
-# --- --memory ---------------------------------------------------------------------------------
+# --- --memory -------------------------------------------------------------------------
 def bench_memory(quick):
     """Yields a row per size and codec."""
     for layers in (1, 2) if quick else (10, 100):
@@ -175,7 +185,8 @@ def bench_memory(quick):
             llama_pair(folder, layers=layers, hidden=1024, mlp=2752, vocab=256,
                        big=2048 if quick else 250_000)
             write_network(folder / "full.safetensors", VAEConfig(init="pca"))
-            for network, vae in (("full", folder / "full.safetensors"), ("exact", "exact")):
+            for network in ("full", "exact"):
+                vae = folder / "full.safetensors" if network == "full" else "exact"
                 facts = conditions()
                 seconds, peak, _ = run_merge(folder, "--vae", vae)
                 size = (folder / "merged.safetensors").stat().st_size
@@ -184,7 +195,7 @@ def bench_memory(quick):
                                "seconds": round(seconds, 1)}
 
 
-# --- --peer -----------------------------------------------------------------------------------
+# --- --peer ---------------------------------------------------------------------------
 WAYS = ("exact", "weight")      # ours, each over mergekit's
 
 
@@ -202,16 +213,19 @@ def peer_commands(folder, python):
     recipe = folder / "linear.yml"
     recipe.write_text(json.dumps({       # JSON is YAML
         "merge_method": "linear", "dtype": "bfloat16",
-        "models": [{"model": str(path), "parameters": {"weight": 0.5}} for path in (a, b)]}))
+        "models": [{"model": str(path), "parameters": {"weight": 0.5}}
+                   for path in (a, b)]}))
     ours = [*MERGE, a, b, "--quiet", "-o"]
-    return {"mergekit": [python, "-m", "mergekit.scripts.run_yaml", recipe, folder / "mergekit",
+    return {"mergekit": [python, "-m", "mergekit.scripts.run_yaml", recipe,
+                         folder / "mergekit",
                          "--quiet"],
             "exact": [*ours, folder / "exact", "--vae", "exact"],
             "weight": [*ours, folder / "weight", "--space", "weight"]}
 
 
 def same_tensors(path, other):
-    """Whether two checkpoints hold the same names, dtypes and shapes, and the same bits."""
+    """Whether two checkpoints hold the same names, dtypes and shapes, and the same
+    bits."""
     mine = chunking.Checkpoint(path)
     theirs = chunking.Checkpoint(other)
     kinds = [{name: (entry.dtype, entry.shape) for name, entry in model.entries.items()}
@@ -229,11 +243,13 @@ def same_tensors(path, other):
 
 def middle(values):
     """(median, least, most), rounded."""
-    return [round(value, 3) for value in (statistics.median(values), min(values), max(values))]
+    return [round(value, 3) for value in (statistics.median(values), min(values),
+                                          max(values))]
 
 
 def peer_rounds(folder, commands, rounds):
-    """{name: [seconds, ...]}, {name: [MiB, ...]} of runs in turns, so that load hits all alike."""
+    """{name: [seconds, ...]}, {name: [MiB, ...]} of runs in turns, so that load hits
+    all alike."""
     seconds = {name: [] for name in commands}
     peaks = {name: [] for name in commands}
     for _ in range(rounds):
@@ -251,7 +267,8 @@ def peer_row(seconds, peaks):
     ratios = {}
     memory = {}
     for name in WAYS:
-        ratios[name] = middle([x / y for x, y in zip(seconds[name], seconds["mergekit"])])
+        ratios[name] = middle([x / y for x, y in zip(seconds[name],
+                                                     seconds["mergekit"])])
         memory[name] = middle([x / y for x, y in zip(peaks[name], peaks["mergekit"])])
     return {"what": "peer", "rounds": len(seconds["mergekit"]), "ratios": ratios,
             "memory_ratios": memory,
@@ -260,11 +277,13 @@ def peer_row(seconds, peaks):
 
 
 def bench_peer(quick, python):
-    """Yields one row: times, memory, ratios, and whether plain averaging gives mergekit's bits."""
+    """Yields one row: times, memory, ratios, and whether plain averaging gives
+    mergekit's bits."""
     version = peer_version(python)
     if version is None:
-        print(f"mergekit is not installed in {python}: not run; fix: python -m venv peer; "
-              'peer/bin/pip install torch "mergekit>=0.1,<0.2"; --peer-python peer/bin/python')
+        print(f"mergekit is not installed in {python}: not run; fix: python -m venv "
+              'peer; peer/bin/pip install torch "mergekit>=0.1,<0.2"; --peer-python '
+              "peer/bin/python")
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -282,7 +301,7 @@ def bench_peer(quick, python):
             "equal_bits": same_tensors(folder / "weight", folder / "mergekit")}
 
 
-# --- The command ------------------------------------------------------------------------------
+# --- The command ----------------------------------------------------------------------
 # A part is a generator of rows, and how the page shows them.
 PARTS = {"align": (bench_align, sections.bench_align),
          "merge": (bench_merge, sections.bench_merge),
@@ -295,14 +314,17 @@ PARTS = {"align": (bench_align, sections.bench_align),
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in PARTS:
-        parser.add_argument(f"--{name}", action="store_true", help=f"run the part {name!r}")
-    parser.add_argument("--quick", action="store_true", help="smallest size, fewest rounds")
+        parser.add_argument(f"--{name}", action="store_true",
+                            help=f"run the part {name!r}")
+    parser.add_argument("--quick", action="store_true",
+                        help="smallest size, fewest rounds")
     parser.add_argument("--budget", type=int, default=4000, metavar="STEPS",
-                        help="of the release's recipe in --training at most (%(default)s)")
+                        help="of the release's recipe, at most (%(default)s)")
     parser.add_argument("--peer-python", default=sys.executable, metavar="PYTHON",
                         help="the Python that has mergekit (this one)")
     parser.add_argument("--record", nargs="?", const=HERE / "results", type=Path,
-                        metavar="FOLDER", help="keep the rows in this folder (results/)")
+                        metavar="FOLDER",
+                        help="keep the rows in this folder (results/)")
     a = parser.parse_args(argv)
     chosen = [name for name in PARTS if getattr(a, name)]
     if not chosen:

@@ -1,20 +1,27 @@
-"""Tables 7 and 8 in miniature: what a code keeps of the weights, on what it was fitted on and else.
+"""Tables 7 and 8 in miniature: what a code keeps of the weights, on what it was fitted
+on and else.
 
     python experiments/paper_tables.py --table 7 --table 8
 
-In:    a family the codec is fitted on (code, prose), and what it has never seen: another expert of
-       the same base (arithmetic), another seed (base-seed2), another size (large).
-Out:   per compression ratio r, checkpoint and method: NMSE (squared relative error), bits per byte
-       of the decoded model, the paired difference to the model as it was; one row each.
+In:    a family the codec is fitted on (code, prose), and what it has never seen:
+       another expert of the same base (arithmetic), another seed (base-seed2), another
+       size (large).
+Out:   per compression ratio r, checkpoint and method: NMSE (squared relative error),
+       bits per byte of the decoded model, the paired difference to the model as it was;
+       one row each.
 
-       VAE               from the principal directions, then stage 2; one row for all seeds
-       PCA               the best linear code of C weights into C / r numbers, fitted on the family
-       PCA of its own    the same, fitted on the checkpoint itself: the best that one basis can do
-       PCA, c = 1024     chunks as long as a window: has as many numbers as the family has weights
-       noise             Gaussian, of the VAE's NMSE per tensor: is its error kinder than noise?
+       VAE               from the principal directions, then stage 2; all seeds in a row
+       PCA               the best linear code of C weights into C / r numbers, fitted on
+                         the family
+       PCA of its own    the same, fitted on the checkpoint itself: the best that one
+                         basis can do
+       PCA, c = 1024     chunks as long as a window: has as many numbers as the family
+                         has weights
+       noise             Gaussian, of the VAE's NMSE per tensor: is the VAE's error
+                         kinder?
 
-       Beside r the white-noise line 1 - 1/r, what PCA would lose if weights were noise, and the
-       effective ratio, weights / (latent numbers + the codec's own numbers).
+       Beside r the white-noise line 1 - 1/r, what PCA would lose if weights were noise,
+       and the effective ratio, weights / (latent numbers + the codec's own numbers).
 Paper: Sec. 5.4, Table 7 (a VAE of Gemma-3-4B on other models), Table 8 (beside PCA).
 Previous: merging_tables.py. Next: curriculum.py.
 """
@@ -59,7 +66,8 @@ class Model:
     def open(cls, path):
         file = Checkpoint(path)
         chosen = filter(is_selected, file.entries.values())
-        return cls(Path(path).resolve().stem, file, [measure(file, e.name) for e in chosen])
+        stats = [measure(file, entry.name) for entry in chosen]
+        return cls(Path(path).resolve().stem, file, stats)
 
     @property
     def parent(self):
@@ -73,8 +81,8 @@ class Model:
         return {name: self.file.read_tensor(name) for name in self.file.entries}
 
     def chunks(self, C, every=1):
-        """All chunks of all encoded tensors, standardised, (N, C) float64, or one in `every` of
-        each tensor; padding as zeros, as the codec sees it."""
+        """All chunks of all encoded tensors, standardised, (N, C) float64, or one in
+        `every` of each tensor; padding as zeros, as the codec sees it."""
         parts = []
         for stats in self.stats:
             x_L = standardise(self.file.read(stats.name), stats)
@@ -82,8 +90,8 @@ class Model:
         return torch.cat(parts)
 
     def rebuilt(self, way):
-        """(tensors, NMSE, NMSE per tensor) after each encoded tensor went `way`, a function
-        (its weights in float64, stats) -> others."""
+        """(tensors, NMSE, NMSE per tensor) after each encoded tensor went `way`, a
+        function (its weights in float64, stats) -> others."""
         tensors = self.tensors()
         errors = {}
         for stats in self.stats:
@@ -92,18 +100,21 @@ class Model:
             error_L = (decoded_L - weights_L) / stats.scale
             errors[stats.name] = error_L.square().mean().item()
             tensors[stats.name] = decoded_L.to(stats.dtype).reshape(stats.shape)
-        nmse = sum(errors[stats.name] * stats.numel for stats in self.stats) / self.weights
+        nmse = sum(errors[stats.name] * stats.numel
+                   for stats in self.stats) / self.weights
         return tensors, nmse, errors
 
 
 def pca(fit_NC, Z):
-    """(mean, the Z leading principal directions (C, Z)): the best linear code (Eckart-Young)."""
+    """(mean, the Z leading principal directions (C, Z)): the best linear code
+    (Eckart-Young)."""
     mean_C = fit_NC.mean(0)
     spread_CC = (fit_NC - mean_C).T @ (fit_NC - mean_C)
-    return mean_C, torch.linalg.eigh(spread_CC).eigenvectors[:, max(0, fit_NC.shape[1] - Z):]
+    directions_CC = torch.linalg.eigh(spread_CC).eigenvectors       # smallest first
+    return mean_C, directions_CC[:, max(0, fit_NC.shape[1] - Z):]
 
 
-# --- Ways through a code: callables for Model.rebuilt -----------------------------------------
+# --- Ways through a code: callables for Model.rebuilt ---------------------------------
 @dataclass
 class ThroughPCA:
     mean_C: torch.Tensor
@@ -121,7 +132,8 @@ class ThroughCodec:
     codec: Codec
 
     def __call__(self, weights_L, stats):
-        return self.codec.decode(self.codec.encode(weights_L, stats), stats, stats.numel)
+        return self.codec.decode(self.codec.encode(weights_L, stats), stats,
+                                 stats.numel)
 
 
 class ThroughNoise:
@@ -132,13 +144,15 @@ class ThroughNoise:
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, weights_L, stats):
-        noise_L = torch.randn(stats.numel, generator=self.generator, dtype=torch.float64)
+        noise_L = torch.randn(stats.numel, generator=self.generator,
+                              dtype=torch.float64)
         return weights_L + stats.scale * self.errors[stats.name] ** 0.5 * noise_L
 
 
-# --- Rows -------------------------------------------------------------------------------------
+# --- Rows -----------------------------------------------------------------------------
 def effective(ratio, weights, numbers):
-    """Weights per number that has to be kept, the codec's own included; None without those."""
+    """Weights per number that has to be kept, the codec's own included; None without
+    those."""
     return numbers and weights / (weights / ratio + numbers)
 
 
@@ -157,10 +171,11 @@ class Sheet:
             self.before[model.name] = score(model.tensors(), documents=documents)
 
     def add(self, model, ratio, method, ways, numbers, **facts):
-        """One row: a way per seed. `numbers`: those of the codec itself, None where it has none.
-        Returns the errors of each way."""
+        """One row: a way per seed. `numbers`: those of the codec itself, None where it
+        has none. Returns the errors of each way."""
         found = [model.rebuilt(way) for way in ways]
-        after = stacked([score(tensors, documents=self.documents) for tensors, _, _ in found])
+        after = stacked([score(tensors, documents=self.documents) for tensors, _,
+                         _ in found])
         before = self.before[model.name]
         nmse = [error for _, error, _ in found]
         fitted = sum(m.weights for m in self.family)
@@ -170,8 +185,8 @@ class Sheet:
             "white_noise": max(0.0, 1 - 1 / ratio),
             "effective_ratio": effective(ratio, fitted, numbers),
             "before": summary(before), "test": summary(after),
-            "per_seed": pooled(after).tolist(), "difference": difference(after, before).record(),
-            **facts})
+            "per_seed": pooled(after).tolist(),
+            "difference": difference(after, before).record(), **facts})
         self.bar.update()
         return [errors for _, _, errors in found]
 

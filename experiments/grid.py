@@ -1,17 +1,20 @@
-"""A grid of merged models: one target, one codec; many sources, alignments, lambdas, controls.
+"""A grid of merged models: one target, one codec; many sources, alignments, lambdas,
+controls.
 
 In:    the target's file, sources of any shape, a codec.
-Out:   per cell the scores of the merged model; rows with paired differences and their errors.
-Paper: Algorithm 1, lines 2 to 6, with the calls of merge.py; but a tensor is encoded once per
-       source, aligned once per (source, pairing, alignment) and decoded once per lambda.
-ours:  every cell is held against *zero* (shrinkage towards the mean latent), *noise* and
-       *shuffled* (no content of the source at all). Sinkhorn needs a fourth control, *carried*:
-       Gaussian noise in the place of the source, sent through the same transport. The plan
-       pairs each slot of the target with whatever resembles it, so that what comes out
-       resembles the target, whatever went in; the first three enter after the transport and
-       miss that. Where hidden units are matched by weights (tools/match.py), *carried* is noise
-       in the source's place, and *neighbour* the same match with every layer of the source one
-       off.
+Out:   per cell the scores of the merged model; rows with paired differences and their
+       errors.
+Paper: Algorithm 1, lines 2 to 6, with the calls of merge.py; but a tensor is encoded
+       once per source, aligned once per (source, pairing, alignment) and decoded once
+       per lambda.
+ours:  every cell is held against *zero* (shrinkage towards the mean latent), *noise*
+       and *shuffled* (no content of the source at all). Sinkhorn needs a fourth
+       control, *carried*: Gaussian noise in the place of the source, sent through the
+       same transport. The plan pairs each slot of the target with whatever resembles
+       it, so that what comes out resembles the target, whatever went in; the first
+       three enter after the transport and miss that. Where hidden units are matched by
+       weights (tools/match.py), *carried* is noise in the source's place, and
+       *neighbour* the same match with every layer of the source one off.
 Left out on purpose: which cells are worth measuring. Previous: baselines.py.
 Next:  transfer_tables.py.
 """
@@ -34,10 +37,11 @@ from scores import difference, score, stacked, summary
 from tiny_lm import TinyLM
 
 ANYWHERE = ("zero", "noise", "shuffled")    # controls that hold nothing of any source
-SPLITS = ("validation", "test")     # validation chooses, test reports; no control is chosen
+# validation chooses, test reports; no control is chosen
+SPLITS = ("validation", "test")
 
 
-# --- A relative in the target's order ---------------------------------------------------------
+# --- A relative in the target's order -------------------------------------------------
 def neighbours(layers, numbers):
     """Every layer one off: the source's next one; after its last, the one before.
 
@@ -50,9 +54,9 @@ def neighbours(layers, numbers):
 
 
 def write_in_order(path, target, source, neighbour=False, like=None):
-    """A relative of another shape, in the order of the target's hidden units, as tools/match.py
-    writes it. neighbour: the same order of units, but every layer one off.  like: the model whose
-    match serves (the source's base); the source itself."""
+    """A relative of another shape, in the order of the target's hidden units, as
+    tools/match.py writes it. neighbour: the same order of units, but every layer one
+    off.  like: the model whose match serves (the source's base); the source itself."""
     target = Checkpoint(target)
     matched = match.open_layers(target, Checkpoint(like or source))
     brought = match.open_layers(target, Checkpoint(source))
@@ -67,9 +71,10 @@ def write_in_order(path, target, source, neighbour=False, like=None):
     return path
 
 
-# --- One cell ---------------------------------------------------------------------------------
+# --- One cell -------------------------------------------------------------------------
 class Cell(NamedTuple):
-    """One measured model. `source` is a file's stem; `seed` None where nothing is random."""
+    """One measured model. `source` is a file's stem; `seed` None where nothing is
+    random."""
     source: str = ""
     align: str = ""             # of align.ALIGNERS; "units": matched by weights before
     pairing: str = ""           # of layers: "depth", "index"; "weights": matched before
@@ -79,7 +84,8 @@ class Cell(NamedTuple):
 
     @property
     def curve(self):
-        """All of it but lambda and control. The controls of any source have an empty one."""
+        """All of it but lambda and control. The controls of any source have an empty
+        one."""
         return self.source, self.align, self.pairing
 
 
@@ -97,7 +103,8 @@ class Encoded(Parent):
 
 
 def noise_parent(parent, generator):
-    """A source without content: as many latents as its own, Gaussian with their moments."""
+    """A source without content: as many latents as its own, Gaussian with their
+    moments."""
     z_NZ = control_latents("noise", parent.z_NZ, Moments.of(parent.z_NZ), generator)
     return replace(parent, z_NZ=z_NZ.float())
 
@@ -110,7 +117,8 @@ class Pair(NamedTuple):
 
 
 def encoded_pairs(target, source, codec, by="depth"):
-    """[Pair] of two checkpoints. by: how unequal numbers of layers meet, "depth" or "index"."""
+    """[Pair] of two checkpoints. by: how unequal numbers of layers meet, "depth" or
+    "index"."""
     places = []
     for model in (target, source):
         chosen = filter(is_selected, model.entries.values())
@@ -127,18 +135,19 @@ def encoded_pairs(target, source, codec, by="depth"):
     return pairs
 
 
-# --- The grid ---------------------------------------------------------------------------------
+# --- The grid -------------------------------------------------------------------------
 class Grid:
-    """Merged models of any cell, and their scores. Everything but the encoded tensors stays the
-    target's in every cell, equal shapes or not: what is compared are the latents alone, and a
-    control must not receive the source's embeddings."""
+    """Merged models of any cell, and their scores. Everything but the encoded tensors
+    stays the target's in every cell, equal shapes or not: what is compared are the
+    latents alone, and a control must not receive the source's embeddings."""
 
     def __init__(self, target, codec, documents=None, bar=None):
         self.target = Checkpoint(target)
         self.codec = codec
         self.documents = documents
         self.bar = bar
-        self.tensors = {name: self.target.read_tensor(name) for name in self.target.entries}
+        self.tensors = {name: self.target.read_tensor(name)
+                        for name in self.target.entries}
         self.scores = {}        # (Cell or a name, split) -> scores
         self.seconds = {}       # Cell or a name -> of scoring
 
@@ -147,16 +156,19 @@ class Grid:
         return encoded_pairs(self.target, Checkpoint(source), self.codec, by)
 
     def transported(self, pairs, alignment, seed=0):
-        """[z~ of each pair]: Algorithm 1, lines 3 and 4, or a control; seeds as in merge.py."""
+        """[z~ of each pair]: Algorithm 1, lines 3 and 4, or a control; seeds as in
+        merge.py."""
         found = []
         for pair in pairs:
-            source = as_source(pair.target, pair.source, alignment, (seed, pair.number, 1, 1))
+            key = (seed, pair.number, 1, 1)
+            source = as_source(pair.target, pair.source, alignment, key)
             z_target_JZ = pair.target.z_NZ
             found.append(source.align(z_target_JZ, 0, len(z_target_JZ)))
         return found
 
     def model(self, pairs, transported, lam):
-        """Lines 5 and 6: interpolate, decode, round to the stored type, place into the target."""
+        """Lines 5 and 6: interpolate, decode, round to the stored type, place into the
+        target."""
         tensors = dict(self.tensors)
         own, given = convex_coefficients([lam])
         for pair, z_aligned_JZ in zip(pairs, transported):
@@ -167,7 +179,8 @@ class Grid:
         return TinyLM.from_state_dict(tensors)
 
     def score(self, key, model, splits=SPLITS):
-        """Enter the scores of a model (or of its tensors) on the splits under (key, split)."""
+        """Enter the scores of a model (or of its tensors) on the splits under (key,
+        split)."""
         began = time.perf_counter()
         for split in splits:
             self.scores[key, split] = score(model, split, self.documents)
@@ -176,7 +189,8 @@ class Grid:
             self.bar.update()
 
     def measure_base(self, any_source):
-        """The target as it is, and (any source will do) its round trip, which is lambda = 0."""
+        """The target as it is, and (any source will do) its round trip, which is lambda
+        = 0."""
         self.score("base", self.tensors)
         pairs = self.pairs(any_source)
         own = [pair.target.z_NZ for pair in pairs]
@@ -187,10 +201,12 @@ class Grid:
         transported = self.transported(pairs, alignment, seed)
         splits = ("test",) if cell.control else SPLITS
         for lam in lambdas:
-            self.score(cell._replace(lam=lam), self.model(pairs, transported, lam), splits)
+            self.score(cell._replace(lam=lam), self.model(pairs, transported, lam),
+                       splits)
 
     def measure_source(self, file, name, aligns, pairing, lambdas, control=None):
-        """All cells of one source and pairing. A relative's file is in the target's order."""
+        """All cells of one source and pairing. A relative's file is in the target's
+        order."""
         pairs = self.pairs(file, pairing)
         for align in aligns:
             cell = Cell(name, align, pairing, control=control)
@@ -213,10 +229,12 @@ class Grid:
         for control in ANYWHERE:
             for seed in range(1 if control == "zero" else seeds):
                 cell = Cell(control=control, seed=None if control == "zero" else seed)
-                self.measure_cells(cell, pairs, Alignment(control=control), lambdas, seed)
+                self.measure_cells(cell, pairs, Alignment(control=control), lambdas,
+                                   seed)
 
     def controls(self, cell):
-        """control -> test scores, all seeds, of the controls that this cell has to beat."""
+        """control -> test scores, all seeds, of the controls that this cell has to
+        beat."""
         found = {}
         for key, split in self.scores:
             if isinstance(key, Cell) and key.control and split == "test":
@@ -225,14 +243,15 @@ class Grid:
         return {control: stacked(group) for control, group in found.items()}
 
     def rows(self, facts):
-        """A row per measured model: what names it, its scores, its differences to the target and
-        to its controls, and the facts."""
+        """A row per measured model: what names it, its scores, its differences to the
+        target and to its controls, and the facts."""
         rows = []
         base = self.scores["base", "test"]
         for key, seconds in self.seconds.items():
             cell = key if isinstance(key, Cell) else Cell()
             held = {"base": base}
-            # The plain average mixes more than the latents do: controls do not apply to it.
+            # The plain average mixes more than the latents do: controls do not apply to
+            # it.
             if isinstance(key, Cell) and not cell.control and cell.align != "weights":
                 held |= self.controls(cell)
             row = {"row": key} | cell._asdict()
@@ -243,7 +262,8 @@ class Grid:
                     row[split] = summary(self.scores[key, split])
             row["difference"] = {}
             for name, other in held.items():
-                row["difference"][name] = difference(self.scores[key, "test"], other).record()
+                row["difference"][name] = difference(self.scores[key, "test"],
+                                                     other).record()
             row["seconds"] = round(seconds, 2)
             row["documents"] = base[DOMAINS[0]].shape[1]
             rows.append(row | facts)

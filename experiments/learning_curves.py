@@ -1,31 +1,34 @@
-"""How well does a VAE reconstruct while it is still being trained? A curve per recipe and seed.
+"""How well does a VAE reconstruct while it is still being trained? A curve per recipe
+and seed.
 
     python experiments/learning_curves.py [--seeds 3] [--paper] \\
         [--record experiments/results/curves.jsonl]
 
 In:    the experts code and prose: one VAE of both, from a random start.
-Out:   per recipe and seed the checks of its training: stage, step, seconds, NMSE of the mean code
-       on held-out windows, KL per latent number (null in stage 1, which has none). Seconds count
-       from the start of their stage, checks included. The last point is where the training ended,
-       not the best state, which is what train.py keeps.
+Out:   per recipe and seed the checks of its training: stage, step, seconds, NMSE of the
+       mean code on held-out windows, KL per latent number (null in stage 1, which has
+       none). Seconds count from the start of their stage, checks included. The last
+       point is where the training ended, not the best state, which is what train.py
+       keeps.
 
        two stages                  train.py, as it comes
-       one stage, beta 1           the KL counts from the first step, for as many steps, at the
-                                   rate of the other's first stage
-       two stages, beta 1          the same weight of the KL, after a first stage without it
-       the same at beta 0.1        where Eq. 1 has its optimum far from the collapse: for white
-                                   weights and r = 1 the mean code's NMSE is then beta^2
-       the release's recipe        bench_functions.train_release: one stage of the same length
-       the paper's configuration   its network and its rate (--paper, one seed), for as many steps
-                                   as one core does in four minutes: what it reaches in that time
+       one stage, beta 1           the KL counts from the first step, for as many
+                                   steps, at the rate of the other's first stage
+       two stages, beta 1          the same beta, after a first stage without it
+       the same at beta 0.1        where Eq. 1 has its optimum far from the collapse:
+                                   for white weights and r = 1 the mean code's NMSE is
+                                   then beta^2
+       the release's recipe        bench_functions.train_release: one stage as long
+       the paper's configuration   its network and its rate (--paper, one seed), for as
+                                   many steps as one core does in four minutes
 
 Paper: abstract and Sec. 3.2: two stages, and the collapse without them.
-ours:  the curves. With beta 1, Eq. 1 itself asks for a nearly empty code, whatever the start: the
-       best linear VAE at r = 1 leaves an error of 1 / l in a principal direction of variance
-       l > 1, and all of the variance of the others. (Lucas et al. 2019, "Don't blame the ELBO!")
+ours:  the curves. With beta 1, Eq. 1 itself asks for a nearly empty code, whatever the
+       start: the best linear VAE at r = 1 leaves an error of 1 / l in a principal
+       direction of variance l > 1, and all of the variance of the others. (Lucas et al.
+       2019, "Don't blame the ELBO!")
 Previous: round_trips.py. Next: pictures.py.
 """
-import argparse
 import shlex
 import sys
 from dataclasses import asdict, replace
@@ -36,7 +39,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE / "tools")]
 from bench_functions import train_release
 from codec_tables import FAMILY, Model
-from records import keep, machine
+from records import command_line, keep, machine
 from train import LEARNING_RATES, STAGE2_RATE, Schedule, train_vae
 from vae import VAEConfig
 
@@ -54,7 +57,8 @@ class Recipe(NamedTuple):
 ONE_STAGE = Schedule(steps1=0, steps2=STEPS, lr=LEARNING_RATES["random"] / STAGE2_RATE)
 # What train_release does, in the words of a Schedule: it has these numbers written out.
 RELEASE = Schedule(steps1=0, steps2=STEPS, lr=1e-4)
-LARGE = Schedule(steps1=120, steps2=60, lr=1e-4, batch=16)      # four minutes of one core
+# four minutes of one core
+LARGE = Schedule(steps1=120, steps2=60, lr=1e-4, batch=16)
 RECIPES = {
     "two stages": Recipe(VAEConfig(), Schedule()),
     "one stage, beta 1": Recipe(VAEConfig(beta=1.0), ONE_STAGE),
@@ -83,16 +87,20 @@ def measure_recipe(name, recipe, models, seed, command=""):
     points = []
 
     def log(figures):
-        if figures["stage"] == 2 or schedule.steps1 > 0:    # a stage of no steps has no curve
+        # a stage of no steps has no curve
+        if figures["stage"] == 2 or schedule.steps1 > 0:
             points.append(point(figures))
     recipe.train([model.parent for model in models], recipe.config, schedule, log)
-    return {"name": name, "model": " + ".join(model.name for model in models), "seed": seed,
-            "points": points, "config": asdict(recipe.config), "schedule": asdict(schedule),
+    return {"name": name, "model": " + ".join(model.name for model in models),
+            "seed": seed,
+            "points": points, "config": asdict(recipe.config),
+            "schedule": asdict(schedule),
             **machine(), "command": command}
 
 
 def trainings(seeds, paper, names):
-    """[(name, recipe, seed)]: recipes in turns, seed by seed, so that load hits all alike."""
+    """[(name, recipe, seed)]: recipes in turns, seed by seed, so that load hits all
+    alike."""
     runs = []
     for seed in range(seeds):
         runs += [(name, RECIPES[name], seed) for name in names]
@@ -102,10 +110,10 @@ def trainings(seeds, paper, names):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--recipe", action="append", choices=RECIPES, help="may be given again")
+    parser.add_argument("--recipe", action="append", choices=RECIPES,
+                        help="may be given again")
     parser.add_argument("--paper", action="store_true",
                         help="the paper's configuration as well, with one seed")
     parser.add_argument("--record", type=Path, help="file of the rows")
@@ -115,7 +123,8 @@ def main():
     for name, recipe, seed in trainings(args.seeds, args.paper, args.recipe or RECIPES):
         row = measure_recipe(name, recipe, models, seed, command)
         last = row["points"][-1]
-        print(f"{name:<26} seed {seed}   NMSE {last['nmse']:.1e}   KL {last['kl']:7.4f}   "
+        print(f"{name:<26} seed {seed}   NMSE {last['nmse']:.1e}   "
+              f"KL {last['kl']:7.4f}   "
               f"{last['seconds']:4.0f} s of its last stage", flush=True)
         if args.record:
             keep(args.record, [row])

@@ -1,16 +1,17 @@
-"""Tables 2, 3, 4 and 6 in miniature: self-merging, LoRA experts, two experts, what is merged.
+"""Tables 2, 3, 4 and 6 in miniature: self-merging, LoRA experts, two experts, what is
+merged.
 
     python experiments/paper_tables.py --table 2 --table 4 --table 6 --table 3 [--quick]
 
 In:    the models and adapters of make_models.py, as float32 copies: halfway between two
-       bfloat16 numbers lies no third one, and which way such ties round moves a merge at
-       lambda = 0.5 by far more than an exact codec does.
-Out:   rows. Each model is made by merge.py itself (or by baselines.py), scored once on test
-       text, and held against other rows by paired differences. Whatever is chosen (lambda,
-       density, p, who is in a greedy soup) is chosen on validation text.
+       bfloat16 numbers lies no third one, and which way such ties round moves a merge
+       at lambda = 0.5 by far more than an exact codec does.
+Out:   rows. Each model is made by merge.py itself (or by baselines.py), scored once on
+       test text, and held against other rows by paired differences. Whatever is chosen
+       (lambda, density, p, who is in a greedy soup) is chosen on validation text.
 Paper: Sec. 4, Tables 2, 3, 4, 6. differs: bits per byte instead of benchmarks.
-ours:  "beats", "ties" or "loses" (scores.verdict). With so many comparisons one in twenty would
-       stand out by chance.
+ours:  "beats", "ties" or "loses" (scores.verdict). With so many comparisons one in
+       twenty would stand out by chance.
 Left out on purpose: AIM (needs activations). Previous: transfer_tables.py.
 Next:  codec_tables.py.
 """
@@ -20,9 +21,9 @@ import io
 import json
 import math
 import shutil
+import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,37 +32,44 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE / "tools")]
+
 import lora
 import merge
 import train
 from baselines import dare, dare_ties, noise_average, soup, ties
-from chunking import Checkpoint, is_selected, measure
+from chunking import Checkpoint, cast, is_selected, measure
 from evaluate import DOMAINS
 from greedy_soup import greedy_soup
-from lsmerge import Codec, Parent, ls_merge
+from lsmerge import Codec
 from records import machine
 from scores import QUICK, difference, pooled, score, stacked, summary, verdict
+from vae import generator_for
 
-# Codecs. The first is exact and linear (r = 1), so that merging latents is merging weights. The
-# second is the same, with a posterior ten times as wide (sigma near 0.1). The third has a code of
-# half the size (the paper's r in Table 2): the principal directions, then trained.
+# Codecs. The first is exact and linear (r = 1), so that merging latents is merging
+# weights. The second is the same, with a posterior ten times as wide (sigma near 0.1).
+# The third has a code of half the size (the paper's r in Table 2): the principal
+# directions, then trained.
 EXACT = ("--init", "pca", "--blocks", 0, "--steps1", 0, "--steps2", 0)
 CODECS = {"r 1": EXACT, "r 1, beta 0.01": (*EXACT, "--beta", 0.01),
           "r 2": ("--init", "pca", "--steps1", 0, "--ratio", 2)}
-DRAWS = {"r 1": (1, 8, 32), "r 1, beta 0.01": (1, 8, 32), "r 2": (8,)}      # K of a self-merge
+# K of a self-merge
+DRAWS = {"r 1": (1, 8, 32), "r 1, beta 0.01": (1, 8, 32), "r 2": (8,)}
 PAIRS = (("code", "arithmetic"), ("code", "prose"))
 TASK_LAMBDAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 DENSITIES = (0.2, 0.5)          # of TIES
 DROPS = (0.5, 0.9)              # p of DARE
 SCALES = (0.2, 0.4, 1.0)        # lambda of both
-PARTS = {"MLP": "mlp", "attention": "self_attn", "both": "mlp|self_attn"}       # of Table 6
+# of Table 6
+PARTS = {"MLP": "mlp", "attention": "self_attn", "both": "mlp|self_attn"}
 ACROSS_LAM = 0.1                # the paper's lambda across shapes
 RANK = 8                        # of the adapters of make_models.py
 BASE = {"base": "base"}
 KEPT = ("kind", "ratio", "lambda", "operator", "space", "align", "control", "distance")
 
 
-# --- Rows and how they are made ---------------------------------------------------------------
+# --- Rows and how they are made -------------------------------------------------------
 class Row(NamedTuple):
     """One line of a table. Scores: domain -> (S, documents) bits per byte; S seeds."""
     name: str
@@ -95,7 +103,8 @@ class Sheet:
         self.digests = {}       # of the models
 
     def file(self, name):
-        """A model's float32 copy; of an adapter, its base with the adapter folded in."""
+        """A model's float32 copy; of an adapter, its base with the adapter folded
+        in."""
         copy = self.scratch / f"{name}.safetensors"
         if copy.exists():
             return copy
@@ -117,13 +126,14 @@ class Sheet:
         files = [self.file(name) for name in names]
         for codec in codecs:
             path = self.scratch / f"vae {codec}.safetensors"
-            run(train.main, *files, "-o", path, *CODECS[codec], *self.training, "--quiet")
+            run(train.main, *files, "-o", path, *CODECS[codec], *self.training,
+                "--quiet")
             self.codecs[codec] = path
             self.stages[codec] = Codec.load(path).record["stages"][-1]
 
     def merged(self, *arguments, codec=None, seeds=1):
-        """([tensors of each seed], the first report) of merge.py through a codec, whatever it
-        loses; in weight space without one."""
+        """([tensors of each seed], the first report) of merge.py through a codec,
+        whatever it loses; in weight space without one."""
         through = ("--space", "weight")
         if codec:
             through = ("--vae", self.codecs[codec], "--max-nmse", 2)
@@ -132,7 +142,8 @@ class Sheet:
         out = self.scratch / "out.safetensors"
         report = self.scratch / "report.json"
         for seed in range(seeds):
-            run(merge.main, *arguments, *through, "--seed", seed, "-o", out, "--report", report,
+            run(merge.main, *arguments, *through, "--seed", seed, "-o", out, "--report",
+                report,
                 "--force", "--quiet")
             models.append(load_file(out))
             reports.append(json.loads(report.read_text()))
@@ -156,7 +167,8 @@ class Sheet:
         return stacked(found)
 
     def quality(self, models):
-        """One number to choose by, higher is better: minus the bits on validation text."""
+        """One number to choose by, higher is better: minus the bits on validation
+        text."""
         return -float(pooled(self.scores(models, "validation")).mean())
 
     def choose(self, candidates):
@@ -173,19 +185,22 @@ class Sheet:
         self.rows[name] = self.rows[row]._replace(name=name, settings=settings)
 
 
-# --- Table 2: self-merging --------------------------------------------------------------------
+# --- Table 2: self-merging ------------------------------------------------------------
 def noise_sizes(center, draws):
-    """{name: |W_draw - W_center| / |W_center|, root mean square over draws} of what differs."""
+    """{name: |W_draw - W_center| / |W_center|, root mean square over draws} of what
+    differs."""
     sizes = {}
     for name, w in center.items():
         if not torch.equal(w, draws[0][name]):
-            moved = [(draw[name] - w).double().norm() / w.double().norm() for draw in draws]
+            moved = [(draw[name] - w).double().norm() / w.double().norm()
+                     for draw in draws]
             sizes[name] = math.sqrt(np.mean([size.item() ** 2 for size in moved]))
     return sizes
 
 
 def noisy_copies(center, sizes, K, seed):
-    """The control: the mean of K copies of a model, each with white noise of these sizes."""
+    """The control: the mean of K copies of a model, each with white noise of these
+    sizes."""
     generator = torch.Generator().manual_seed(seed)
     noisy = dict(center)
     for name, size in sizes.items():
@@ -194,21 +209,20 @@ def noisy_copies(center, sizes, K, seed):
 
 
 def prior_draws(path, vae, K, seed):
-    """The decoded mean of K draws from N(0, I) (paper: Sec. 3.3); a tensor's mean and scale, and
-    whatever is not encoded, are the model's."""
+    """The decoded mean of K draws from N(0, I) (paper: Sec. 3.3); a tensor's mean and
+    scale, and whatever is not encoded, are the model's."""
     file = Checkpoint(path)
-    network = Codec.load(vae).vae
-    for head in (network.to_mu, network.to_logvar):     # q(z | w) is then N(0, I)
-        for parameter in head.parameters():
-            torch.nn.init.zeros_(parameter)
-    codec = Codec(network)
+    codec = Codec.load(vae)
     tensors = load_file(path)
-    for number, (name, entry) in enumerate(file.entries.items()):
+    for number, entry in enumerate(file.entries.values()):
         if is_selected(entry):
-            parent = Parent(partial(file.read, name), measure(file, name), codec, K,
-                            (seed, number))
-            pieces = [piece for _, piece in ls_merge(parent, [], [1.0])]
-            tensors[name] = torch.cat(pieces).reshape(entry.shape)
+            stats = measure(file, entry.name)
+            generator = generator_for(seed, number)
+            z_NZ = torch.zeros(stats.n_chunks(codec.C), codec.Z)
+            for _ in range(K):
+                z_NZ += torch.randn(z_NZ.shape, generator=generator) / K
+            decoded_L = codec.decode(z_NZ, stats, stats.numel)
+            tensors[entry.name] = cast(decoded_L, stats).reshape(stats.shape)
     return tensors
 
 
@@ -227,9 +241,9 @@ def table2(sheet):
 
 
 def self_merges(sheet, name, codec):
-    """Through one codec: the round trip; for each K the mean of K draws, and K copies with noise
-    of the same size. The noise lies around the round trip, so that the two differ in nothing but
-    where it was added: to codes or to weights."""
+    """Through one codec: the round trip; for each K the mean of K draws, and K copies
+    with noise of the same size. The noise lies around the round trip, so that the two
+    differ in nothing but where it was added: to codes or to weights."""
     path = sheet.file(name)
     alone = f"{name}: round trip [{codec}]"
     (trip,), report = sheet.merged(path, "--roundtrip", codec=codec)
@@ -237,7 +251,8 @@ def self_merges(sheet, name, codec):
     ones, _ = sheet.merged(path, "--samples", 1, codec=codec, seeds=sheet.seeds)
     sizes = noise_sizes(trip, ones)
     for K in DRAWS[codec]:
-        draws, report = sheet.merged(path, "--samples", K, codec=codec, seeds=sheet.seeds)
+        draws, report = sheet.merged(path, "--samples", K, codec=codec,
+                                     seeds=sheet.seeds)
         noise = f"{name}: noise, K {K} [{codec}]"
         copies = [noisy_copies(trip, sizes, K, seed) for seed in range(sheet.seeds)]
         sheet.add(noise, "control", copies, {"base": name}, relative=sizes)
@@ -245,7 +260,7 @@ def self_merges(sheet, name, codec):
                   {"base": name, "round trip": alone, "noise": noise}, report)
 
 
-# --- Table 4: two experts of one base; and what Table 3 shares with it ------------------------
+# --- Table 4: two experts of one base; and what Table 3 shares with it ----------------
 def seeded(method, seeds, *arguments):
     """A random method's models, one per seed."""
     return [method(*arguments, generator=torch.Generator().manual_seed(seed))
@@ -257,15 +272,18 @@ def sparse_candidates(sheet, base, models, method):
     for lam in SCALES:
         if method == "TIES":
             for density in DENSITIES:
-                yield {"density": density, "lambda": lam}, [ties(base, models, density, lam)]
+                merged = [ties(base, models, density, lam)]
+                yield {"density": density, "lambda": lam}, merged
         else:
             drawn = {"DARE": dare, "DARE-TIES": dare_ties}[method]
             for p in DROPS:
-                yield {"p": p, "lambda": lam}, seeded(drawn, sheet.seeds, base, models, p, lam)
+                yield {"p": p, "lambda": lam}, seeded(drawn, sheet.seeds, base, models,
+                                                      p, lam)
 
 
 def sparse_rows(sheet, tag, models, methods=("TIES", "DARE", "DARE-TIES")):
-    """The weight-space methods that drop entries, their settings chosen on validation text."""
+    """The weight-space methods that drop entries, their settings chosen on validation
+    text."""
     base = sheet.tensors("base")
     for method in methods:
         settings, chosen = sheet.choose(sparse_candidates(sheet, base, models, method))
@@ -278,7 +296,8 @@ def twin_rows(sheet, tag, codecs, *arguments, **settings):
     sheet.add(weights, "weight", sheet.merged(*arguments)[0], **settings)
     for codec in codecs:
         models, report = sheet.merged(*arguments, codec=codec)
-        sheet.add(f"{tag}, latents [{codec}]", "latent", models, BASE | {"weights": weights},
+        sheet.add(f"{tag}, latents [{codec}]", "latent", models,
+                  BASE | {"weights": weights},
                   report, **settings)
 
 
@@ -291,7 +310,8 @@ def table4(sheet):
     for name in names:
         for codec in CODECS:
             trip, report = sheet.merged(sheet.file(name), "--roundtrip", codec=codec)
-            sheet.add(f"{name}: round trip [{codec}]", "codec", trip, {"parent": name}, report)
+            sheet.add(f"{name}: round trip [{codec}]", "codec", trip, {"parent": name},
+                      report)
     for pair in PAIRS:
         pair_rows(sheet, pair, list(CODECS))
 
@@ -304,7 +324,8 @@ def pair_rows(sheet, pair, codecs):
     sheet.add_again(best, f"{tag}: best expert", best=best)
     twin_rows(sheet, f"{tag}: lerp 0.5", codecs, *files)
     twin_rows(sheet, f"{tag}: slerp 0.5", codecs[:1], *files, "--operator", "slerp")
-    # From the base towards both experts; lambda is chosen in weight space, the codec takes it.
+    # From the base towards both experts; lambda is chosen in weight space, the codec
+    # takes it.
     base = sheet.file("base")
     task = (base, *files, "--operator", "task-arithmetic", "--base", base, "--lam")
     lam, _ = sheet.choose((lam, sheet.merged(*task, lam)[0]) for lam in TASK_LAMBDAS)
@@ -312,9 +333,10 @@ def pair_rows(sheet, pair, codecs):
     sparse_rows(sheet, tag, experts)
 
 
-# --- Table 6: what is merged ------------------------------------------------------------------
+# --- Table 6: what is merged ----------------------------------------------------------
 def table6(sheet):
-    """Each part alone: across shapes against null controls, two experts against weight space."""
+    """Each part alone: across shapes against null controls, two experts against weight
+    space."""
     codec = next(iter(CODECS))
     sheet.train(("base", "large", "code", "prose"), [codec])
     for name in ("base", "code"):
@@ -332,7 +354,8 @@ def across_rows(sheet, part, codec):
              PARTS[part])
     for control in ("zero", "noise", "shuffled"):
         seeds = 1 if control == "zero" else sheet.seeds
-        models, report = sheet.merged(*flags, "--control", control, codec=codec, seeds=seeds)
+        models, report = sheet.merged(*flags, "--control", control, codec=codec,
+                                      seeds=seeds)
         against[control] = f"{tag}: {control}"
         sheet.add(against[control], "control", models, report=report)
     models, report = sheet.merged(*flags, "--align", "gaussian", codec=codec)
@@ -340,7 +363,8 @@ def across_rows(sheet, part, codec):
 
 
 def midpoint_rows(sheet, part, codec):
-    """code + prose at lambda = 0.5, all else code's, in weight space and through the codec."""
+    """code + prose at lambda = 0.5, all else code's, in weight space and through the
+    codec."""
     tag = f"code + prose, {part}"
     flags = (sheet.file("code"), sheet.file("prose"), "--select", PARTS[part])
     against = {"code": "code"}
@@ -349,10 +373,10 @@ def midpoint_rows(sheet, part, codec):
     sheet.add(tag, "latent", models, against | {"weights": f"{tag}: weights"}, report)
 
 
-# --- Table 3: ten LoRA experts ----------------------------------------------------------------
+# --- Table 3: ten LoRA experts --------------------------------------------------------
 def adapter_rows(sheet, names, codec):
-    """What one adapter of rank 8 holds of the ten: their factors averaged, or their soup as whole
-    models cut to factors again."""
+    """What one adapter of rank 8 holds of the ten: their factors averaged, or their
+    soup as whole models cut to factors again."""
     folders = [sheet.models / "lora" / name for name in names]
     against = BASE | {"whole models": "soup, weights"}
     mean = sheet.scratch / "mean"
@@ -366,12 +390,14 @@ def adapter_rows(sheet, names, codec):
     sheet.add("soup of adapters, weights", "weight", [sheet.cut(whole)], against)
     (whole,), report = sheet.merged(*files, "--operator", "soup", codec=codec)
     against = against | {"weights": "soup of adapters, weights"}
-    sheet.add(f"soup of adapters, latents [{codec}]", "latent", [sheet.cut(whole)], against,
+    sheet.add(f"soup of adapters, latents [{codec}]", "latent", [sheet.cut(whole)],
+              against,
               report)
 
 
 def table3(sheet):
-    """The experts as whole models: alone, the best two, soups, sparse methods; and as adapters."""
+    """The experts as whole models: alone, the best two, soups, sparse methods; and as
+    adapters."""
     codec = next(iter(CODECS))
     names = sorted(folder.name for folder in (sheet.models / "lora").iterdir())
     experts = [sheet.tensors(name) for name in names]
@@ -386,7 +412,8 @@ def table3(sheet):
     two = (files[best], files[second])
     kept = [names[best], names[second]]
     twin_rows(sheet, "lerp of the best two", [codec], *two, kept=kept)
-    twin_rows(sheet, "slerp of the best two", [codec], *two, "--operator", "slerp", kept=kept)
+    twin_rows(sheet, "slerp of the best two", [codec], *two, "--operator", "slerp",
+              kept=kept)
     twin_rows(sheet, "soup", [codec], *files, "--operator", "soup")
     greedy_rows(sheet, names, experts, files, codec)
     sparse_rows(sheet, "ten experts", experts, ("TIES", "DARE-TIES"))
@@ -401,7 +428,8 @@ def latent_soup(sheet, files, codec):
 
 
 def greedy_rows(sheet, names, experts, files, codec):
-    """Greedy soups, chosen by validation text of all three domains, in weights and latents."""
+    """Greedy soups, chosen by validation text of all three domains, in weights and
+    latents."""
     def weights(kept):
         return [soup([experts[i] for i in kept])]
 
@@ -409,20 +437,22 @@ def greedy_rows(sheet, names, experts, files, codec):
         return latent_soup(sheet, [files[i] for i in kept], codec)
 
     kept = greedy_soup(len(names), lambda kept: sheet.quality(weights(kept)))
-    sheet.add("greedy soup, weights", "weight", weights(kept), kept=[names[i] for i in kept])
+    sheet.add("greedy soup, weights", "weight", weights(kept),
+              kept=[names[i] for i in kept])
     kept = greedy_soup(len(names), lambda kept: sheet.quality(latents(kept)[0]))
     models, report = latents(kept)
     sheet.add(f"greedy soup, latents [{codec}]", "latent", models,
-              BASE | {"weights": "greedy soup, weights"}, report, kept=[names[i] for i in kept])
+              BASE | {"weights": "greedy soup, weights"}, report,
+              kept=[names[i] for i in kept])
 
 
-# --- Rows of the file -------------------------------------------------------------------------
+# --- Rows of the file -----------------------------------------------------------------
 TABLES = {"2": table2, "3": table3, "4": table4, "6": table6}
 
 
 def record(sheet, row):
-    """The row as a JSON line: its numbers, and its differences to the rows that it is held
-    against."""
+    """The row as a JSON line: its numbers, and its differences to the rows that it is
+    held against."""
     differences = {}
     for label, name in row.against.items():
         found = difference(row.scores, sheet.rows[name].scores)

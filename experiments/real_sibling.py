@@ -1,20 +1,22 @@
-"""Does a pruned model gain from an expert of its larger relative? A real Llama, by hand.
+"""Does a pruned model gain from an expert of its larger relative? A real Llama, by
+hand.
 
     python experiments/real_sibling.py FOLDER --work /tmp/sibling \\
-        --record experiments/results/sibling.jsonl                 # needs: pip install transformers
+        --record experiments/results/sibling.jsonl      # needs transformers
 
-In:    a folder with a Llama-type model, its configuration and tokenizer: the base. The text is that
-       of evaluate.py, in the model's own tokens: training, and test for what is reported.
-Out:   in --work: the expert (the base, trained on sums), the target (the base with fewer layers and
-       MLP units, in another order, then healed), both as tools/match.py writes them in the target's
-       order, and merge.py's results. A step whose output lies there is skipped. Per merge and
-       control: the loss (nats per token) minus the target's, its standard error over texts.
+In:    a folder with a Llama-type model, its configuration and tokenizer: the base. The
+       text is that of evaluate.py, in the model's own tokens: training, and test for
+       what is reported.
+Out:   in --work: the expert (the base, trained on sums), the target (the base with
+       fewer layers and MLP units, in another order, then healed), both as
+       tools/match.py writes them in the target's order, and merge.py's results. A step
+       whose output lies there is skipped. For each merge and control the loss (nats
+       per token) minus the target's, and its standard error over texts.
        Controls: zero (the target through the codec), and those of relatives.py.
-Paper: Table 5, an expert of one architecture merged into another. ours: the target descends from
-       the expert's base, so that its hidden units have known partners.
+Paper: Table 5, an expert of one architecture merged into another. ours: the target
+       descends from the expert's base, so that its hidden units have known partners.
 Previous: relatives.py. Next: real_model.py.
 """
-import argparse
 import json
 import os
 import shlex
@@ -34,11 +36,12 @@ import sections
 from chunking import Checkpoint, StateDict, create, parse_name
 from evaluate import DOCUMENTS, DOMAINS, held_out, mean_and_error
 from make_models import blocks, cut
-from records import Results, keep, machine
+from records import Results, command_line, keep, machine
 from relatives import LAM, neighbour, noise, shuffled
 
 WINDOW = 104        # tokens: a document of eight sums
-TRAIN_BYTES = 1_000_000     # of a domain's training text: more than any recipe here reads
+# of a domain's training text: more than any recipe here reads
+TRAIN_BYTES = 1_000_000
 DROPPED = 2         # layers
 KEPT = 1408 / 1536  # MLP units
 
@@ -58,7 +61,7 @@ EXPERT = Recipe(mixture=(0.1, 0.1, 0.8), steps=200, rate=3e-5)
 HEAL = Recipe(mixture=(0.5, 0.5, 0), steps=100, rate=1e-4, batch=4, seed=1)
 
 
-# --- Pruned and permuted ----------------------------------------------------------------------
+# --- Pruned and permuted --------------------------------------------------------------
 def layer_count(tensors):
     return 1 + max(parse_name(name).layer for name in tensors if ".layers." in name)
 
@@ -71,10 +74,11 @@ def kept_layers(number, dropped, seed):
 
 
 def random_order(tensors, kept, units, size, seed):
-    """(stream, layers) for `cut`: these layers, so many of their units, all in random order.
-    Heads stay with the group whose keys and values they read.
-    ours:     units go at random. Without the 128 of smallest norm per layer, prose cost 9.4 nats
-              per token rather than 3.7, without 128 random ones 4.6 (three validation texts)"""
+    """(stream, layers) for `cut`: these layers, so many of their units, all in random
+    order. Heads stay with the group whose keys and values they read.
+    ours:     units go at random. Without the 128 of smallest norm per layer, prose cost
+              9.4 nats per token rather than 3.7, without 128 random ones 4.6 (three
+              validation texts)"""
     draw = torch.Generator().manual_seed(seed)
     layers = []
     for layer in kept:
@@ -86,13 +90,14 @@ def random_order(tensors, kept, units, size, seed):
         inner = torch.stack([torch.randperm(shared, generator=draw) for _ in groups])
         heads = (groups[:, None] * shared + inner).flatten()
         of_all = len(tensors[f"{prefix}mlp.up_proj.weight"])
-        layers.append((layer, {"heads": blocks(heads, size), "groups": blocks(groups, size),
-                               "units": torch.randperm(of_all, generator=draw)[:units]}))
+        rows = {"heads": blocks(heads, size), "groups": blocks(groups, size),
+                "units": torch.randperm(of_all, generator=draw)[:units]}
+        layers.append((layer, rows))
     stream = torch.randperm(len(tensors["model.norm.weight"]), generator=draw)
     return stream, layers
 
 
-# --- Text, training, losses -------------------------------------------------------------------
+# --- Text, training, losses -----------------------------------------------------------
 def load_lm(folder):
     from transformers import AutoModelForCausalLM
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -128,10 +133,12 @@ def windows(tokens, recipe, draw):
 
 
 def train(lm, tokens, recipe):
-    """Train all weights in place; returns the loss of every step. Products are in bfloat16."""
+    """Train all weights in place; returns the loss of every step. Products are in
+    bfloat16."""
     draw = np.random.default_rng(recipe.seed)
     losses = []
-    optimizer = torch.optim.AdamW(lm.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(lm.parameters(), betas=(0.9, 0.95), weight_decay=0,
+                                  fused=True)
     for step in range(recipe.steps):
         warm = min(1, (step + 1) / recipe.warmup)
         cosine = (1 + np.cos(np.pi * step / recipe.steps)) / 2
@@ -154,8 +161,10 @@ def judged_tokens(folder, split, documents):
     tokenizer = tokenizer_of(folder)
     found = {}
     for domain in DOMAINS:
-        texts = [text.decode(errors="replace") for text in held_out(domain, split)[:documents]]
-        found[domain] = [tokenizer(text, return_tensors="pt").input_ids for text in texts]
+        texts = [text.decode(errors="replace")
+                 for text in held_out(domain, split)[:documents]]
+        found[domain] = [tokenizer(text,
+                                   return_tensors="pt").input_ids for text in texts]
     return found
 
 
@@ -175,9 +184,10 @@ def paired(ours, other):
     return found
 
 
-# --- The steps --------------------------------------------------------------------------------
+# --- The steps ------------------------------------------------------------------------
 def write_model(folder, tensors, parent, **changes):
-    """A folder in the Hugging Face layout: the parent's configuration, changed, and tokenizer."""
+    """A folder in the Hugging Face layout: the parent's configuration, changed, and
+    tokenizer."""
     entries = StateDict(tensors).entries.values()
     with create(folder, entries, folder=True) as output:
         beside = Path(output.path).parent
@@ -195,11 +205,13 @@ def read_model(folder):
 
 
 def trained(folder, start, base, recipe, notes):
-    """Train what lies in `start` and write it to `folder`, with a note of how it went."""
+    """Train what lies in `start` and write it to `folder`, with a note of how it
+    went."""
     lm = load_lm(start)
     began = time.perf_counter()
     curve = train(lm, training_tokens(base, recipe.mixture), recipe)
-    tensors = {name: lm.get_parameter(name).detach() for name in Checkpoint(start).entries}
+    tensors = {name: lm.get_parameter(name).detach()
+               for name in Checkpoint(start).entries}
     note = {**asdict(recipe), "seconds": time.perf_counter() - began,
             "threads": torch.get_num_threads(),
             "first": float(np.mean(curve[:10])), "last": float(np.mean(curve[-10:]))}
@@ -211,7 +223,8 @@ def cut_model(base, folder, seed):
     """The base with fewer layers and units, in another order."""
     tensors = read_model(base)
     config = json.loads(Path(base, "config.json").read_text())
-    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    size = config["hidden_size"] // config["num_attention_heads"]
+    size = config.get("head_dim") or size
     kept = kept_layers(layer_count(tensors), DROPPED, seed)
     units = round(config["intermediate_size"] * KEPT)
     stream, layers = random_order(tensors, kept, units, size, seed)
@@ -236,10 +249,12 @@ def make_models(base, work, seed):
     if not (work / "target").exists():
         print("healing the target", flush=True)
         trained(work / "target", work / "cut", base, HEAL, work / "target.json")
-    if not (work / "base").exists():        # match.py calls its results by the sources' names
+    # match.py calls its results by the sources' names
+    if not (work / "base").exists():
         (work / "base").symlink_to(base.resolve())
     if not (work / "matched").exists():
-        command(HERE / "tools" / "match.py", work / "target", work / "base", work / "expert",
+        command(HERE / "tools" / "match.py", work / "target", work / "base",
+                work / "expert",
                 "-o", work / "matched", "--report", work / "matched.json")
 
 
@@ -251,13 +266,15 @@ def merged(work, name, options):
         matched = work / "matched"
         words = [word.replace("BASE", str(matched / "base.safetensors"))
                  for word in shlex.split(options)]
-        command(HERE.parent / "merge.py", work / "target", matched / "expert.safetensors",
+        command(HERE.parent / "merge.py", work / "target",
+                matched / "expert.safetensors",
                 *words, "-o", out)
     return out, f"python merge.py TARGET EXPERT {options} -o OUT"
 
 
 class Judge:
-    """Losses of models and of changed targets; each is kept in a file, and judged once."""
+    """Losses of models and of changed targets; each is kept in a file, and judged
+    once."""
 
     def __init__(self, base, work, split, documents):
         self.tokens = judged_tokens(base, split, documents)
@@ -292,21 +309,24 @@ class Judge:
         return self.keep(name, self.lm)
 
 
-# --- The table --------------------------------------------------------------------------------
+# --- The table ------------------------------------------------------------------------
 TASK = "--base BASE --operator task-arithmetic"
 # What merge.py makes: row, lambda, options.
-MERGES = [("difference, matched", lam, f"{TASK} --lam {lam}") for lam in (0.3, LAM, 1.0)]
+MERGES = [("difference, matched", lam, f"{TASK} --lam {lam}")
+          for lam in (0.3, LAM, 1.0)]
 MERGES += [("zero", 0.0, f"{TASK} --lam 0"), ("lerp", 0.1, "--lam 0.1")]
 COMMAND = "python experiments/real_sibling.py FOLDER --work WORK --seed {}"
 
 
 def table(base, work, judge, seed):
-    """Yields the rows: the two parents whole, the merges, the controls of the difference that the
-    merge at LAM made."""
+    """Yields the rows: the two parents whole, the merges, the controls of the
+    difference that the merge at LAM made."""
     target = judge.folder("target", work / "target")
-    notes = {name: json.loads((work / f"{name}.json").read_text()) for name in ("expert", "target")}
+    notes = {name: json.loads((work / f"{name}.json").read_text())
+             for name in ("expert", "target")}
     kin = json.loads((work / "matched.json").read_text())["kinship"][0]
-    common = {"model": base.resolve().name, "seed": seed, "training": notes, "kinship": kin,
+    common = {"model": base.resolve().name, "seed": seed, "training": notes,
+              "kinship": kin,
               "target": {domain: float(np.mean(of)) for domain, of in target.items()},
               "split": judge.split, "documents": judge.documents,
               "command": COMMAND.format(seed), **machine()}
@@ -333,15 +353,18 @@ def table(base, work, judge, seed):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="a Llama-type model, with its tokenizer")
-    parser.add_argument("--work", type=Path, required=True, help="for all models, 7 GB of them")
+    parser = command_line(__doc__)
+    parser.add_argument("folder", type=Path,
+                        help="a Llama-type model, with its tokenizer")
+    parser.add_argument("--work", type=Path, required=True,
+                        help="for all models, 7 GB of them")
     parser.add_argument("--split", choices=("test", "validation"), default="test",
                         help="choose anything by validation, report test (the default)")
-    parser.add_argument("--documents", type=int, default=48, help="per domain (%(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="of what is dropped, the order and "
-                        "the controls (1: its layers, 7 and 22, cost less than those of 0 and 2)")
+    parser.add_argument("--documents", type=int, default=48,
+                        help="per domain (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1,
+                        help="of what is dropped, the order and the controls (1: its "
+                        "layers, 7 and 22, cost less than those of 0 and 2)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--record", type=Path, help="file of the rows")
     args = parser.parse_args()

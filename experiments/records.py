@@ -1,9 +1,12 @@
-"""Records: one JSON line each, in results/NAME.jsonl; what a number depends on; looking them up.
+"""Records: one JSON line each, in results/NAME.jsonl; what a number depends on; looking
+them up.
 
 In:    rows: dicts that JSON can hold.
-Out:   files in which each key of KEYS stands once: what is measured again replaces what was there.
+Out:   files in which each key of KEYS stands once: what is measured again replaces what
+       was there.
 Paper: none of it. Previous: tiny_lm.py. Next: evaluate.py.
 """
+import argparse
 import json
 import math
 import os
@@ -20,7 +23,8 @@ KEYS = {
     "merge": ("file",), "main": ("name",), "tour": ("name",),
     "table2": ("row",), "table3": ("row",), "table4": ("row",), "table6": ("row",),
     "figure4": ("row", "source", "align", "pairing", "lam", "control", "seed", "few"),
-    "table7": ("checkpoint", "ratio", "method"), "table8": ("checkpoint", "ratio", "method"),
+    "table7": ("checkpoint", "ratio", "method"),
+    "table8": ("checkpoint", "ratio", "method"),
     "real": ("model", "ratio", "method"), "vae": ("vae", "model", "dtype"),
     "ablation": ("group", "variant"), "curves": ("name", "model", "seed"),
     "clouds": ("align",), "spectra": ("model", "role"), "kinship": ("source", "target"),
@@ -33,9 +37,11 @@ KEYS = {
 
 
 def commit():
-    """The commit of this repository, with + behind it if files differ; None without git."""
+    """The commit of this repository, with + behind it if files differ; None without
+    git."""
     def git(*arguments):
-        return subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True)
+        return subprocess.run(["git", *arguments], cwd=HERE, capture_output=True,
+                              text=True)
     try:
         head = git("rev-parse", "--short", "HEAD").stdout.strip()
         changed = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
@@ -72,12 +78,20 @@ def keep(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text("".join(lines))
-    os.replace(partial, path)       # a run that is interrupted here leaves what was there
+    # a run that is interrupted here leaves what was there
+    os.replace(partial, path)
+
+
+def command_line(doc):
+    """The parser of a command; its help is the text at the head of its file."""
+    return argparse.ArgumentParser(description=doc,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def find(rows, **fields):
     """The rows that have all these values."""
-    return [row for row in rows if all(row.get(key) == value for key, value in fields.items())]
+    return [row for row in rows if all(row.get(key) == value for key,
+                                       value in fields.items())]
 
 
 class Results:
@@ -90,7 +104,8 @@ class Results:
     def rows(self, name):
         """The rows of NAME.jsonl, [] without the file."""
         if name not in self.known:
-            self.known[name] = read(Path(self.folder, f"{name}.jsonl")) if self.folder else []
+            self.known[name] = read(Path(self.folder,
+                                         f"{name}.jsonl")) if self.folder else []
         return self.known[name]
 
 
@@ -114,14 +129,16 @@ def over_seeds(differences):
 
 
 def cells(results, few=False):
-    """The merges across shapes and their controls. few: with chunks so long that a tensor has fewer
-    of them than a chunk has numbers."""
+    """The merges across shapes and their controls. few: with chunks so long that a
+    tensor has fewer of them than a chunk has numbers."""
     return [row for row in results.rows("figure4") if bool(row["few"]) == few]
 
 
 def curve(results, **fields):
-    """[(lambda, mean, standard error)]: difference to the target, the seeds of a control taken
-    together."""
+    """[(lambda, mean, standard error)]: difference to the target, the seeds of a
+    control taken together."""
     rows = find(cells(results), **{"control": None, **fields})
-    return [(lam, *over_seeds([row["difference"]["base"] for row in rows if row["lam"] == lam]))
+    return [(lam,
+             *over_seeds([row["difference"]["base"] for row in rows
+                          if row["lam"] == lam]))
             for lam in sorted({row["lam"] for row in rows} - {0.0})]

@@ -3,14 +3,14 @@
     python experiments/relatives.py --kinship --pruned [--record experiments/results]
 
 In:    the models of make_models.py.
-Out:   kinship.jsonl   per pair of models: cosine of matched layers, and that of strangers
-       pruned.jsonl    `pruned` + lambda (`code` - `base`), beside controls: noise of the difference's
-                       norm per tensor, its runs of 64 weights shuffled, the layers' neighbours
-Paper: merges across shapes by chunks alone (Sec. 3.3). ours: hidden units are matched first, by
-       tools/match.py. Then shapes agree, and merge.py does the rest.
+Out:   kinship.jsonl   per pair of models: cosine of matched layers, and of strangers
+       pruned.jsonl    `pruned` + lambda (`code` - `base`), beside controls: noise of
+                       the difference's norm per tensor, its runs of 64 weights
+                       shuffled, the layers' neighbours
+Paper: merges across shapes by chunks alone (Sec. 3.3). ours: hidden units are matched
+       first, by tools/match.py. Then shapes agree, and merge.py does the rest.
 Previous: transfer_tables.py. Next: real_sibling.py.
 """
-import argparse
 import contextlib
 import io
 import itertools
@@ -29,21 +29,23 @@ import sections
 from chunking import Checkpoint
 from evaluate import DOMAINS
 from grid import write_in_order
-from records import Results, keep, machine
+from records import Results, command_line, keep, machine
 from scores import difference, score
 
 MODELS = HERE / "models"
-NAMES = ("base", "code", "prose", "arithmetic", "base-seed2", "large", "grown", "pruned")
+NAMES = ("base", "code", "prose", "arithmetic", "base-seed2", "large", "grown",
+         "pruned")
 LAMBDAS = (0.3, 0.5, 1.0)
 LAM = 0.5           # of the controls
-RUN = 64            # weights that the shuffled control keeps together: a chunk of the codec
+# weights that the shuffled control keeps together: a chunk of the codec
+RUN = 64
 
 
 def model(name):
     return MODELS / f"{name}.safetensors"
 
 
-# --- Who is a relative? -----------------------------------------------------------------------
+# --- Who is a relative? ---------------------------------------------------------------
 def kinship_rows():
     for one, other in itertools.permutations(NAMES, 2):
         found = match.find_kinship(*match.open_layers(Checkpoint(model(one)),
@@ -56,7 +58,7 @@ def kinship_rows():
                "command": "python experiments/relatives.py --kinship", **machine()}
 
 
-# --- Controls: what else could a difference of weights do? ------------------------------------
+# --- Controls: what else could a difference of weights do? ----------------------------
 def generator(seed, number):
     return torch.Generator().manual_seed(1000 * seed + number)
 
@@ -71,7 +73,8 @@ def noise(change, seed):
 
 
 def shuffled(change, seed):
-    """Runs of RUN weights in random order, within each tensor; a shorter last one stays."""
+    """Runs of RUN weights in random order, within each tensor; a shorter last one
+    stays."""
     new = {}
     for number, (name, tensor) in enumerate(change.items()):
         flat = tensor.flatten().clone()
@@ -82,17 +85,20 @@ def shuffled(change, seed):
 
 
 def neighbour(target, base, expert, lam):
-    """lam (expert - base), by the match of the base with every layer one off. Paths."""
+    """lam (expert - base), by the match of the base with every layer one off; what
+    stands outside the layers (the embedding) is as in the difference itself. Paths."""
     sides = []
     with tempfile.TemporaryDirectory() as folder:
         for number, source in enumerate((expert, base)):
             path = Path(folder) / f"{number}.safetensors"
-            file = Checkpoint(write_in_order(path, target, source, neighbour=True, like=base))
-            sides.append({name: file.read_tensor(name).float() for name in file.entries})
+            file = Checkpoint(write_in_order(path, target, source, neighbour=True,
+                                             like=base))
+            sides.append({name: file.read_tensor(name).float()
+                          for name in file.entries})
     return {name: lam * (tensor - sides[1][name]) for name, tensor in sides[0].items()}
 
 
-# --- A pruned model and its bigger sibling's expert -------------------------------------------
+# --- A pruned model and its bigger sibling's expert -----------------------------------
 def run(command, *arguments):
     """match.py or merge.py, without its prints."""
     unheard = io.StringIO()
@@ -103,12 +109,14 @@ def run(command, *arguments):
 
 
 def change_of(end, before):
-    """{domain: mean, se, loss} of a model's difference to the target, in bits per byte."""
+    """{domain: mean, se, loss} of a model's difference to the target, in bits per
+    byte."""
     after = score(end)
     found = {}
     for domain in DOMAINS:
         d = difference(after, before, (domain,))
-        found[domain] = {"mean": d.mean, "se": d.se, "loss": float(after[domain].mean())}
+        found[domain] = {"mean": d.mean, "se": d.se,
+                         "loss": float(after[domain].mean())}
     return found
 
 
@@ -124,25 +132,27 @@ def pruned_rows(seeds=5):
         base = folder / "matched" / "base.safetensors"
         expert = folder / "matched" / "code.safetensors"
         for lam in LAMBDAS:
-            run(merge.main, paths[0], expert, "--base", base, "--operator", "task-arithmetic",
+            run(merge.main, paths[0], expert, "--base", base, "--operator",
+                "task-arithmetic",
                 f"--lam={lam}", "-o", folder / "merged.safetensors", "--force")
             end = load_file(folder / "merged.safetensors")
             yield {"row": "difference, matched", "lam": lam, "seed": 0,
                    "domains": change_of(end, before), **facts}
             if lam == LAM:
-                change = {key: end[key].float() - tensor for key, tensor in start.items()}
+                change = {key: end[key].float() - tensor for key,
+                          tensor in start.items()}
     controls = [("neighbour", 0, neighbour(*paths, LAM))]
     for seed in range(seeds):
-        controls += [("noise", seed, noise(change, seed)), ("shuffled", seed,
-                                                            shuffled(change, seed))]
+        controls.append(("noise", seed, noise(change, seed)))
+        controls.append(("shuffled", seed, shuffled(change, seed)))
     for row, seed, control in controls:
         end = {key: tensor + control[key] for key, tensor in start.items()}
-        yield {"row": row, "lam": LAM, "seed": seed, "domains": change_of(end, before), **facts}
+        yield {"row": row, "lam": LAM, "seed": seed, "domains": change_of(end, before),
+               **facts}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--kinship", action="store_true")
     parser.add_argument("--pruned", action="store_true")
     parser.add_argument("--record", type=Path, help="folder of the rows")

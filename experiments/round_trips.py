@@ -4,13 +4,13 @@
         [--record experiments/results/vae.jsonl]
 
 In:    a VAE file of train.py, whose header names what it was trained on; checkpoints.
-Out:   per model: NMSE over its encoded weights and of the worst tensor, and the loss before and
-       after: bits per byte of the experiments' own models, nats per token of a language model in a
-       folder (needs transformers; prose and code of evaluate.py), nothing of other files.
+Out:   per model: NMSE over its encoded weights and of the worst tensor; the loss before
+       and behind it, in bits per byte of the experiments' own models, in nats per token
+       of a language model in a folder (needs transformers; prose and code of
+       evaluate.py); of other files none.
 Paper: Table 7, "a VAE of one model on another": the claim that the encoder generalises.
 Previous: real_model.py. Next: learning_curves.py.
 """
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -24,15 +24,15 @@ from codec_tables import Model, ThroughCodec
 from lsmerge import Codec
 from merge import REFERENCE
 from real_model import RealModel
-from records import Results, keep, machine
+from records import Results, command_line, keep, machine
 from scores import score, summary
 
 DOCUMENTS = 48      # of each domain of a real model's text
 
 
 def lost_by(path, way):
-    """(model, NMSE, NMSE per tensor, loss before, loss after); the losses None where the file is
-    no language model that can be judged here."""
+    """(model, NMSE, NMSE per tensor, loss before, loss after); the losses None where
+    the file is no language model that can be judged here."""
     if (Path(path) / "tokenizer.json").exists():
         real = RealModel(path, DOCUMENTS)
         after, nmse, errors = real.after(way)
@@ -58,13 +58,13 @@ def measure_model(path, vae, dtype):
     return {"vae": name, "model": model.name, "seen": model.name in seen,
             "weights": model.weights, "nmse": nmse,
             "worst": {"name": worst, "nmse": errors[worst]}, "dtype": dtype,
-            "loss_before": before, "loss": after, "seconds": time.perf_counter() - began,
+            "loss_before": before, "loss": after,
+            "seconds": time.perf_counter() - began,
             "command": "python experiments/round_trips.py VAE MODEL ...", **machine()}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("vae", help="a file of train.py")
     parser.add_argument("models", nargs="+")
     parser.add_argument("--dtype", nargs="+", default=["float32"])

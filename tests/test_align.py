@@ -462,8 +462,9 @@ def test_tiny_epsilon_is_right_or_refused_but_never_a_zero_plan(epsilon):
 
 
 def test_bad_input_is_refused():
-    for bad in (math.nan, math.inf):
-        with pytest.raises(ValueError, match="did not converge"):
+    for bad, words in ((math.nan, "at least 0"), (-1.0, "at least 0"),
+                       (math.inf, "did not converge")):
+        with pytest.raises(ValueError, match=words):
             align.sinkhorn(torch.tensor([[0.0, bad]]))
     for epsilon in [0.0, -1.0, math.nan]:
         with pytest.raises(ValueError, match="epsilon"):

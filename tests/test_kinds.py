@@ -1314,7 +1314,7 @@ def test_the_plan_says_the_sum_first_and_what_met_nobody_last(desk):
     assert code == 0 and desk.listing() == before
     lines = out.splitlines()
     head = "\n".join(lines[:6])
-    for word in ("same-shape", "lerp", "0.5", "exact", "14 encoded", "bytes"):
+    for word in ("same-shape", "lerp", "0.5", "exact", "14 ", "bytes"):
         assert word in head, word
     assert any("module." + UP in line and " " + UP in line for line in lines)
     last = "\n".join(lines[-len(extra):])

@@ -238,6 +238,9 @@ def test_draws_do_not_depend_on_who_asks(monkeypatch):
     codec = Codec.load("exact")
     parent = noise_parent(200_000, codec, 0, samples=1, seed=(5,))
     whole = parent.latents(0, parent.N)
+    mean_NZ = replace(parent, samples=0).latents(0, parent.N)
+    noise = (whole - mean_NZ)[:1024].reshape(2, -1)         # two batches: other noise
+    assert abs(torch.corrcoef(noise)[0, 1]) < 0.05
     for first, last in ((0, 100), (700, 1300), (1023, 1025), (3000, 3125)):
         part = parent.latents(first, last)
         torch.testing.assert_close(part, whole[first:last], rtol=1e-5, atol=1e-5)

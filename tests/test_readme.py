@@ -15,7 +15,8 @@ def test_the_two_commands_stand_there_and_ci_runs_them():
     install = "pip install -r requirements.txt && python merge.py experiments/models/code.safetensors experiments/models/prose.safetensors"
     assert install in README and "    python -m pytest\n" in README
     run = (ROOT / ".ci" / "run").read_text()
-    assert "pip install" in run and install.split("&& ")[1] in run and "python -m pytest" in run
+    assert 'pip" install' in run and "-r requirements.txt" in run
+    assert install.split("&& ")[1] in run and "python -m pytest" in run
 
 
 def test_every_merge_and_train_command_parses():

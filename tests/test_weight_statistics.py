@@ -2,7 +2,6 @@
 parser."""
 import json
 import math
-import subprocess
 import sys
 import xml.etree.ElementTree as xml
 
@@ -14,7 +13,6 @@ from safetensors.torch import save_file
 
 import chunking
 import weight_statistics as ws
-from conftest import ROOT
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -74,11 +72,10 @@ def test_records(models):
 
 
 def test_the_command_prints_both_tables(models, capsys):
-    line = [sys.executable, ROOT / "experiments/tools/weight_statistics.py", models["a"]]
-    done = subprocess.run(line, capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stderr
-    assert "kurtosis" in done.stdout and "explained variance" in done.stdout
-    assert done.stdout.count("\n") == 1 + 14 + 7 + 3 + 7    # headings, tensors, means, roles
+    assert run(models["a"]) == 0
+    out, error = capsys.readouterr()
+    assert "kurtosis" in out and "explained variance" in out and not error
+    assert out.count("\n") == 1 + 14 + 7 + 3 + 7            # headings, tensors, means, roles
     assert run(models["a"], "--json") == 0
     records = json.loads(capsys.readouterr().out)
     assert len(records) == 14 and list(records[0]) == [

@@ -67,8 +67,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from align import pair_names, pair_stacks, stacks_of
-from chunking import (PIECE, Checkpoint, Parser, appear, cast, check_output, command,
-                      create, measure, need, say, spans)
+from chunking import (PIECE, Checkpoint, Parser, appear, check_output, command,
+                      create, measure, need, say, spans, wide)
 from merge import RELATED, companions, digest, mean_cosine
 
 VERSION = 1             # of the report
@@ -103,8 +103,8 @@ TOKENS = 4096
 # 768 numbers. The cosines of strangers have a spread of 1 / sqrt(768) = 0.036; of all
 # pairs of 14,336 neurons the largest is about 0.2. Twice as many take twice the time.
 POSITIONS = 256
-# Rows of a head that come into question, the largest first.
-HEAD_SIZES = range(256, 7, -1)
+# Rows of a head that come into question: multiples of eight, the largest first.
+HEAD_SIZES = range(256, 7, -8)
 # Neurons that are compared with all others at a time: 59 MB for 14,336 others.
 BLOCK = 1024
 OTHER = "match models whose q, k, v, o, up and down are matrices of their own"
@@ -130,6 +130,7 @@ class Layers:
     stream     width of the residual stream
     embedding  the Entry of the embedding of words
     tied       names of the tensors that equal it, itself among them
+    foreign    how the names of other towers (a vision tower) begin
     Raises:    CheckpointError, by file and tensor, for what cannot be matched
     """
 
@@ -138,7 +139,9 @@ class Layers:
         number of a layer, 'model.layers'."""
         self.checkpoint = checkpoint
         self.stack = stack
-        self.named = stacks_of(places_of(checkpoint))[stack]
+        stacks = stacks_of(places_of(checkpoint))
+        self.named = stacks.pop(stack)
+        self.foreign = tuple(apart(stack, other) for other in stacks)
         self.numbers = sorted(self.named)
         self.entries = {}
         for number, names in self.named.items():
@@ -180,6 +183,16 @@ def places_of(checkpoint):
     Example:  'model.layers.3.mlp.up_proj.weight' -> stack 'model.layers', layer 3,
               role 'up', rest 'mlp.up_proj.weight'"""
     return {name: entry.place for name, entry in checkpoint.entries.items()}
+
+
+def apart(stack, other):
+    """How the names of the tower of another stack begin: with what both stacks have in
+    common, and one part more.
+    Example:  'model.language_model.layers' and 'model.visual.blocks'
+              -> 'model.visual.', and so 'model.visual.norm.weight' is of that tower"""
+    parts = other.split(".")
+    common = os.path.commonprefix([stack.split("."), parts])
+    return ".".join(parts[:len(common) + 1]) + "."
 
 
 def role_of(entry):
@@ -230,7 +243,7 @@ def word_embedding(checkpoint, stream):
     need(found, checkpoint.path, "has no embedding, which would tell the order of the "
          "residual stream", OTHER)
     largest = max(found, key=lambda entry: entry.numel)
-    fits = largest.numel > 0 and largest.shape == (largest.shape[0], stream)
+    fits = largest.numel > 0 and largest.shape[1:] == (stream,)
     need(fits, largest.file, f"has shape {largest.shape}; the layers ask for "
          f"{stream} columns", OTHER, largest.name)
     return largest
@@ -278,9 +291,7 @@ def check_finite(layers, progress=quiet):
     (GPT-NeoX keeps a mask of -inf)."""
     checkpoint = layers.checkpoint
     for entry in progress(list(checkpoint.entries.values()), "check"):
-        inside = entry.place.stack in ("", layers.stack)
-        known = role_of(entry) in (*AXES, "norm", "embed", "head")
-        if inside and known and entry.is_float:
+        if entry.is_float and axes_of(entry, layers):
             measure(checkpoint, entry.name)     # raises, and names file and tensor
 
 
@@ -588,7 +599,8 @@ def match_neurons(target_rows, source_rows, positions, slack):
 
 
 def match_heads(target_rows, source_rows, positions, size, slack):
-    """Partners of heads, if a head has `size` rows. First groups, by their keys, values
+    """Partners of heads, if a head has `size` rows, as of whole units: rotary positions
+    tie the numbers within a head together. First groups, by their keys, values
     and heads; then heads within a pair of groups, as they read the keys of their group.
 
     Args:      {"heads": {role: rows}, "groups": {role: rows}} of both layers
@@ -676,13 +688,15 @@ def match_units(target, source, kinship, progress=quiet):
     for mine, theirs in progress(list(kinship.layers.items()), "match units"):
         if theirs is None:
             continue
-        # Three matrices of each side are in memory, then four.
+        # Three matrices of each side are in memory, then four. A head has so many rows
+        # that a quarter of the positions is enough to know it, and takes less time.
         neurons = match_neurons(target.rows(mine, "neurons"),
                                 source.rows(theirs, "neurons"), positions,
                                 kinship.slack)
         here = {axis: target.rows(mine, axis) for axis in ("heads", "groups")}
         there = {axis: source.rows(theirs, axis) for axis in ("heads", "groups")}
-        rows = match_attention(here, there, positions, kinship.slack)
+        some = Positions(positions.target[::4], positions.source[::4])
+        rows = match_attention(here, there, some, kinship.slack)
         units[mine] = {"neurons": neurons, **rows}
     return units
 
@@ -691,7 +705,8 @@ def match_units(target, source, kinship, progress=quiet):
 # --- Which tensor, with which rows and columns --------------------------------------
 # Everything follows the units: a bias the rows of its matrix, a norm the stream, an
 # embedding and a head the stream by their columns, the common vocabulary by their rows.
-# What is not known to follow stays the target's, and is named.
+# What is not known to follow stays the target's, and is named: better a number that is
+# not merged than one that is merged with a stranger.
 class Brought(NamedTuple):
     """How a tensor of the target is read from the source. Both are matrices here; what
     is a vector is a matrix of one row.
@@ -742,9 +757,11 @@ def axes_of(entry, layers):
     role = role_of(entry)
     shape = entry.shape
     sizes = {"stream": layers.stream, "tokens": layers.embedding.shape[0]}
-    inside = entry.place.layer is not None
+    inside = entry.place.stack == layers.stack and entry.place.layer is not None
     if inside:
         sizes |= layers.sizes(entry.place.layer)
+    elif entry.place.layer is not None or entry.place.rest.startswith(layers.foreign):
+        return None                     # of another tower, with a stream of its own
 
     # First the roles: which axes should this tensor have?
     if entry.name in layers.tied:
@@ -754,11 +771,13 @@ def axes_of(entry, layers):
         axes = (norm_axis(entry, sizes),)
     elif role in AXES and inside:
         axes = AXES[role]
-    elif role in ("embed", "head") and shape[0] == sizes["tokens"]:
+    elif role in ("embed", "head") and shape[:1] == (sizes["tokens"],):
         axes = ("tokens", "stream")
     elif role in ("embed", "head"):
         axes = ("fixed", "stream")
     else:
+        return None
+    if not 1 <= len(shape) <= 2:
         return None
     # Then the shape: does it have them? A bias has the first one, its matrix's rows.
     axes = axes[:len(shape)]
@@ -835,32 +854,37 @@ def order_of(entry, other, axes, index):
     return Brought(other.name, other.shape[1], row_J, column_K)
 
 
-# --- Reading and writing, in pieces of rows -----------------------------------------
-# A piece of the target's rows is read, the source's numbers are put over it, and it is
-# written, in the target's dtype. So memory depends on neither model.
+# --- Reading and writing ------------------------------------------------------------
+# The target's numbers are read, the source's are put over them, and what results is
+# written in the target's dtype: matrix by matrix in the layers, and the vocabulary in
+# pieces of rows. So memory does not depend on the number of layers or of tokens.
 def read_matched(target, source, name, brought, start, stop):
     """Rows [start, stop) of a tensor of the target, with the source's numbers where row
     and column have a partner.
 
     Args:     target, source: Checkpoints; the Brought of this tensor
-    Returns:  (stop - start, K) float64, in which every stored float is exact
+    Returns:  (stop - start, K), in the arithmetic of the target's dtype
     Example:  row [1, -1], column [0, -1]; source [[1], [2]], target [[7, 8], [4, 5]]:
               [[2, 8], [4, 5]]
     """
-    # The target's own rows first; then the source's, read one by one wherever they lie,
-    # are put over them.
     K = len(brought.column_K)
     width = brought.width
+    exact = wide(target.entries[name].dtype)            # all that it can store is in it
+    rows_JK = target.read(name, start * K, stop * K).to(exact).view(-1, K)
     row_J = brought.row_J[start:stop]
-    rows_JK = target.read(name, start * K, stop * K).double().view(-1, K)
     j_R = (row_J >= 0).nonzero()[:, 0]                  # rows that have a partner
     k_S = (brought.column_K >= 0).nonzero()[:, 0]       # columns that have one
-    rows = []
-    for i in row_J[j_R].tolist():
-        rows.append(source.read(brought.source, i * width, (i + 1) * width))
-    if rows:
-        theirs_RS = torch.stack(rows)[:, brought.column_K[k_S]]
-        rows_JK[j_R[:, None], k_S] = theirs_RS.double()
+    i_R = row_J[j_R]
+    if len(i_R) == 0:
+        return rows_JK
+    # All rows from the first to the last of these are read. In a layer this is most of
+    # the matrix, in the vocabulary just what is asked for.
+    first = i_R.min().item()
+    last = i_R.max().item()
+    block = source.read(brought.source, first * width, (last + 1) * width)
+    block = block.view(-1, width)                       # (last + 1 - first, width)
+    theirs_RS = block[i_R - first][:, brought.column_K[k_S]]
+    rows_JK[j_R[:, None], k_S] = theirs_RS.to(exact)
     return rows_JK
 
 
@@ -869,7 +893,7 @@ def write_matched(output, target, source, brought, progress=quiet):
 
     Args:     target, source   Checkpoints
               brought          {name: Brought}; all other tensors are the target's own
-    Raises:   CheckpointError if a number does not fit the target's dtype
+    Raises:   CheckpointError if a number does not fit the target's dtype: never an Inf
     """
     for name, entry in progress(list(target.entries.items()), "write"):
         # The target's own: byte for byte, whatever its dtype.
@@ -879,9 +903,17 @@ def write_matched(output, target, source, brought, progress=quiet):
             continue
         J = len(brought[name].row_J)
         K = len(brought[name].column_K)
-        for start, stop in spans(J, max(1, PIECE // K)):            # whole rows
+        step = J                        # rows at a time: a whole matrix,
+        if entry.place.layer is None:
+            step = max(1, PIECE // K)   # or a piece of the vocabulary
+        for start, stop in spans(J, step):
             rows_JK = read_matched(target, source, name, brought[name], start, stop)
-            output.put(name, start * K, cast(rows_JK.view(-1), entry))
+            piece_L = rows_JK.to(entry.dtype).view(-1)
+            # 70,000 does not fit float16, which ends at 65,504.
+            fits = piece_L.double().sum().isfinite()
+            need(fits, source.path, "has numbers that do not "
+                 f"fit the target's {entry.dtype}", "store the target wider", name)
+            output.put(name, start * K, piece_L)
 
 
 # --- Several sources by one match ---------------------------------------------------
@@ -921,7 +953,8 @@ def check_same_order(first, other, force):
 # === The command ====================================================================
 def stem(path):
     """A model's name: that of its file or folder, without an ending.
-    Example:  'models/base.safetensors' -> 'base', 'SmolLM2-135M/' -> 'SmolLM2-135M'"""
+    Example:  'models/base.safetensors' -> 'base'
+              'SmolLM2-135M/' -> 'SmolLM2-135M'"""
     name = os.path.basename(os.path.normpath(path))
     return name.removesuffix(".index.json").removesuffix(".safetensors")
 
