@@ -18,7 +18,7 @@ carry these weights; merge tensor by tensor; report. What happens to a tensor:
 Example, `python merge.py base.safetensors code.safetensors --dry-run` for a model of
 one layer, whose target has a score head of its own:
 
-    same-shape: lerp in latent space, lambda [0.5], align none, codec vae.safetensors
+    same-shape: lerp in latent space, lambda 0.5, align none, codec vae.safetensors
     7 in latent space + 5 averaged + 2 copied = 14 tensors, 85,464 bytes
       copied, whole numbers: 1
       copied, met nobody: 1
@@ -345,7 +345,7 @@ def strangers(run):
     pairs = defaultdict(list)
     for task in run.tasks:
         if task.action == "encoded":
-            for k, other in task.parents.items():
+            for k, other in task.parents.items():       # k = 0: the target is itself
                 names = (task.entry.name, other.name)
                 pairs[k, task.entry.place.role].append(names)
     apart = defaultdict(list)
@@ -511,7 +511,8 @@ def check_codec(run):
         worst, where = max(zip(errors, names))
         if k == 0:
             trip = {"nmse": nmse, "worst": {"name": where, "nmse": worst}}
-        if run.residual and (k == 0 or run.kind == "same-shape"):
+        unaligned = run.kind == "same-shape" and run.align in ("auto", "none")
+        if run.residual and (k == 0 or unaligned):
             continue
         for what, value, name in (("NMSE", nmse, where),
                                   ("typical error", *max(zip(typicals, names)))):
@@ -707,8 +708,8 @@ def print_pairs(run):
 def print_report(report):
     """For people: how far the result went. What is not defined is not printed.
 
-    Example:  two experts of one base, 7 % of its norm to either side, and 0.3 % from what
-              plain averaging gives (in bfloat16 the rounding alone makes that much):
+    Example:  two experts of one base, 7 % of its norm to either side, and 0.3 % from
+              plain averaging (in bfloat16 the rounding alone makes that much):
 
         round trip of the target: NMSE 3.4e-07, its worst tensor 3.6e-07
         distance to the target: 0.0739 of the target's norm
@@ -739,7 +740,7 @@ def late_warnings(run, report):
     """
     far = report["distance"]
     warnings = []
-    if run.control or not any(run.lam) or far["average_to_target"] is None:
+    if not any(run.lam) or run.control or run.base or far["average_to_target"] is None:
         return warnings                         # there is nothing to compare with
     for k, rest in enumerate(far["to_source"], 1):
         way = far["to_target"] + (rest or 0.0)
@@ -877,7 +878,7 @@ def parse(argv):
     check_usage(run, parser)
     if run.samples is None:
         run.samples = 0
-        if len(run.paths) == 1 and not run.roundtrip:
+        if len(run.paths) == 1 and not run.roundtrip and not run.residual:
             run.samples = SAMPLES
     if run.base:
         run.paths.append(run.base)
@@ -888,8 +889,8 @@ def parse(argv):
 
 
 def numbers(value):
-    """The type of --lam: numbers with commas between.  Example: '0.2,0.3' -> [0.2, 0.3];
-    a ValueError becomes argparse's own line about the flag."""
+    """The type of --lam: numbers with commas between: '0.2,0.3' -> [0.2, 0.3].
+    A ValueError becomes argparse's own line about the flag."""
     return [float(part) for part in value.split(",")]
 
 
@@ -953,7 +954,13 @@ def merge_state_dicts(target, *sources, **flags):
     with tempfile.TemporaryDirectory() as folder:
         argv = ["--quiet", f"--output={folder}/merged.safetensors"]
         for name, value in flags.items():
-            argv.append(f"--{name.replace('_', '-')}={value}")
+            flag = f"--{name.replace('_', '-')}"
+            if isinstance(value, (list, tuple)):
+                value = ",".join(map(str, value))
+            if value is True:
+                argv.append(flag)
+            elif value is not None and value is not False:
+                argv.append(f"{flag}={value}")
         for k, tensors in enumerate((target, *sources)):
             argv.append(join(folder, f"{k}.safetensors"))
             write_tensors(argv[-1], tensors, {})
