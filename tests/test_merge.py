@@ -587,6 +587,8 @@ def test_auto_aligns_only_what_has_another_shape(models, tmp_path):
     expected = (narrow[NAME].double() + b).float() / 2
     assert_models_close({NAME: got[NAME]}, {NAME: expected}, rtol=1e-5)
     assert {r["role"] for r in report["alignment"]} == {"k", "v"}
+    norm = "model.norm.weight"          # not encoded, so the target's across shapes
+    assert torch.equal(got[norm], narrow[norm])
 
 
 def test_sinkhorn_is_cut_into_problems_that_fit_the_memory(models, tmp_path, monkeypatch):
