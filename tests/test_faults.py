@@ -1,8 +1,9 @@
-"""How files, folders, values and machines go wrong: tables of faults. Each is one line that
-names the culprit, leaves the old output as it was (bytes, mode, time), and leaves nothing
-behind. Then what folders and shards must give. The oracle of what a file may hold is the
-safetensors library: what it accepts is accepted, and read the same; what it refuses is
-refused. (Usage errors: test_merge.py, test_train.py; VAE files: test_vae.py.)"""
+"""How files, folders, values and machines go wrong: tables of faults. Each is one line
+that names the culprit, leaves the old output as it was (bytes, mode, time), and leaves
+nothing behind. Then what folders and shards must give. The oracle of what a file may
+hold is the safetensors library: what it accepts is accepted, and read the same; what it
+refuses is refused. (Usage errors: test_merge.py, test_train.py; VAE files:
+test_vae.py.)"""
 import io
 import json
 import math
@@ -60,7 +61,8 @@ def linked(path, to):
 
 
 def snapshot(folder):
-    """All below a folder: kind and mode, and of what is no folder time, size and digest."""
+    """All below a folder: kind and mode, and of what is no folder time, size and
+    digest."""
     state = {}
     for path in folder.rglob("*"):
         info, content = path.lstat(), None
@@ -137,7 +139,7 @@ def check_fault(box, capsys, arguments, words, force=True, main=merge.main):
     assert snapshot(box.folder) == before
 
 
-# --- Files: what bad.safetensors holds, and words of the error line ---------------------
+# --- Files: what bad.safetensors holds, and words of the error line -------------------
 W = "layers.0.w"
 GOOD = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 
@@ -186,7 +188,8 @@ def library(data):
         found = deserialize(data)
     except SafetensorError:
         return None
-    return {name: (t["dtype"], tuple(t["shape"]), bytes(t["data"])) for name, t in found}
+    return {name: (t["dtype"], tuple(t["shape"]), bytes(t["data"]))
+            for name, t in found}
 
 
 def ours(checkpoint):
@@ -208,7 +211,7 @@ def test_a_file_is_read_as_the_library_reads_it(box, capsys, case):
         check_fault(box, capsys, way, [box.bad, *words])
 
 
-# --- Values: a good model with one bad number, and what the error must name -------------
+# --- Values: a good model with one bad number, and what the error must name -----------
 BIG = torch.ones(2 * ck.PIECE + 5, 1)
 VALUES = {          # (tensor, number, at, the tensor it is put into)
     "NaN in a norm": (NORM, math.nan, -1, None),
@@ -248,7 +251,7 @@ def test_a_value_that_does_not_fit_the_targets_dtype(box, capsys):
     check_fault(box, capsys, [target, box.save(source)], [repr(NORM), "float16"])
 
 
-# --- Folders and indexes: builders that return (what the user names, words) -------------
+# --- Folders and indexes: builders that return (what the user names, words) -----------
 def mapped(name, shard, *words, make=None):
     """The index says that this tensor is there."""
     def build(box):
@@ -297,13 +300,15 @@ FOLDERS = {
     "half a character": mapped(UP, "\ud800", "missing"),
     "ghost name": mapped("ghost.weight", SHARDS[0], "'ghost.weight'", SHARDS[0]),
     "mapped to the wrong shard": mapped(EMBED, SHARDS[1], repr(EMBED), SHARDS[1]),
-    "a shard is a pipe": mapped("x", "pipe", "pipe", make=lambda f: os.mkfifo(f / "pipe")),
+    "a shard is a pipe": mapped("x", "pipe", "pipe",
+                                make=lambda f: os.mkfifo(f / "pipe")),
     "an empty folder": folder_with({}, "no", ".safetensors"),
     "only pickles": folder_with({"model.bin": "x"}, "model.bin", "convert"),
     "several files": folder_with({"a.safetensors": TINY, "b.safetensors": TINY},
                                  "a.safetensors, b.safetensors"),
     "an adapter": folder_with({"adapter_config.json": "{}",
-                               "adapter_model.safetensors": TINY}, "adapter", "lora.py fold"),
+                               "adapter_model.safetensors": TINY}, "adapter",
+                              "lora.py fold"),
     "a hub's name": lambda box: ("org/model", ["org/model", "nothing is downloaded"]),
     "a file as folder": lambda box: (box.a / "x", ["a.safetensors/x"]),
     "a device": lambda box: ("/dev/zero", ["/dev/zero", "regular"]),
@@ -319,7 +324,7 @@ def test_a_path_or_folder_that_is_no_model(box, capsys, case):
         check_fault(box, capsys, arguments, words)
 
 
-# --- Outputs and options: builders that return (arguments, words) -----------------------
+# --- Outputs and options: builders that return (arguments, words) ---------------------
 def into(name, *words):
     """The output lies there; of a folder if the name ends in a slash."""
     def build(box):
@@ -386,8 +391,10 @@ OPTIONS = {
         [box.a, box.b, "-o", f"{box.out.parent}/new/"], ["new", "is a file"]),
     "others' files in the result folder": foreign,
     "no folder for the report": two("x/r.json", report="x/r.json"),
-    "the VAE is the output": two("vae", vae="vae.safetensors", output="vae.safetensors"),
-    "the VAE is missing": two("nae", vae="nae"), "a model": two("VAE", vae="b.safetensors"),
+    "the VAE is the output": two("vae", vae="vae.safetensors",
+                                 output="vae.safetensors"),
+    "the VAE is missing": two("nae", vae="nae"),
+    "a model": two("VAE", vae="b.safetensors"),
     "a second VAE for equal shapes": two("--source-vae", source_vae="vae.safetensors"),
     "a wrong VAE of a broken model": broken_and_wrong,
     "a source far too large": far_too_large,
@@ -459,7 +466,7 @@ def inputs_of(box, kind):
     return box.a, box.out
 
 
-# --- Faults that need a process of their own --------------------------------------------
+# --- Faults that need a process of their own ------------------------------------------
 @pytest.fixture
 def log(tmp_path_factory): return tmp_path_factory.mktemp("log") / "log"
 
@@ -479,7 +486,8 @@ def slowly(pipe):
 
 
 def pausing(mouth, go):
-    """For the child: the first piece is announced; it waits until it is told to go on."""
+    """For the child: the first piece is announced; it waits until it is told to go
+    on."""
     real = ck.Output.put
 
     def put(*arguments):
@@ -514,7 +522,8 @@ def test_a_signal_while_writing(box, log, kind, sent):
     if sent == signal.SIGKILL:
         assert left and all(".lsmerge-" in path for path in left)
         assert ended(forked(log, arguments)) == 0
-        assert f"{min(left)} is of process" in said(log, "out") and str(pid) in min(left)
+        assert f"{min(left)} is of process" in said(log, "out")
+        assert str(pid) in min(left)
         assert set(snapshot(box.folder)) >= left
     else:
         assert not left and said(log).count("\n") <= 1
@@ -624,7 +633,8 @@ def test_a_reader_that_has_gone_in_an_ordinary_environment(box):
     ear, mouth = os.pipe()
     os.close(ear)
     ordinary = {key: os.environ[key] for key in ("HOME", "PATH") if key in os.environ}
-    line = [sys.executable, ROOT / "merge.py", box.a, box.b, "--dry-run", "--vae", "exact"]
+    line = [sys.executable, ROOT / "merge.py", box.a, box.b, "--dry-run", "--vae",
+            "exact"]
     done = subprocess.run(line, stdout=mouth, stderr=subprocess.PIPE, timeout=60,
                           env=ordinary)
     assert (done.returncode, done.stderr) == (0, b"")
@@ -645,7 +655,8 @@ for main in (merge.main, train.main, lsmerge.tour):
         main(["--help"])
     except SystemExit as leaving:
         print("help", leaving.code)
-sys.exit(chunking.command(lambda: merge.main([a, b, "--vae", "exact", "-o", out, "--force"])))
+argv = [a, b, "--vae", "exact", "-o", out, "--force"]
+sys.exit(chunking.command(lambda: merge.main(argv)))
 """
 
 
@@ -668,8 +679,10 @@ def raising(error):
 
 
 ENDS = {"our own": (ck.CheckpointError("x", "y", "z"), 1, "x: y; fix: z"),
-        "the disk's": (OSError(28, "No space left on device", "x"), 1, "x: No space left"),
-        "one without a name": (OSError(28, "No space left on device"), 1, "No space left"),
+        "the disk's": (OSError(28, "No space left on device", "x"), 1,
+                       "x: No space left"),
+        "one without a name": (OSError(28, "No space left on device"), 1,
+                               "No space left"),
         "no memory": (MemoryError(), 1, "out of memory"),
         "Ctrl-C": (KeyboardInterrupt(), 130, "interrupted")}
 
@@ -754,9 +767,10 @@ def test_equal_bytes_from_elsewhere_and_later(box):
     assert again.read_bytes() == box.out.read_bytes()
 
 
-# --- Fuzz: the library is the oracle ----------------------------------------------------
+# --- Fuzz: the library is the oracle --------------------------------------------------
 NASTY = [json.dumps(value).encode() for value in (
-    None, True, -1, 0, 1.5, 16, 2 ** 61, 2 ** 64, "", "F32", "BOOL", "F4", [], {}, [0], [4],
+    None, True, -1, 0, 1.5, 16, 2 ** 61, 2 ** 64, "", "F32", "BOOL", "F4", [], {}, [0],
+    [4],
     [0, 16], [2 ** 32, 2 ** 32, 0], [2 ** 61] * 300, "²", "a\nb", "\ud800", "\0", "..",
     "/", SHARDS[0], "__metadata__", "weight_map", "dtype", "w.scales", {"F32": None})]
 TOKEN = rb'"[^"]*"|-?[0-9.]+|\[[^\[\]]*\]|\{[^{}]*\}'
@@ -764,8 +778,8 @@ COMMON = b'0123456789-.,:[]{}"\\ eE\xff\0'
 
 
 def mutated(text, rng):
-    """One value of the JSON text exchanged or taken away, or up to three bytes replaced,
-    taken away or put in."""
+    """One value of the JSON text exchanged or taken away, or up to three bytes
+    replaced, taken away or put in."""
     if rng.random() < 0.5:
         spot = rng.choice([*re.finditer(TOKEN, text)])
         other = rng.choice([*NASTY, b""])
@@ -821,7 +835,7 @@ def test_no_mutation_of_an_index_crashes(box):
     assert sorted(os.listdir(folder)) == sorted([*SHARDS, INDEX, "config.json"])
 
 
-# --- Several processes ------------------------------------------------------------------
+# --- Several processes ----------------------------------------------------------------
 @KINDS
 def test_two_processes_give_the_bytes_of_one(box, log, kind, models):
     """torchrun splits the tensors; the report counts them all, whoever merged them."""
@@ -844,8 +858,9 @@ def test_two_processes_give_the_bytes_of_one(box, log, kind, models):
 @pytest.mark.parametrize("value", [math.nan, 3e5], ids=["read", "merge"])
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_fault_in_one_of_two_processes(box, log, place, value):
-    """Found as the weights are read, or as they are merged (it does not fit the target's
-    dtype): one line of the process that finds it; nothing of the other, nor on the disk."""
+    """Found as the weights are read, or as they are merged (it does not fit the
+    target's dtype): one line of the process that finds it; nothing of the other, nor on
+    the disk."""
     tensors = box.tensors()
     order = sorted(ck.StateDict(tensors).entries.values(), key=lambda e: -e.numel)
     name = order[place].name
