@@ -152,7 +152,7 @@ def two_processes(log, *arguments, prepare=lambda: None, main=None):
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
             codes[pid] = os.waitstatus_to_exitcode(status)
-            time.sleep(0.3)             # torchrun looks from time to time, too
+            time.sleep(0.1)             # torchrun looks from time to time, too
         elif any(codes.values()):
             for other in {*pids} - {*codes}:
                 os.kill(other, signal.SIGTERM)

@@ -810,7 +810,7 @@ def test_no_mutation_of_a_header_is_read_otherwise_than_by_the_library(box):
     rng, count = random.Random(0), {True: 0, False: 0}
     start = box.save(FUZZED).read_bytes()
     size = 8 + int.from_bytes(start[:8], "little")
-    for _ in range(3_000):
+    for _ in range(2_000):
         data = packed(mutated(start[8:size], rng), start[size:])
         box.bad.unlink()            # not truncated: some file systems then wait
         box.bad.write_bytes(data)
@@ -818,20 +818,20 @@ def test_no_mutation_of_a_header_is_read_otherwise_than_by_the_library(box):
         own = mine is None and any(reason in line for reason in OWN_REASONS)
         assert mine == theirs or own, (data, line)
         count[mine is not None] += 1
-    assert count[True] > 200 and count[False] > 1_500, count
+    assert count[True] > 130 and count[False] > 1_000, count
 
 
 def test_no_mutation_of_an_index_crashes(box):
     """What is accepted holds tensors of the shards, each from where it is."""
     rng, count, folder = random.Random(0), {True: 0, False: 0}, box.shards(FUZZED)
     text, expected = (folder / INDEX).read_bytes(), ours(ck.Checkpoint(folder))
-    for _ in range(1_000):
+    for _ in range(600):
         (folder / INDEX).unlink()
         (folder / INDEX).write_bytes(mutated(text, rng))
         mine, _ = opened(folder)
         assert mine is None or mine and mine.items() <= expected.items()
         count[mine is not None] += 1
-    assert count[True] > 100 and count[False] > 400, count
+    assert count[True] > 60 and count[False] > 240, count
     assert sorted(os.listdir(folder)) == sorted([*SHARDS, INDEX, "config.json"])
 
 
@@ -855,8 +855,7 @@ def test_two_processes_give_the_bytes_of_one(box, log, kind, models):
         assert one[key] == two[key], key
 
 
-@pytest.mark.parametrize("value", [math.nan, 3e5], ids=["read", "merge"])
-@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("place, value", [(0, math.nan), (1, 3e5)])
 def test_a_fault_in_one_of_two_processes(box, log, place, value):
     """Found as the weights are read, or as they are merged (it does not fit the
     target's dtype): one line of the process that finds it; nothing of the other, nor on
