@@ -4,6 +4,7 @@ nothing behind. Then what folders and shards must give. The oracle of what a fil
 hold is the safetensors library: what it accepts is accepted, and read the same; what it
 refuses is refused. (Usage errors: test_merge.py, test_train.py; VAE files:
 test_vae.py.)"""
+import ast
 import io
 import json
 import math
@@ -215,13 +216,11 @@ def test_a_file_is_read_as_the_library_reads_it(box, capsys, case):
 BIG = torch.ones(2 * ck.PIECE + 5, 1)
 VALUES = {          # (tensor, number, at, the tensor it is put into)
     "NaN in a norm": (NORM, math.nan, -1, None),
-    "-Inf in the embedding": (EMBED, -math.inf, 99, None),
     "NaN at the end of a large tensor": (UP, math.nan, -1, BIG),
     "float16 Inf": (NORM, math.inf, 0, torch.ones(64).half()),
     "float8 NaN": (NORM, math.nan, 0, torch.ones(64).to(torch.float8_e4m3fn)),
     "float64 too large": (UP, 1e300, 0, torch.ones(96, 64).double()),
-    **{f"NaN in {name[:12]!r}": (name, math.nan, 0, torch.ones(2))
-       for name in ("a\nb", "/etc/x", "x" * 9_999, "é\u2028\x1b[2J")}}
+    "an odd name": ("é\u2028\x1b[2J\n", math.nan, 0, torch.ones(2))}
 
 
 @pytest.mark.parametrize("side", ["target", "source"])
@@ -252,14 +251,9 @@ def test_a_value_that_does_not_fit_the_targets_dtype(box, capsys):
 
 
 # --- Folders and indexes: builders that return (what the user names, words) -----------
-def mapped(name, shard, *words, make=None):
+def mapped(name, shard, *words):
     """The index says that this tensor is there."""
-    def build(box):
-        folder = box.shards(**{name: shard})
-        if make:
-            make(folder)
-        return folder, words
-    return build
+    return lambda box: (box.shards(**{name: shard}), words)
 
 
 def folder_with(files, *words):
@@ -289,26 +283,18 @@ def beyond_the_limit(path):
 
 
 TINY = {W: torch.ones(2, 2)}
-FOLDERS = {
+FOLDERS = {         # (where shards may lie, and stale indexes: test_kinds.py)
     **{f"an index {text[:20]}": folder_with({INDEX: text}, INDEX)
        for text in ("{", '{"weight_map": ["w"]}', "[" * 200_000)},
     "value is no string": mapped(UP, 5, INDEX), "a NUL": mapped(UP, "a\0.safetensors"),
-    **{f"shard {shard!r}": mapped(UP, shard, "outside", repr(UP))
-       for shard in ("../a.safetensors", "/etc/passwd", "sub/../../a.safetensors")},
-    "a shard that is not there": mapped(UP, "other.safetensors", "other", "missing"),
-    "none is there": folder_with({INDEX: '{"weight_map": {"w": "x.safetensors"}}'}),
     "half a character": mapped(UP, "\ud800", "missing"),
     "ghost name": mapped("ghost.weight", SHARDS[0], "'ghost.weight'", SHARDS[0]),
     "mapped to the wrong shard": mapped(EMBED, SHARDS[1], repr(EMBED), SHARDS[1]),
-    "a shard is a pipe": mapped("x", "pipe", "pipe",
-                                make=lambda f: os.mkfifo(f / "pipe")),
+    "a shard is no file": mapped("x", "../model", "model"),
     "an empty folder": folder_with({}, "no", ".safetensors"),
     "only pickles": folder_with({"model.bin": "x"}, "model.bin", "convert"),
     "several files": folder_with({"a.safetensors": TINY, "b.safetensors": TINY},
                                  "a.safetensors, b.safetensors"),
-    "an adapter": folder_with({"adapter_config.json": "{}",
-                               "adapter_model.safetensors": TINY}, "adapter",
-                              "lora.py fold"),
     "a hub's name": lambda box: ("org/model", ["org/model", "nothing is downloaded"]),
     "a file as folder": lambda box: (box.a / "x", ["a.safetensors/x"]),
     "a device": lambda box: ("/dev/zero", ["/dev/zero", "regular"]),
@@ -448,14 +434,6 @@ def test_an_input_that_shrinks_under_the_run(box, capsys, monkeypatch):
     assert snapshot(box.out.parent) == before
 
 
-def test_an_input_that_is_deleted_under_the_run(box, monkeypatch):
-    """Open files stay what they were."""
-    expected = good(box.a, box.b, out=box.out)
-    acting(monkeypatch, lambda: os.unlink(box.b))
-    assert equal(good(box.a, box.b, out=box.out), expected)
-
-
-
 KINDS = pytest.mark.parametrize("kind", ["file", "folder"])
 
 
@@ -482,19 +460,6 @@ def slowly(pipe):
         real(*arguments)
         os.write(pipe, b"x")
         time.sleep(0.1)
-    ck.Output.put = put
-
-
-def pausing(mouth, go):
-    """For the child: the first piece is announced; it waits until it is told to go
-    on."""
-    real = ck.Output.put
-
-    def put(*arguments):
-        ck.Output.put = real
-        os.write(mouth, b"x")
-        os.read(go, 1)
-        real(*arguments)
     ck.Output.put = put
 
 
@@ -529,32 +494,6 @@ def test_a_signal_while_writing(box, log, kind, sent):
         assert not left and said(log).count("\n") <= 1
 
 
-@pytest.mark.parametrize("sent", SIGNALS)
-def test_a_signal_between_the_two_renames_of_a_folder(box, log, sent):
-    """No moment at which neither the old folder nor the new one is there in whole."""
-    target, out = inputs_of(box, "folder")
-    before = snapshot(out)
-
-    def prepare():
-        real = os.rename
-
-        def rename(*paths):
-            os.rename = real                # once
-            real(*paths)
-            os.kill(os.getpid(), sent)
-            time.sleep(0.1)
-        os.rename = rename
-    pid = forked(log, [target, box.b, "--force", "-o", out], prepare)
-    assert ended(pid) == SIGNALS[sent]
-    rest = sorted(out.parent.glob(".lsmerge-*/*"))
-    if sent == signal.SIGKILL:
-        new, old = rest
-        assert {f"{out}{path[len(str(old)):]}" for path in snapshot(old)} == set(before)
-        assert load_file(new / "model.safetensors") and not out.exists()
-    else:
-        assert snapshot(out) == before and not rest
-
-
 def small_files(): resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
@@ -576,27 +515,6 @@ def test_too_little_memory(box, log):
     assert ended(forked(log, arguments, prepare, train.main)) == 1
     assert snapshot(box.folder) == before
     check_refusal(said(log), ["out of memory"])
-
-
-@KINDS
-@pytest.mark.parametrize("force", [True, False])
-def test_two_runs_into_one_output(box, log, kind, force):
-    """With --force the later one wins, whole; without it the later one finds its place
-    taken, and says so."""
-    (target, _), (ear, mouth), (wait, go) = inputs_of(box, kind), os.pipe(), os.pipe()
-    out = box.folder / "out" / ("new" if kind == "folder" else "new.safetensors")
-    way = [target, box.b, "-o", out, *["--force"] * force]
-    slow = forked(log, [*way, "--lam", 0.25], lambda: pausing(mouth, wait))
-    os.read(ear, 1)
-    assert run(*way, "--lam", 0.75) == 0
-    os.write(go, b"xxxx")                       # one for each thread that may wait
-    assert ended(slow) == (0 if force else 1)
-    weights = out / "model.safetensors" if kind == "folder" else out
-    facts = ck.Checkpoint(weights).metadata["lsmerge.lambda"]
-    assert ("0.25" in facts) == force and load_file(weights)
-    if not force:
-        check_refusal(said(log), [out, "another program", "--force"])
-    assert not list(box.out.parent.glob(".lsmerge-*"))
 
 
 def into_nothing(kind):
@@ -640,36 +558,11 @@ def test_a_reader_that_has_gone_in_an_ordinary_environment(box):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-OPTIMISED = """
-import sys
-import torch
-import chunking, lsmerge, merge, train
-a, b, out, bad = sys.argv[1:]
-try:
-    with chunking.create(bad, [chunking.Entry("w", torch.float32, (16,))]) as output:
-        output.put("w", 0, torch.ones(4))
-except chunking.CheckpointError as error:
-    print("refused", error)
-for main in (merge.main, train.main, lsmerge.tour):
-    try:
-        main(["--help"])
-    except SystemExit as leaving:
-        print("help", leaving.code)
-argv = [a, b, "--vae", "exact", "-o", out, "--force"]
-sys.exit(chunking.command(lambda: merge.main(argv)))
-"""
-
-
-def test_without_asserts_and_docstrings_all_holds(box):
-    """-OO is -O as well. A file that lacks pieces was once published, and the help
-    crashed."""
-    line = [sys.executable, "-OO", "-c", OPTIMISED, box.a, box.b, box.out, box.bad]
-    facts = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(line, capture_output=True, text=True, env=facts, timeout=60)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    assert "refused" in done.stdout and done.stdout.count("help 0") == 3
-    assert not box.bad.exists()
-    assert equal(load_file(box.out), good(box.a, box.b, "--vae", "exact", out=box.out))
+def test_integrity_rests_on_no_assert():
+    """python -O drops them: a file that lacked pieces was once published."""
+    for name in ("lsmerge", "chunking", "vae", "align", "train", "merge"):
+        tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
+        assert not [node for node in ast.walk(tree) if isinstance(node, ast.Assert)]
 
 
 def raising(error):
@@ -819,20 +712,6 @@ def test_no_mutation_of_a_header_is_read_otherwise_than_by_the_library(box):
         assert mine == theirs or own, (data, line)
         count[mine is not None] += 1
     assert count[True] > 130 and count[False] > 1_000, count
-
-
-def test_no_mutation_of_an_index_crashes(box):
-    """What is accepted holds tensors of the shards, each from where it is."""
-    rng, count, folder = random.Random(0), {True: 0, False: 0}, box.shards(FUZZED)
-    text, expected = (folder / INDEX).read_bytes(), ours(ck.Checkpoint(folder))
-    for _ in range(600):
-        (folder / INDEX).unlink()
-        (folder / INDEX).write_bytes(mutated(text, rng))
-        mine, _ = opened(folder)
-        assert mine is None or mine and mine.items() <= expected.items()
-        count[mine is not None] += 1
-    assert count[True] > 60 and count[False] > 240, count
-    assert sorted(os.listdir(folder)) == sorted([*SHARDS, INDEX, "config.json"])
 
 
 # --- Several processes ----------------------------------------------------------------
