@@ -512,7 +512,7 @@ def usage_lines():
     yield "", ""
 
 
-@pytest.mark.parametrize("names, flags", usage_lines(), ids=lambda text: text[:40])
+@pytest.mark.parametrize("names, flags", [*usage_lines()], ids=lambda text: text[:40])
 def test_what_the_command_line_alone_decides_exits_2(models, tmp_path, names, flags,
                                                      capsys):
     """No abbreviations, no empty values (an unset shell variable), no flag that would

@@ -311,7 +311,7 @@ BROKEN = {          # changes to tensors, configuration, record; words of the li
     "an unknown start": ({}, FACTS | {"init": "zeros"}, RECORD, "init"),
     "an earlier version": ({}, FACTS | {"places": ["a"]}, RECORD, "train.py"),
     "a huge network": ({}, HUGE, RECORD, "train.py"),
-    "a nesting bomb": ({}, "[" * 100_000, RECORD, ""),
+    "a nesting bomb": ({}, "[" * 100_000, RECORD, "recursion"),
 }
 
 
