@@ -6,8 +6,8 @@ import socket
 import time
 import traceback
 
-# Before torch: neither a pool of threads nor MKL's record of who owns which memory would
-# survive a fork.
+# Before torch: neither a pool of threads nor MKL's record of who owns which memory
+# would survive a fork.
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_DISABLE_FAST_MM": "1"}
 import sys
 from pathlib import Path
@@ -25,7 +25,8 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def llama_tensors(seed, hidden=64, layers=2, mlp=96, vocab=40, dtype=torch.float32, kv=None):
+def llama_tensors(seed, hidden=64, layers=2, mlp=96, vocab=40, dtype=torch.float32,
+                  kv=None):
     """A state dict with Hugging Face's names. The spread differs by role, as in real
     models."""
     g = generator(seed)
@@ -70,9 +71,9 @@ MODELS = {"a": dict(seed=1), "half": dict(seed=3, dtype=torch.bfloat16),
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Paths: a; b, its relative (float32); half, a stranger of that shape (bfloat16); big,
-    a deeper and wider stranger; vae, exact at r = 1; lossy, PCA at r = 4, which loses
-    three quarters of white noise. Neither VAE is trained."""
+    """Paths: a; b, its relative (float32); half, a stranger of that shape (bfloat16);
+    big, a deeper and wider stranger; vae, exact at r = 1; lossy, PCA at r = 4, which
+    loses three quarters of white noise. Neither VAE is trained."""
     import train
     import vae
     folder = tmp_path_factory.mktemp("models")
@@ -91,16 +92,17 @@ def models(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def exact(monkeypatch, models):
-    """Where a test names no VAE, its codec is not the matter: an exact one is the fastest.
-    (The reference VAE is tried where it is named, and by the README's commands.)"""
+    """Where a test names no VAE, its codec is not the matter: an exact one is the
+    fastest. (The reference VAE is tried where it is named, and by the README's
+    commands.)"""
     import merge
     monkeypatch.setattr(merge, "REFERENCE", str(models["vae"]))
 
 
-# --- Commands in processes of their own: forked, so that nothing is imported anew -------
+# --- Commands in processes of their own: forked, so that nothing is imported anew -----
 def forked(log, arguments, prepare=lambda: None, main=None):
-    """Start merge.py, or another main; its process number. stdout and stderr go to log.out
-    and log.err."""
+    """Start merge.py, or another main; its process number. stdout and stderr go to
+    log.out and log.err."""
     import chunking
     import merge
     if pid := os.fork():
@@ -150,7 +152,7 @@ def two_processes(log, *arguments, prepare=lambda: None, main=None):
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
             codes[pid] = os.waitstatus_to_exitcode(status)
-            time.sleep(0.3)             # torchrun looks from time to time, too
+            time.sleep(0.1)             # torchrun looks from time to time, too
         elif any(codes.values()):
             for other in {*pids} - {*codes}:
                 os.kill(other, signal.SIGTERM)

@@ -1,5 +1,5 @@
-"""chunking.py: moves of data are bit-exact, statistics agree with numpy in float64, names
-with a table of real models, files with the safetensors library."""
+"""chunking.py: moves of data are bit-exact, statistics agree with numpy in float64,
+names with a table of real models, files with the safetensors library."""
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +31,8 @@ def test_chunks_and_windows_are_undone_bit_for_bit(L, dtype):
     assert int(real_BTC.sum()) == L
     assert torch.equal(x_BTC[real_BTC], flat_L)         # in order, nowhere else
     back_NC = ck.from_windows(x_BTC, N).clone()
-    back_NC[~real_NC] = torch.nan                       # whatever a decoder writes there
+    # whatever a decoder writes there
+    back_NC[~real_NC] = torch.nan
     back_L = ck.unchunk(back_NC, L)
     assert torch.equal(back_L, flat_L) and back_L.dtype == dtype
 
@@ -47,7 +48,8 @@ def test_worked_example_and_windows_of_latents():
     assert torch.equal(ck.from_windows(z_BTZ, 5), z_NZ)
 
 
-@pytest.mark.parametrize("numel, step", [(1, 4), (4, 4), (9, 4), (2 ** 20 + 1, ck.PIECE)])
+@pytest.mark.parametrize("numel, step", [
+    (1, 4), (4, 4), (9, 4), (2 ** 20 + 1, ck.PIECE)])
 def test_spans_tile_the_tensor(numel, step):
     pieces = ck.spans(numel, step)
     assert [pieces[0][0], pieces[-1][1]] == [0, numel] and ck.spans(0, step) == []
@@ -68,8 +70,8 @@ VALUES = {"small spread, large mean": noise(5000) * 1e-4 + 1000,
 
 @pytest.mark.parametrize("case", VALUES)
 def test_measure_equals_numpy_however_the_tensor_is_cut(tmp_path, monkeypatch, case):
-    """Chan's update over pieces of 97 against numpy over the whole tensor, in float64; the
-    user's tensors are not written to (a float64 one once was)."""
+    """Chan's update over pieces of 97 against numpy over the whole tensor, in float64;
+    the user's tensors are not written to (a float64 one once was)."""
     values = VALUES[case].reshape(-1, 1)
     before = values.clone()
     monkeypatch.setattr(ck.spans, "__defaults__", (97,))
@@ -102,8 +104,9 @@ def test_measure_equals_numpy_for_every_float_dtype(tmp_path):
     (noise(1000).double() * 1e-9 + 1, torch.float64, 1e-5),
     (noise(1000).double() * 1e-30, torch.float32, 1e-6)])
 def test_standardised_weights_and_back(values, stored, bound):
-    """Against numpy in float64; what is off is the stored dtype's rounding over the spread, a
-    few times: 2^-25 / 3e-3 and 2^-53 / 1e-9. The mean goes before float64 is rounded."""
+    """Against numpy in float64; what is off is the stored dtype's rounding over the
+    spread, a few times: 2^-25 / 3e-3 and 2^-53 / 1e-9. The mean goes before float64 is
+    rounded."""
     flat_L = values.to(stored)
     before = flat_L.clone()
     stats = ck.measure(ck.StateDict({"w": flat_L}), "w")
@@ -168,7 +171,8 @@ PLACES = {          # name -> (stack, layer, role)
     "gpt_neox.layers.5.mlp.dense_h_to_4h.weight": ("gpt_neox.layers", 5, "up"),
     "blocks.3.attn.proj.weight": ("blocks", 3, "o"),
     "blocks.3.mlp.fc2.weight": ("blocks", 3, "down"),
-    "model.embed_tokens.weight": ("", None, "embed"), "lm_head.weight": ("", None, "head"),
+    "model.embed_tokens.weight": ("", None, "embed"),
+    "lm_head.weight": ("", None, "head"),
     "score.weight": ("", None, "head"), "model.norm.weight": ("", None, "norm"),
     "blocks.3.mixer.zebra": ("blocks", 3, "mixer.zebra"),
     "0.auto_model.encoder.layer.3.output.dense.weight":
@@ -182,7 +186,8 @@ def test_parse_name(name):
     assert ck.parse_name(name)[:3] == PLACES[name]
 
 
-@pytest.mark.parametrize("name", ["²", "layers." + "9" * 5000, "layers.٣.w", "layers.-1.w"])
+@pytest.mark.parametrize("name", ["²", "layers." + "9" * 5000, "layers.٣.w",
+                                  "layers.-1.w"])
 def test_an_odd_number_is_no_layer(name):
     assert ck.parse_name(name).layer is None and ck.parse_name(name).role
 
@@ -207,12 +212,15 @@ def test_entries_stand_in_the_order_of_depth(tmp_path):
 def test_selection(models):
     entries = ck.Checkpoint(models["a"]).entries.values()
     default = {e.name for e in entries if ck.is_selected(e)}
-    assert len(default) == 14 and all("layers" in n and "norm" not in n for n in default)
-    for pattern, count in (("embed", 1), ("self_attn", 8), ("norm", 0)):    # of 1 dimension
+    assert len(default) == 14
+    assert all("layers" in n and "norm" not in n for n in default)
+    # of 1 dimension
+    for pattern, count in (("embed", 1), ("self_attn", 8), ("norm", 0)):
         assert len([e for e in entries if ck.is_selected(e, pattern)]) == count
     place = ck.parse_name("h.0.attn.bias")
     for name, shape, dtype, expected in (
-            ("h.0.attn.w", (4, 4), torch.half, True), ("h.0.w", (0, 4), torch.half, False),
+            ("h.0.attn.w", (4, 4), torch.half, True),
+            ("h.0.w", (0, 4), torch.half, False),
             ("h.0.w", (4, 4), torch.int64, False), ("h.0.w", (4,), torch.half, False),
             ("h.0.attn.bias", (1, 1, 8, 8), torch.half, False),         # GPT-2's mask
             ("h.0.experts.down_proj_bias", (4, 8), torch.half, True)):  # gpt-oss
@@ -270,12 +278,14 @@ def test_written_files_are_whole_and_aligned_for_the_library(tmp_path):
     dtype's size, as other readers want it."""
     for n in range(8):
         tensors, path = {**ODD, "x" * n: torch.ones(1)}, tmp_path / f"{n}.safetensors"
-        with ck.create(path, ck.StateDict(tensors).entries.values(), {"n": "ü"}) as output:
+        with ck.create(path, ck.StateDict(tensors).entries.values(),
+                       {"n": "ü"}) as output:
             for name, w in reversed(tensors.items()):
                 for start, stop in reversed(ck.spans(w.numel(), 2)):
                     output.put(name, start, w.reshape(-1)[start:stop])
         found, file = load_file(path), ck.Checkpoint(path)
-        assert set(found) == set(tensors) and file.metadata == {"format": "pt", "n": "ü"}
+        assert set(found) == set(tensors)
+        assert file.metadata == {"format": "pt", "n": "ü"}
         for name, w in tensors.items():
             assert found[name].dtype == w.dtype and torch.equal(found[name], w)
             assert file.entries[name].start % w.dtype.itemsize == 0
@@ -320,7 +330,8 @@ def test_a_result_appears_whole_or_not_at_all(tmp_path, folder):
             work(output)
         assert weights.read_bytes() == b"old" and os.listdir(tmp_path) == ["x"]
     with pytest.raises(ck.CheckpointError, match="made by another"), ck.create(
-            path, [ENTRY], folder=folder) as output:        # without force: taken meanwhile
+            # without force: taken meanwhile
+            path, [ENTRY], folder=folder) as output:
         output.put("w", 0, torch.ones(4))
     assert weights.read_bytes() == b"old" and os.listdir(tmp_path) == ["x"]
     with ck.create(path, [ENTRY], folder=folder, force=True) as output:
@@ -333,7 +344,8 @@ def test_a_result_appears_whole_or_not_at_all(tmp_path, folder):
 def test_no_file_stays_open(tmp_path):
     count = len(os.listdir("/proc/self/fd"))
     for _ in range(10):
-        ck.write_tensors(tmp_path / "x.safetensors", {"w": torch.ones(1)}, {}, force=True)
+        ck.write_tensors(tmp_path / "x.safetensors", {"w": torch.ones(1)}, {},
+                         force=True)
         ck.Checkpoint(tmp_path / "x.safetensors").read("w")
     assert len(os.listdir("/proc/self/fd")) == count
 

@@ -1,7 +1,7 @@
-"""merge.py and lsmerge.py end to end. With an exact codec the pipeline is plain arithmetic,
-which the tests do by hand; what the codec loses, what the aligners move, what a file says,
-likewise. Who meets whom: by names in test_align.py, kind by kind in test_kinds.py; how
-things go wrong in test_faults.py."""
+"""merge.py and lsmerge.py end to end. With an exact codec the pipeline is plain
+arithmetic, which the tests do by hand; what the codec loses, what the aligners move,
+what a file says, likewise. Who meets whom: by names in test_align.py, kind by kind in
+test_kinds.py; how things go wrong in test_faults.py."""
 import hashlib
 import json
 import math
@@ -42,7 +42,8 @@ def merged(tmp_path, *arguments, name="m.safetensors"):
 
 def combination(coefficients, tensors):
     """sum_i c_i w_i of every tensor, in float64, in the dtype of the first."""
-    return {name: sum(c * t[name].double() for c, t in zip(coefficients, tensors)).to(w.dtype)
+    return {name: sum(c * t[name].double()
+                      for c, t in zip(coefficients, tensors)).to(w.dtype)
             for name, w in tensors[0].items()}
 
 
@@ -76,7 +77,8 @@ def test_an_exact_codec_gives_plain_averaging(models, tmp_path, lam, source):
     got, report = merged(tmp_path, *way)
     assert_models_close(got, combination([1 - lam, lam], [a, b]))
     assert report["kind"] == "same-shape" and report["lambda"] == [lam]
-    assert report["align"] == "none" and report["ratio"] == 1 and report["codec"] == "exact"
+    assert report["align"] == "none" and report["ratio"] == 1
+    assert report["codec"] == "exact"
     values = [gate["value"] for gate in report["gates"]]
     assert len(values) == 4 and max(report["roundtrip"]["nmse"], *values) < 1e-12
     assert report["distance"]["to_average"] < 1e-6 and report["unpaired"] == []
@@ -89,8 +91,7 @@ def test_merge_state_dicts_is_the_command(models, tmp_path):
     a["extra.ids"] = torch.arange(3)
     before = [{name: w.clone() for name, w in tensors.items()} for tensors in (a, b)]
     target = save(tmp_path / "a.safetensors", a)
-    for flags in (dict(), dict(lam="0.3", vae="exact"), dict(space="weight"),
-                  dict(operator="slerp"), dict(samples=2, seed=3),
+    for flags in (dict(), dict(lam=0.3, vae="exact"), dict(samples=2, seed=3),
                   dict(select="mlp", vae=models["lossy"], max_nmse=2)):
         words = [f"--{key.replace('_', '-')}={value}" for key, value in flags.items()]
         expected, _ = merged(tmp_path, target, models["b"], *words)
@@ -106,7 +107,8 @@ def test_n_models_and_the_default_lambda_is_the_uniform_share(models, tmp_path):
     got, report = merged(tmp_path, *parents)
     assert_models_close(got, combination([1 / 3] * 3, tensors))
     assert report["lambda"] == pytest.approx([1 / 3, 1 / 3])
-    for lam, coefficients in (("0.5,0.2", [0.3, 0.5, 0.2]), ("0.25", [0.5, 0.25, 0.25])):
+    for lam, coefficients in (("0.5,0.2", [0.3, 0.5, 0.2]),
+                              ("0.25", [0.5, 0.25, 0.25])):
         got, _ = merged(tmp_path, "--lambda", lam, *parents)    # in any order
         assert_models_close(got, combination(coefficients, tensors))
 
@@ -132,7 +134,8 @@ def test_equal_shapes_share_pooled_statistics(models, tmp_path):
     both = np.concatenate([w[NAME].double().numpy() for w in (a, b)])
     mean, std = both.mean(), both.std()
     with torch.no_grad():
-        x = [((w[NAME].double() - mean) / std).float().reshape(-1, 16, 64) for w in (a, b)]
+        x = [((w[NAME].double() - mean) / std).float().reshape(-1, 16, 64)
+             for w in (a, b)]
         z = 0.6 * codec.vae.encode(x[0]).mu_BTZ + 0.4 * codec.vae.encode(x[1]).mu_BTZ
         expected = (codec.vae.decode(z) * std + mean).reshape(a[NAME].shape)
     assert_models_close({NAME: got[NAME]}, {NAME: expected}, rtol=1e-5)
@@ -142,8 +145,8 @@ def test_equal_shapes_share_pooled_statistics(models, tmp_path):
 
 
 def test_a_constant_needs_no_codec(models, tmp_path):
-    """Where it is constant in all parents it is averaged; where only the target's is, and
-    shapes differ, it stays."""
+    """Where it is constant in all parents it is averaged; where only the target's is,
+    and shapes differ, it stays."""
     a, b = load_file(models["a"]), load_file(models["b"])
     a[NAME], b[NAME] = torch.full((96, 64), 0.1), torch.zeros(96, 64)
     paths = [save(tmp_path / f"{i}.safetensors", t) for i, t in enumerate((a, b))]
@@ -161,11 +164,13 @@ def test_select_leaves_everything_else_the_targets(models, tmp_path):
     for pattern, count in [("mlp", 6), ("embed", 1), (r"layers\.1\..*_proj", 7),
                            ("zebra", 0)]:
         got, report = merged(tmp_path, models["a"], models["b"], "--select", pattern)
-        assert report["tensors"]["encoded"] == count and report["tensors"]["averaged"] == 0
+        assert report["tensors"]["encoded"] == count
+        assert report["tensors"]["averaged"] == 0
         chosen = {name for name in a if re.search(pattern, name)}
         assert_equal({n: t for n, t in got.items() if n not in chosen},
                      {n: t for n, t in a.items() if n not in chosen})
-        assert_models_close({n: got[n] for n in chosen}, {n: average[n] for n in chosen})
+        assert_models_close({n: got[n] for n in chosen},
+                            {n: average[n] for n in chosen})
 
 
 def test_the_target_decides_dtypes_and_integers_stay(models, tmp_path):
@@ -218,7 +223,7 @@ def test_roles_without_a_partner_are_copied_and_named(models, tmp_path):
 
 
 # --- What the codec loses: residual, round trip, the gate -----------------------------
-@pytest.mark.parametrize("source", ["b", "half", "big", None])
+@pytest.mark.parametrize("source", ["b", "big", None])
 def test_residual_at_lambda_0_is_the_target_bit_for_bit(models, tmp_path, source):
     """Whatever the VAE."""
     way = ["--roundtrip"] if source is None else [models[source], "--lam", 0]
@@ -261,7 +266,8 @@ def test_residual_across_shapes_keeps_the_targets_share(models, tmp_path):
     without, _ = merged(tmp_path, *way, "--max-nmse", 2)
     trip, _ = merged(tmp_path, models["a"], "--roundtrip", *lossy, "--max-nmse", 2)
     assert run(*way, "--residual", "-o", tmp_path / "x.safetensors") == 1
-    two = [*way, "--source-vae", "exact", "--residual", "-o", tmp_path / "x.safetensors"]
+    two = [*way, "--source-vae", "exact", "--residual", "-o",
+           tmp_path / "x.safetensors"]
     assert run(*two) == 0
     w = load_file(models["a"])[NAME]
     with pytest.MonkeyPatch.context() as patch:
@@ -289,15 +295,18 @@ def test_the_round_trip_reports_the_codecs_error(models, tmp_path):
     assert gate["name"].startswith("NMSE") and "a.safetensors" in gate["name"]
     assert gate["passed"] and gate["bound"] == 2
     assert gate["value"] == report["roundtrip"]["nmse"]
-    assert report["kind"] == "self" and report["lambda"] == [] and report["samples"] == 0
+    assert report["kind"] == "self" and report["lambda"] == []
+    assert report["samples"] == 0
 
 
-def test_the_gate_refuses_before_anything_is_merged(models, tmp_path, monkeypatch, capsys):
+def test_the_gate_refuses_before_anything_is_merged(models, tmp_path, monkeypatch,
+                                                    capsys):
     (tmp_path / "m.safetensors").write_bytes(b"old")
     monkeypatch.setattr(merge, "merge_tensor", lambda *_: pytest.fail("it merges"))
     monkeypatch.setattr(merge, "create", lambda *_, **__: pytest.fail("it writes"))
     for inputs in ([models["a"], "--roundtrip"], [models["a"], models["b"]]):
-        flags = ["-o", tmp_path / "m.safetensors", "--force", "--report", tmp_path / "r"]
+        flags = ["-o", tmp_path / "m.safetensors", "--force", "--report",
+                 tmp_path / "r"]
         assert run(*inputs, "--vae", models["lossy"], *flags) == 1
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1
@@ -314,8 +323,9 @@ def pca_vae(path, model, ratio):
 
 
 def test_the_gate_sees_the_end_of_a_large_tensor(tmp_path):
-    """It once measured only the first 65,536 weights. The start of this tensor is easy at
-    r = 4, its end is noise: the sample, spread evenly, finds what the whole loses."""
+    """It once measured only the first 65,536 weights. The start of this tensor is easy
+    at r = 4, its end is noise: the sample, spread evenly, finds what the whole
+    loses."""
     w = torch.randn(1024, 256, generator=generator())
     steps = torch.linspace(0.5, 1, 256)
     w[:512] = torch.randn(512, 256, generator=generator(1))[:, :1] * steps
@@ -324,13 +334,14 @@ def test_the_gate_sees_the_end_of_a_large_tensor(tmp_path):
     got, report = merged(tmp_path, path, "--roundtrip", "--vae", vae, "--max-nmse", 1)
     error = (got[NAME] - w).double().square().mean().item()
     true = error / w.double().var(correction=0).item()
-    # 64 of 256 windows: their mean is off by 5 %, where half of them have twice the error
+    # 64 of 256 windows: their mean is off by 5 %, where half of them have twice the
+    # error
     assert report["roundtrip"]["nmse"] == pytest.approx(true, rel=0.05) and true > 0.1
 
 
 def test_the_gate_minds_the_typical_weight(models, tmp_path, capsys):
-    """Beside one outlier all other weights may be lost, at an NMSE of nothing: the variance
-    is the outlier's alone."""
+    """Beside one outlier all other weights may be lost, at an NMSE of nothing: the
+    variance is the outlier's alone."""
     w = {NAME: load_file(models["a"])[NAME]}
     w[NAME][3, 4] = 5000 * w[NAME].std()
     path = save(tmp_path / "t.safetensors", w)
@@ -369,11 +380,13 @@ def test_report_counts_and_distances(models, tmp_path):
         "version", "inputs", "output", "seed", "samples", "kind", "ratio", "lambda",
         "operator", "space", "codec", "align", "control", "tensors", "roundtrip",
         "distance", "alignment", "unpaired", "gates", "seconds"}
-    assert report["inputs"] == ["a.safetensors", "b.safetensors"] and report["seed"] == 3
+    assert report["inputs"] == ["a.safetensors", "b.safetensors"]
+    assert report["seed"] == 3
     assert report["output"] == "m.safetensors" and report["version"] == merge.VERSION
     assert report["alignment"] == [] and report["control"] is None
     assert report["codec"] == "vae.safetensors"
-    assert all(gate["passed"] and gate["value"] <= gate["bound"] for gate in report["gates"])
+    for gate in report["gates"]:
+        assert gate["passed"] and gate["value"] <= gate["bound"]
 
 
 def digest(path):
@@ -381,15 +394,23 @@ def digest(path):
 
 
 CASES = {"equal shapes": ["b"], "draws": ["b", "--samples", "2"],
-         "sinkhorn": ["big", "--align", "sinkhorn"], "noise": ["big", "--control", "noise"]}
+         "sinkhorn": ["big", "--align", "sinkhorn"],
+         "noise": ["big", "--control", "noise"]}
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_same_command_same_bytes_whatever_the_threads(models, tmp_path, case):
+def test_same_command_same_bytes_whatever_the_threads(
+        models, tmp_path, monkeypatch, case):
+    """As each tensor is computed by a single one."""
     source, *flags = CASES[case]
-    threads, sums = torch.get_num_threads(), {}
+    threads, sums, real = torch.get_num_threads(), {}, merge.merge_tensor
+
+    def merge_tensor(*arguments):
+        assert torch.get_num_threads() == 1
+        return real(*arguments)
+    monkeypatch.setattr(merge, "merge_tensor", merge_tensor)
     try:
-        for name, count in (("x", 1), ("y", 1), ("z", 3)):
+        for name, count in (("x", 1), ("y", 3)):
             torch.set_num_threads(count)
             merged(tmp_path, models["a"], models[source], *flags, name=name)
             sums[name] = digest(tmp_path / name)
@@ -401,12 +422,11 @@ def test_same_command_same_bytes_whatever_the_threads(models, tmp_path, case):
     assert same == (case not in ("draws", "noise"))         # the seed decides all noise
 
 
-@pytest.mark.parametrize("way", [["b"], ["big", "--align", "none"],
-                                 ["big", "--align", "mean"], ["big", "--align", "gaussian"]],
-                         ids=" ".join)
+@pytest.mark.parametrize("way", [["b"], ["big", "--align", "mean"],
+                                 ["big", "--align", "gaussian"]], ids=" ".join)
 def test_pieces_do_not_show(models, tmp_path, monkeypatch, way):
-    """A tensor in many pieces equals one merged whole, but for the last bits of a product,
-    which a map fitted on 96 points in 64 dimensions raises."""
+    """A tensor in many pieces equals one merged whole, but for the last bits of a
+    product, which a map fitted on 96 points in 64 dimensions raises."""
     source, *flags = way
     whole, _ = merged(tmp_path, models["a"], models[source], "--lam", 0.3, *flags)
     monkeypatch.setattr(lsmerge, "BATCH", 1)
@@ -427,10 +447,11 @@ class Short(train.Schedule):
 
 def test_init_random_trains_on_the_inputs_and_may_keep_it(
         models, tmp_path, monkeypatch, capsys):
-    """The training is seeded; the VAE that is kept gives the same bytes; the gate judges
-    it."""
+    """The training is seeded; the VAE that is kept gives the same bytes; the gate
+    judges it."""
     monkeypatch.setattr(train, "Schedule", Short)
-    kept, inputs = tmp_path / "v.safetensors", [models["a"], models["b"], "--max-nmse", 9]
+    kept = tmp_path / "v.safetensors"
+    inputs = [models["a"], models["b"], "--max-nmse", 9]
     for name, flags in [("x", ["--save-vae", kept]), ("y", [])]:
         got, report = merged(tmp_path, *inputs, "--init", "random", *flags, name=name)
     again, _ = merged(tmp_path, *inputs, "--vae", kept, name="z")
@@ -440,36 +461,42 @@ def test_init_random_trains_on_the_inputs_and_may_keep_it(
     assert "stage 1: 4 steps" in out and "stage 2: 2 steps" in out
     assert Codec.load(kept).vae.config.init == "random"
     assert Codec.load(kept).record["trained_on"] == ["a.safetensors", "b.safetensors"]
-    assert run(*inputs[:2], "--init", "random", "-o", tmp_path / "n") == 1  # hardly trained
+    # hardly trained
+    assert run(*inputs[:2], "--init", "random", "-o", tmp_path / "n") == 1
     assert "NMSE" in capsys.readouterr().err and not (tmp_path / "n").exists()
 
 
-def test_ctrl_c_in_such_a_training_writes_nothing(models, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_in_such_a_training_writes_nothing(models, tmp_path, monkeypatch,
+                                                  capsys):
     monkeypatch.setattr(train, "Schedule", Short)
-    monkeypatch.setattr(train, "train_step", lambda *_: signal.raise_signal(signal.SIGINT))
-    assert run(models["a"], models["b"], "--init", "random", "-o", tmp_path / "m") == 130
-    assert capsys.readouterr().err.count("error: ") == 1 and not list(tmp_path.iterdir())
+    monkeypatch.setattr(train, "train_step",
+                        lambda *_: signal.raise_signal(signal.SIGINT))
+    assert run(models["a"], models["b"], "--init", "random", "-o",
+               tmp_path / "m") == 130
+    assert capsys.readouterr().err.count("error: ") == 1
+    assert not list(tmp_path.iterdir())
 
 
 # --- The command line -----------------------------------------------------------------
 USAGE = """
 a b: --lam=2 | --lam=-1 | --lam=nan | --lam=x | --lam=0.1,0.2 | --lam= | --operator=mean
-a b: --space=weight --residual | --space=weight --max-nmse=1 | --space=weight --vae=exact
-a b: --space=weight --dtype=bfloat16 | --space=weight --align=mean | --space=weight --samples=2
-a b: --space=weight --control=zero | --space=weight --init=random | --space=weight --epsilon=1
-a b: --max-nmse=0 | --max-nmse=nan | --max-nmse=inf | --residual --max-nmse=1
-a b: --residual --samples=2 | --roundtrip | --bogus | --vae=v --init=random | --save-vae=w
-a b: --init=pca | --init=random --source-vae=v | --device=tpu | --dtype=float16 | --seed=-1
-a b: --seed=x | --seed=4294967296 | --dry-run --report=r | --dry-run --init=random --save-vae=v
-a b: --epsilon=0.1 | --align=sinkhorn --epsilon=0 | --align=sinkhorn --epsilon=nan
+a b: --space=weight --residual | --space=weight --max-nmse=1
+a b: --space=weight --vae=exact | --space=weight --dtype=bfloat16
+a b: --space=weight --align=mean | --space=weight --samples=2
+a b: --space=weight --control=zero | --space=weight --init=random
+a b: --space=weight --epsilon=1 | --max-nmse=0 | --max-nmse=nan | --max-nmse=inf
+a b: --residual --max-nmse=1 | --residual --samples=2 | --roundtrip | --bogus
+a b: --vae=v --init=random | --save-vae=w | --init=pca | --init=random --source-vae=v
+a b: --device=tpu | --dtype=float16 | --seed=-1 | --seed=x | --seed=4294967296
+a b: --dry-run --report=r | --dry-run --init=random --save-vae=v | --epsilon=0.1
+a b: --align=sinkhorn --epsilon=0 | --align=sinkhorn --epsilon=nan
 a b: --align=gaussian --epsilon=0.1 | --align=ot | --align=units | --control=mean
 a b: --control=zero --align=mean | --samples=-1 | --samples=4097 | --samples=1.5
-a b: --lamb=0.9 | --op=soup | --report= | --vae= | -o= | --select= | --base= | --source-vae=
-a b: --select=( | --select=a{99999999999} | --operator=soup --lam=0.5 | --base=x
-a b: --operator=task-arithmetic | --operator=task-arithmetic --lam=2
-a b: --operator=task-arithmetic --base=x --lam=10.1
-a b: --operator=slerp --align=gaussian | --operator=slerp --samples=2
-a b: --operator=slerp --control=zero
+a b: --lamb=0.9 | --op=soup | --report= | --vae= | -o= | --select= | --base=
+a b: --source-vae= | --select=( | --select=a{99999999999} | --operator=soup --lam=0.5
+a b: --base=x | --operator=task-arithmetic | --operator=task-arithmetic --lam=2
+a b: --operator=task-arithmetic --base=x --lam=10.1 | --operator=slerp --align=gaussian
+a b: --operator=slerp --samples=2 | --operator=slerp --control=zero
 a b c: --operator=slerp | --lam=0.6,0.6 | --lam=0.5,0.5,0.5
 a: --lam=0.5 | --operator=soup | --space=weight | --align=mean | --control=zero
 a: --source-vae=v | --roundtrip --samples=3 | --base=x
@@ -485,15 +512,17 @@ def usage_lines():
     yield "", ""
 
 
-@pytest.mark.parametrize("names, flags", usage_lines(), ids=lambda text: text[:40])
-def test_what_the_command_line_alone_decides_exits_2(models, tmp_path, names, flags, capsys):
+@pytest.mark.parametrize("names, flags", [*usage_lines()], ids=lambda text: text[:40])
+def test_what_the_command_line_alone_decides_exits_2(models, tmp_path, names, flags,
+                                                     capsys):
     """No abbreviations, no empty values (an unset shell variable), no flag that would
     change nothing. One line, and nothing is written."""
     paths = [models.get(name, models["a"]) for name in names.split()]
     with pytest.raises(SystemExit) as caught:
         run(*paths, "-o", tmp_path / "m.safetensors", *flags.split())
     error = capsys.readouterr().err
-    assert caught.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert caught.value.code == 2 and error.startswith("error: ")
+    assert error.count("\n") == 1
     assert "; fix: " in error and not list(tmp_path.iterdir())
 
 
@@ -566,9 +595,9 @@ def test_across_shapes_against_the_formula_by_hand(models, tmp_path, method):
 
 
 def test_auto_aligns_only_what_has_another_shape(models, tmp_path):
-    """A relative beside a stranger of another shape enters as it is; so does a matrix of
-    equal shape within a model of other shapes. One stranger once sent all through the
-    Gaussian map."""
+    """A relative beside a stranger of another shape enters as it is; so does a matrix
+    of equal shape within a model of other shapes. One stranger once sent all through
+    the Gaussian map."""
     a, b = load_file(models["a"])[NAME].double(), load_file(models["b"])[NAME].double()
     parents = [models[name] for name in ("a", "b", "big")]
     got, report = merged(tmp_path, *parents, "--lam", "0.5,0")
@@ -580,9 +609,12 @@ def test_auto_aligns_only_what_has_another_shape(models, tmp_path):
     expected = (narrow[NAME].double() + b).float() / 2
     assert_models_close({NAME: got[NAME]}, {NAME: expected}, rtol=1e-5)
     assert {r["role"] for r in report["alignment"]} == {"k", "v"}
+    norm = "model.norm.weight"          # not encoded, so the target's across shapes
+    assert torch.equal(got[norm], narrow[norm])
 
 
-def test_sinkhorn_is_cut_into_problems_that_fit_the_memory(models, tmp_path, monkeypatch):
+def test_sinkhorn_is_cut_into_problems_that_fit_the_memory(models, tmp_path,
+                                                           monkeypatch):
     """By hand: target and source in as many equal parts, each its own problem."""
     monkeypatch.setattr(lsmerge, "BATCH", 1)
     monkeypatch.setattr(lsmerge, "PIECE", 64 * 48)
@@ -633,19 +665,19 @@ def test_controls_hold_nothing_of_the_source(models, tmp_path):
     """Of whatever shape it is: norms and embeddings stay the target's, too."""
     z_t, scale, mean = standardised(models["a"], NAME)
     other = llama_tensors(11, hidden=96, layers=3, mlp=160, kv=48)
-    others = [save(tmp_path / "other.safetensors", other), models["b"], models["half"]]
+    other = save(tmp_path / "other.safetensors", other)
     for kind in ("zero", "noise", "shuffled"):
         flags = ["--control", kind, "--lam", 0.4]
         got, report = cross(models, tmp_path, *flags)
         assert report["control"] == kind
-        found, _ = merged(tmp_path, models["a"], others[0], *flags)
+        found, _ = merged(tmp_path, models["a"], other, *flags)
         assert_equal(found, got)
-        for source in others[1:]:       # of equal shapes: in a unit that is pooled
-            found, _ = merged(tmp_path, models["a"], source, *flags)
-            if kind == "shuffled":
-                assert_models_close(found, got, rtol=1e-5)
-            plain = {n: w for n, w in found.items() if not is_encoded(n, w)}
-            assert_equal(plain, {n: got[n] for n in plain})
+        # Of equal shapes the unit is pooled.
+        found, _ = merged(tmp_path, models["a"], models["b"], *flags)
+        if kind == "shuffled":
+            assert_models_close(found, got, rtol=1e-5)
+        plain = {n: w for n, w in found.items() if not is_encoded(n, w)}
+        assert_equal(plain, {n: got[n] for n in plain})
         z = (((got[NAME].double() - mean) / scale).reshape(-1, 64) - 0.6 * z_t) / 0.4
         if kind == "zero":
             expected = z_t.mean(0).expand_as(z)
@@ -654,7 +686,7 @@ def test_controls_hold_nothing_of_the_source(models, tmp_path):
             near = torch.cdist(z, z_t).min(1)
             assert sorted(near.indices.tolist()) == list(range(len(z_t)))
             assert near.values.max() < 1e-3
-        else:                       # 96 x 64 numbers: five standard errors of a deviation
+        else:           # 96 x 64 numbers: five standard errors of a deviation
             assert z.std().item() == pytest.approx(
                 z_t.std().item(), abs=5 / (2 * z.numel()) ** 0.5)
         again, _ = cross(models, tmp_path, *flags, "--seed", 1)
@@ -680,7 +712,8 @@ def test_two_vaes_of_different_latent_sizes(models, tmp_path):
     got, _ = merged(tmp_path, *way, "--align", "none")
     mine, z_t = encoded(vae, models["a"], NAME)
     _, z_s = encoded(models["vae"], models["big"], PARTNER)
-    z = projection_matrix(len(z_s), len(z_t)) @ z_s.double() @ projection_matrix(64, 32).T
+    z = projection_matrix(len(z_s), len(z_t)) @ z_s.double()
+    z = z @ projection_matrix(64, 32).T
     stats = ck.measure(ck.Checkpoint(models["a"]), NAME)
     decoded = mine.decode((0.9 * z_t + 0.1 * z).float(), stats, stats.numel)
     assert_models_close({NAME: got[NAME]}, {NAME: decoded.reshape(stats.shape)})

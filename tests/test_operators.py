@@ -1,4 +1,5 @@
-"""Operators and draws: closed forms, scipy, and arithmetic by hand with an exact codec."""
+"""Operators and draws: closed forms, scipy, and arithmetic by hand with an exact
+codec."""
 import math
 from dataclasses import replace
 
@@ -13,7 +14,8 @@ import lsmerge
 import merge
 from conftest import generator, relative, save
 from lsmerge import Codec, Parent
-from test_merge import (NAME, assert_equal, assert_models_close, combination, is_encoded,
+from test_merge import (NAME, assert_equal, assert_models_close, combination,
+                        is_encoded,
                         merged, run)
 
 
@@ -78,7 +80,8 @@ def family(models, tmp_path_factory):
     ("task-arithmetic", ["--lam", "-0.5"], [1, -0.5, -0.5 + 1])])
 def test_with_an_exact_codec_an_affine_operator_is_its_twin_in_weight_space(
         family, tmp_path, operator, lam, coefficients, space):
-    """TARGET a, SOURCES b and base; for task arithmetic the second source is the base."""
+    """TARGET a, SOURCES b and base; for task arithmetic the second source is the
+    base."""
     a, b, base = (family[key][0] for key in ("a", "b", "base"))
     flags = ["--operator", operator, *lam, "--space", space]
     if operator == "task-arithmetic":
@@ -115,7 +118,8 @@ def test_in_task_arithmetic_what_lacks_a_base_stays(family, tmp_path):
     for name in (NAME, norm, other):
         assert torch.equal(got[name], a[name])
     rest = {name for name in a if name in b and name in base}
-    expected = combination([1, 0.5, -0.5], [{n: t[n] for n in rest} for t in (a, b, base)])
+    expected = combination([1, 0.5, -0.5],
+                           [{n: t[n] for n in rest} for t in (a, b, base)])
     assert_models_close({n: got[n] for n in rest}, expected, rtol=2e-6)
 
 
@@ -175,7 +179,8 @@ def test_slerp_of_latents_by_hand(models, tmp_path):
         decoded = vae.decode((z / torch.sin(angle)).float()).double()
     expected = (decoded * std + mean).reshape(parents[0].shape).float()
     assert_models_close({NAME: got[NAME]}, {NAME: expected})
-    assert report["distance"]["to_average"] > 1e-7         # standardising moves the angle
+    # standardising moves the angle
+    assert report["distance"]["to_average"] > 1e-7
 
 
 # --- Draws from the posterior ---------------------------------------------------------
@@ -188,8 +193,8 @@ def test_without_samples_a_self_merge_is_the_round_trip(models, tmp_path):
 
 @pytest.mark.parametrize("samples", [1, 16, None])
 def test_samples_scatter_as_the_posterior_says(models, tmp_path, samples):
-    """An exact codec with sigma = 0.01: the mean of K draws is off by 0.01 / sqrt(K) of a
-    std. Each tensor and seed has noise of its own."""
+    """An exact codec with sigma = 0.01: the mean of K draws is off by 0.01 / sqrt(K) of
+    a std. Each tensor and seed has noise of its own."""
     flags, a = [] if samples is None else ["--samples", samples], load_file(models["a"])
     runs = [merged(tmp_path, models["a"], *flags, "--seed", seed) for seed in (0, 0, 2)]
     assert_equal(runs[0][0], runs[1][0])
@@ -202,7 +207,8 @@ def test_samples_scatter_as_the_posterior_says(models, tmp_path, samples):
              for role in "qo"]
     draws = torch.stack([(runs[0][0][name] - a[name]).flatten() for name in names])
     apart = torch.corrcoef(draws) - torch.eye(4)
-    assert apart.abs().max() < 0.1              # 4096 numbers: 1 / 64 by chance, six times
+    # 4096 numbers: 1 / 64 by chance, six times
+    assert apart.abs().max() < 0.1
     expected = 0.01 / math.sqrt(samples or merge.SAMPLES)
     assert torch.cat(off).std().item() == pytest.approx(expected, rel=0.02)
 
@@ -232,8 +238,8 @@ def test_draws_of_the_posterior():
 
 
 def test_draws_do_not_depend_on_who_asks(monkeypatch):
-    """In one piece or in many, from anywhere, alone or beside a second source of weight 0
-    and of another shape (which once changed the target's draws): the same noise."""
+    """In one piece or in many, from anywhere, alone or beside a second source of weight
+    0 and of another shape (which once changed the target's draws): the same noise."""
     monkeypatch.setattr(lsmerge, "PIECE", 2 ** 16)
     codec = Codec.load("exact")
     parent = noise_parent(200_000, codec, 0, samples=1, seed=(5,))
@@ -244,6 +250,10 @@ def test_draws_do_not_depend_on_who_asks(monkeypatch):
     for first, last in ((0, 100), (700, 1300), (1023, 1025), (3000, 3125)):
         part = parent.latents(first, last)
         torch.testing.assert_close(part, whole[first:last], rtol=1e-5, atol=1e-5)
+    noise = whole - replace(parent, samples=0).latents(0, parent.N)
+    batches = torch.stack([noise[i:i + 512].flatten() for i in range(0, 3072, 512)])
+    apart = torch.corrcoef(batches) - torch.eye(6)
+    assert apart.abs().max() < 0.04             # 32,768 numbers: seven deviations
     other = noise_parent(900_000, codec, 1, samples=1, seed=(6,))
     other = lsmerge.as_source(parent, other, lsmerge.Alignment("mean"))
 
@@ -274,7 +284,8 @@ def test_n_over_d_is_that_of_the_smaller_cloud(mine, theirs):
 def test_statistics_are_shared_by_those_of_one_shape():
     """The target and whoever has its shape pool theirs; the others keep their own."""
     codec = Codec.load("exact")
-    parents = [noise_parent(L, codec, seed) for seed, L in enumerate((2048, 2048, 4096))]
+    sizes = (2048, 2048, 4096)
+    parents = [noise_parent(L, codec, draw) for draw, L in enumerate(sizes)]
     shared = lsmerge.share_statistics(parents)
     weights = [parent.read(0, 4096).double() for parent in parents]
     both = torch.cat(weights[:2])

@@ -1,4 +1,5 @@
-"""The tour (python lsmerge.py): every number recomputed, from the raw files and by numpy."""
+"""The tour (python lsmerge.py): every number recomputed, from the raw files and by
+numpy."""
 import importlib
 import re
 
@@ -22,7 +23,8 @@ def tour(*paths):
 
 
 def printed(capsys, *paths):
-    """[(symbol, shape, mean, std), ...] of a tour, a row for each tensor that it shows."""
+    """[(symbol, shape, mean, std), ...] of a tour, a row for each tensor that it
+    shows."""
     assert tour(*paths) == 0
     lines, found = capsys.readouterr().out.splitlines(), []
     assert 12 <= len(lines) <= 24 and max(map(len, lines)) <= 88
@@ -110,7 +112,8 @@ def test_every_number_recomputed(capsys, codec, paths):
 
 
 def test_it_is_what_ls_merge_does(capsys, codec):
-    models = [ck.Checkpoint(MODELS / f"{name}.safetensors") for name in ("base", "large")]
+    models = [ck.Checkpoint(MODELS / f"{name}.safetensors")
+              for name in ("base", "large")]
     parents = [lsmerge.Parent(lambda start=0, stop=None, m=m: m.read(NAME, start, stop),
                               ck.measure(m, NAME), codec) for m in models]
     source = lsmerge.as_source(*parents, lsmerge.Alignment("gaussian"))
@@ -142,13 +145,15 @@ def test_every_function_that_it_names_exists(capsys):
 
 
 def test_bad_input_is_one_line(capsys, tmp_path):
-    odd = save(tmp_path / "odd.safetensors", {"layers.0.zebra.weight": torch.ones(8, 8)})
+    odd = save(tmp_path / "odd.safetensors",
+               {"layers.0.zebra.weight": torch.ones(8, 8)})
     base = MODELS / "base.safetensors"
     for paths in ((tmp_path / "none",), (base, odd), (MODELS / "vae.safetensors",),
                   (ROOT / "lsmerge.py",)):
         assert tour(*paths) == 1
         said = capsys.readouterr().err
-        assert said.count("\n") == 1 and said.startswith("error: ") and "; fix: " in said
+        assert said.count("\n") == 1 and said.startswith("error: ")
+        assert "; fix: " in said
     for argv in (("a", "b", "c"), ("",)):
         with pytest.raises(SystemExit) as caught:
             tour(*argv)

@@ -1,4 +1,5 @@
-"""vae.py against torch.distributions, plain loops and Eckart-Young; its codec; its files."""
+"""vae.py against torch.distributions, plain loops and Eckart-Young; its codec; its
+files."""
 import json
 import math
 from dataclasses import asdict
@@ -44,7 +45,8 @@ def wake(net):
     """Let every branch of a warm start speak."""
     for seed, block in enumerate([*net.encoder, *net.decoder]):
         torch.nn.init.normal_(block.out.weight, std=0.3, generator=generator(2 * seed))
-        torch.nn.init.normal_(block.down.weight, std=0.3, generator=generator(2 * seed + 1))
+        torch.nn.init.normal_(block.down.weight, std=0.3,
+                              generator=generator(2 * seed + 1))
     return net
 
 
@@ -58,13 +60,16 @@ def test_kl_against_torch_distributions():
     posterior = v.Posterior(*torch.randn(2, 6, 4, 5, generator=generator()).unbind())
     q = Normal(posterior.mu_BTZ, (posterior.logvar_BTZ / 2).exp())
     expected = torch_kl(q, Normal(torch.zeros(5), torch.ones(5)))[real].mean()
-    torch.testing.assert_close(v.kl_divergence(posterior, real), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(v.kl_divergence(posterior, real), expected, rtol=1e-5,
+                               atol=0)
     posterior.mu_BTZ[~real] = math.inf                  # what stands in padding
-    torch.testing.assert_close(v.kl_divergence(posterior, real), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(v.kl_divergence(posterior, real), expected, rtol=1e-5,
+                               atol=0)
 
 
 def test_loss_is_eq_1_per_weight():
-    """-log p(w | z) of a unit Gaussian, less its constant, plus beta KL, over real weights."""
+    """-log p(w | z) of a unit Gaussian, less its constant, plus beta KL, over real
+    weights."""
     x, real = windows()
     decoded = torch.randn(x.shape, generator=generator(1))
     posterior = v.Posterior(*torch.randn(2, 6, 4, 2, generator=generator(2)).unbind())
@@ -84,7 +89,8 @@ def test_posterior_variance_is_the_closed_form():
     best = s[(s / 2 + 0.01 * (s - 1 - s.log()) / 2).argmin()].item()
     x, real = windows()
     for net in (warm(2.0, x, real, beta=0.01), started(beta=0.01)):
-        assert net.encode(x).logvar_BTZ.exp().mean().item() == pytest.approx(best, rel=1e-4)
+        assert net.encode(x).logvar_BTZ.exp().mean().item() == pytest.approx(best,
+                                                                             rel=1e-4)
 
 
 def test_sampling_needs_a_generator_and_has_the_posteriors_moments():
@@ -99,12 +105,15 @@ def test_sampling_needs_a_generator_and_has_the_posteriors_moments():
 
 
 def test_every_key_has_noise_of_its_own():
-    """torch looks at 32 bits of a seed: products of seed and index once left a single one."""
+    """torch looks at 32 bits of a seed: products of seed and index once left a single
+    one."""
     keys = [(seed, tensor, parent) for seed in (0, 1, 2 ** 31) for tensor in range(3)
             for parent in range(2)]
-    draws = torch.stack([torch.randn(1000, generator=v.generator_for(*key)) for key in keys])
+    draws = torch.stack([torch.randn(1000,
+                                     generator=v.generator_for(*key)) for key in keys])
     apart = torch.corrcoef(draws) - torch.eye(len(keys))
-    assert apart.abs().max() < 0.2                      # 1 / sqrt(1000) by chance, six times
+    # 1 / sqrt(1000) by chance, six times
+    assert apart.abs().max() < 0.2
     assert torch.equal(torch.randn(1000, generator=v.generator_for(*keys[7])), draws[7])
 
 
@@ -131,7 +140,8 @@ def test_windows_do_not_see_each_other_but_chunks_of_a_window_do():
     x, _ = windows()
     net = started(init="random")
     order, z = torch.tensor([3, 1, 0, 2, 5, 4]), net.encode(x).mu_BTZ
-    torch.testing.assert_close(net.encode(x[order]).mu_BTZ, z[order], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(net.encode(x[order]).mu_BTZ, z[order], rtol=1e-5,
+                               atol=1e-6)
     torch.testing.assert_close(net.encode_mean(x), z, rtol=1e-5, atol=1e-6)
     other = x.clone()
     other[0, 3] += 1
@@ -139,7 +149,8 @@ def test_windows_do_not_see_each_other_but_chunks_of_a_window_do():
 
 
 def test_block_against_explicit_loops():
-    """The block written the slow way: rotation by complex numbers, one query at a time."""
+    """The block written the slow way: rotation by complex numbers, one query at a
+    time."""
     D, H, T = 8, 2, 5
     net = v.VAE(v.VAEConfig(chunk=8, width=D, heads=H, blocks=1)).start(generator())
     block, h = net.encoder[0], torch.randn(1, T, D, generator=generator())
@@ -166,7 +177,8 @@ def test_block_against_explicit_loops():
 
 
 def test_a_batch_can_be_overfitted():
-    """ratio 4, far beyond PCA's reach on white noise (error 0.75): it has to memorise."""
+    """ratio 4, far beyond PCA's reach on white noise (error 0.75): it has to
+    memorise."""
     x = torch.randn(2, 4, 8, generator=generator())
     net = started(ratio=4.0, width=32, init="random")
     optimiser = torch.optim.Adam(net.parameters(), lr=6e-3)
@@ -190,8 +202,8 @@ def test_the_pca_start_is_exact_up_to_r_1(ratio, blocks):
 
 @pytest.mark.parametrize("ratio", [4 / 3, 2.0, 4.0])
 def test_untrained_is_pca_above_r_1(ratio):
-    """Eckart-Young: no linear code of Z numbers beats the Z leading principal directions;
-    its error is the sum of the other eigenvalues."""
+    """Eckart-Young: no linear code of Z numbers beats the Z leading principal
+    directions; its error is the sum of the other eigenvalues."""
     x, real = windows(B=50)
     x, real = x[:-1], real[:-1]
     rows = x.reshape(-1, 8).double()
@@ -209,7 +221,8 @@ def test_the_random_start_has_matrices_of_variance_1_over_inputs():
         if weight.ndim == 2 and name.split(".")[0] in ("encoder", "decoder", "unembed"):
             expected = weight.shape[1] ** -0.5 / (8 ** 0.5 if branch else 1)
             assert weight.std().item() == pytest.approx(expected, rel=0.1)
-    assert not torch.equal(net.embed.weight, started(1, init="random", width=128).embed.weight)
+    assert not torch.equal(net.embed.weight,
+                           started(1, init="random", width=128).embed.weight)
 
 
 # --- The codec ------------------------------------------------------------------------
@@ -275,7 +288,8 @@ def test_a_vae_in_another_dtype_works_or_is_refused(dtype):
     """In whatever a file was converted to, training goes on in float32."""
     tensors, metadata = wake(started()).to_file(RECORD)
     try:
-        back, _ = v.VAE.from_file({n: t.to(dtype) for n, t in tensors.items()}, metadata)
+        back, _ = v.VAE.from_file({n: t.to(dtype) for n, t in tensors.items()},
+                                  metadata)
     except ValueError:
         return
     assert all(p.dtype == torch.float32 for p in back.parameters())
@@ -297,14 +311,14 @@ BROKEN = {          # changes to tensors, configuration, record; words of the li
     "an unknown start": ({}, FACTS | {"init": "zeros"}, RECORD, "init"),
     "an earlier version": ({}, FACTS | {"places": ["a"]}, RECORD, "train.py"),
     "a huge network": ({}, HUGE, RECORD, "train.py"),
-    "a nesting bomb": ({}, "[" * 100_000, RECORD, ""),
+    "a nesting bomb": ({}, "[" * 100_000, RECORD, "recursion"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_file_that_is_no_vae_is_one_line_with_the_remedy(tmp_path, case):
-    """Before anything is built: a configuration that does not belong to the tensors once
-    filled the memory."""
+    """Before anything is built: a configuration that does not belong to the tensors
+    once filled the memory."""
     changes, facts, record, words = BROKEN[case]
     tensors, _ = started().to_file(RECORD)
     tensors = {name: t for name, t in (tensors | changes).items() if t is not None}
