@@ -1,22 +1,14 @@
-"""Speed and memory, measured beside what they are to be held against; medians of
-interleaved runs.
+"""Speed and memory, beside what they are to be held against.
 
-    python experiments/bench.py --merge --memory --record  # processes: this file
-    python experiments/bench.py --peer --peer-python peer/bin/python --record
-    python experiments/bench.py --align --codec --training # bench_functions.py
+    python experiments/bench.py --peer --peer-python peer/bin/python
+    python experiments/bench.py --memory
+    python experiments/bench.py --align                     # needs POT
 
-In:    nothing but this repository; the models are made here (bench_models.py).
-Out:   printed tables; with --record the rows of results/bench-PART.jsonl.
+In:    nothing but this repository; the checkpoints are made here. Speed and memory do
+       not depend on what the weights are worth, only on how many there are and which
+       shapes they have.
+Out:   results/bench-PART.jsonl, and the section.
 Paper: it reports neither time nor memory.
-
---merge: merge.py on two checkpoints of 126 M weights, over the time that the same
-arithmetic takes at the matrix-multiply rate of all cores (measured before and after,
-same dtype) plus the bytes at the disk's measured copy rate; with a network whose blocks
-all compute, and with the exact codec.
-
---memory: merge.py on pairs of 0.77 and 3 GB, each with one tensor of 500 MB: the peak
-of anonymous memory must depend neither on the model nor on its largest tensor. Needs 10
-GB of disk.
 
 --peer: merge.py beside mergekit, its linear merge at weights 0.5 and 0.5, on two models
 of Qwen2-0.5B's shape; whole processes, all imports included, in turns. mergekit wants
@@ -24,13 +16,23 @@ an environment of its own, as it pins other versions:
 
     python -m venv peer; peer/bin/pip install torch "mergekit>=0.1,<0.2"
 
-Everything else is at its default for everyone: two threads on two cores, files in the
-page cache. merge.py waits until its result is on the disk, mergekit leaves that to the
-system. Memory is anonymous memory (RssAnon of Linux), of a process and all its
-children, looked at every 10 ms: what a process needs to itself; file pages that the
-system lends it do not count.
+--memory: merge.py on pairs of 1 and 3 GB, each with one encoded matrix of 500 MB: the
+peak of anonymous memory must depend neither on the model nor on its largest tensor.
+Needs 10 GB of disk.
+
+--align: align.py's Sinkhorn beside three solvers of POT (Python Optimal Transport).
+Every solver gets the iterations it needs for the same
+*measured* marginal error, the larger L1 error of both sides of the plan it returns:
+1e-9 at epsilon 0.05, 1e-6 below. POT's own threshold is a 2-norm of one side, so it is
+not used: its solvers are all the plain iteration, whose steps are counted beforehand.
+On a busy machine set OMP_NUM_THREADS=1, or threads wait for each other.
+
+Everything else is at its default for everyone, files in the page cache. merge.py waits
+until its result is on the disk, mergekit leaves that to the system. Memory is anonymous
+memory (RssAnon of Linux), of a process and all its children, looked at every 10 ms:
+what a process needs to itself; file pages that the system lends it do not count.
+Previous: real.py. Next: results.py.
 """
-import argparse
 import itertools
 import json
 import os
@@ -44,16 +46,11 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE / "tools")]
+from compare import (HERE, command_line, find, grouped, keep, machine, several, span,
+                     table)
+import align
 import chunking
-import lsmerge
-import sections
-from bench_functions import (bench_align, bench_codec, bench_training, codec_operations,
-                             conditions)
-from bench_models import full_network, llama_pair, qwen2_pair
-from records import Results, keep
-from vae import VAEConfig
+from merge import REFERENCE
 
 MERGE = [sys.executable, str(HERE.parent / "merge.py")]
 SAMPLING = 0.01             # seconds between two looks at a process's memory
@@ -61,7 +58,87 @@ MEMORY_BOUND = 350          # MiB, of --memory, at any size
 ROUNDS = 3                  # of whole processes
 
 
-# --- Whole processes, watched from outside --------------------------------------------
+def conditions():
+    """What a time depends on, and the code does not say."""
+    return machine() | {"load": round(os.getloadavg()[0], 2)}
+
+
+# --- What is merged -----------------------------------------------------------------
+SPREAD = 0.02               # standard deviation of the weights, as of a new Llama
+NOISE = 0.005               # of what the second model of a pair has on top of the first
+# Qwen2-0.5B as its config.json has it: 494 M weights, of which 136 M are the
+# embedding's.
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2",
+         "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+         "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936,
+         "tie_word_embeddings": True, "hidden_act": "silu",
+         "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+         "torch_dtype": "bfloat16"}
+# of --quick
+SMALL = {"hidden_size": 112, "intermediate_size": 256, "num_hidden_layers": 2,
+         "vocab_size": 1024}
+
+
+def qwen2_shapes(config, big=0):
+    """{name: shape} of a Qwen2: biases at q, k, v, grouped queries, a tied head.
+    big: rows of one more matrix, in layer 0."""
+    hidden = config["hidden_size"]
+    mlp = config["intermediate_size"]
+    kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden),
+              "model.norm.weight": (hidden,)}
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        for role, rows in (("q", hidden), ("k", kv), ("v", kv)):
+            shapes[layer + f"self_attn.{role}_proj.weight"] = (rows, hidden)
+            shapes[layer + f"self_attn.{role}_proj.bias"] = (rows,)
+        shapes[layer + "self_attn.o_proj.weight"] = (hidden, hidden)
+        shapes[layer + "mlp.gate_proj.weight"] = (mlp, hidden)
+        shapes[layer + "mlp.up_proj.weight"] = (mlp, hidden)
+        shapes[layer + "mlp.down_proj.weight"] = (hidden, mlp)
+        shapes[layer + "input_layernorm.weight"] = (hidden,)
+        shapes[layer + "post_attention_layernorm.weight"] = (hidden,)
+    if big:
+        shapes["model.layers.0.mlp.big_proj.weight"] = (big, hidden)
+    return shapes
+
+
+def write_weights(path, shapes, noise):
+    """N(0, SPREAD^2) in bfloat16, the same for every file; with `noise` plus N(0,
+    NOISE^2). Piece by piece, so that 3 GB need not fit into memory."""
+    entries = []
+    for name, shape in shapes.items():
+        entries.append(chunking.Entry(name, torch.bfloat16, shape,
+                                      place=chunking.parse_name(name)))
+    with chunking.create(path, entries) as output:
+        for number, entry in enumerate(entries):
+            draws = torch.Generator().manual_seed(number)
+            more = torch.Generator().manual_seed(1000 + number)
+            for start, stop in chunking.spans(entry.numel):
+                piece = SPREAD * torch.randn(stop - start, generator=draws)
+                if noise:
+                    piece += NOISE * torch.randn(stop - start, generator=more)
+                output.put(entry.name, start, piece.bfloat16())
+
+
+def write_pair(folder, big=0, **changes):
+    """Folders a and b in the Hugging Face layout, the second the first with noise on
+    it: weights, config.json and the smallest tokenizer, which other tools copy along.
+    changes: of QWEN2."""
+    config = QWEN2 | changes
+    tokenizer = {"version": "1.0",
+                 "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}
+    files = {"config.json": config, "tokenizer.json": tokenizer,
+             "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"}}
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        write_weights(folder / name / "model.safetensors", qwen2_shapes(config, big),
+                      noise=name == "b")
+        for file, content in files.items():
+            (folder / name / file).write_text(json.dumps(content, indent=2))
+
+
+# --- Whole processes, watched from outside ------------------------------------------
 def anonymous_mib(pid):
     """Anonymous memory of a process and of all below it, now, in MiB; 0 for one that
     has ended."""
@@ -81,9 +158,8 @@ def anonymous_mib(pid):
 
 
 def watch(command):
-    """Run a command to its end. Returns (seconds, peak anonymous memory in MiB, what it
-    printed). Raises subprocess.CalledProcessError if it fails, with all that it
-    printed."""
+    """Run a command to its end. Returns (seconds, peak anonymous memory in MiB). Raises
+    subprocess.CalledProcessError, with all that it printed, if it fails."""
     with tempfile.TemporaryFile("w+") as printed:
         start = time.perf_counter()
         peak = 0.0
@@ -97,106 +173,39 @@ def watch(command):
         text = printed.read()
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command, text)
-    return seconds, peak, text
+    return seconds, peak
 
 
-def run_merge(folder, *flags):
-    """merge.py on a and b in a folder: (seconds, peak MiB, its report)."""
-    report = folder / "report.json"
-    seconds, peak, _ = watch([*MERGE, folder / "a.safetensors",
-                              folder / "b.safetensors", "-o",
-                              folder / "merged.safetensors", "--force", "--quiet",
-                              "--report",
-                              report, "--max-nmse", "1", *flags])
-    return seconds, peak, json.loads(report.read_text())
-
-
-# --- --merge --------------------------------------------------------------------------
-def matmul_rate(dtype, seconds=6.0):
-    """Operations per second of all cores on 1024 x 1024 matrices: the median over some
-    seconds, as a core that has rested is faster at first than it can remain."""
-    x = torch.ones(1024, 1024, dtype=dtype)
-    rates = []
-    began = time.perf_counter()
-    while time.perf_counter() - began < seconds or len(rates) < 5:
-        start = time.perf_counter()
-        for _ in range(4):
-            x @ x
-        rates.append(4 * 2 * 1024 ** 3 / (time.perf_counter() - start))
-    return statistics.median(rates)
-
-
-def copy_rate(path, scratch):
-    """Bytes per second of reading a file and writing it anew, to the disk and not to
-    its cache."""
-    start = time.perf_counter()
-    with open(path, "rb") as source, open(scratch, "wb") as target:
-        shutil.copyfileobj(source, target, 2 ** 20)
-        os.fsync(target.fileno())
-    seconds = time.perf_counter() - start
-    scratch.unlink()
-    return path.stat().st_size / seconds
-
-
-def merge_row(folder, entries, dtype, network):
-    """One run of merge.py over what its arithmetic and its bytes alone would take."""
-    arithmetic = getattr(torch, dtype)
-    before = matmul_rate(arithmetic)
-    disk = copy_rate(folder / "a.safetensors", folder / "copy")
-    vae = str(folder / "full.safetensors") if network == "full" else "exact"
-    seconds, peak, report = run_merge(folder, "--vae", vae, "--dtype", dtype)
-    rate = (before + matmul_rate(arithmetic)) / 2
-    # A copy reads and writes its bytes: both parents are read, one result is written.
-    files = [folder / f"{name}.safetensors" for name in ("a", "b", "merged")]
-    moved = sum(file.stat().st_size for file in files) / 2
-    least = codec_operations(lsmerge.Codec.load(vae), entries, 2) / rate + moved / disk
-    return {"what": "merge", "weights": sum(e.numel for e in entries), "dtype": dtype,
-            "network": network, "seconds": round(seconds, 2), "least": round(least, 2),
-            "ratio": round(seconds / least, 3), "gflops": round(rate / 1e9, 1),
-            "copy_mb_s": round(disk / 1e6), "peak_mib": round(peak, 1),
-            "stages": report["seconds"]}
-
-
-def write_network(path, config):
-    tensors, metadata = full_network(config).to_file({"trained_on": ["nothing"]})
-    chunking.write_tensors(path, tensors, metadata)
-
-
-def bench_merge(quick):
-    """Yields a row per run; three runs of each arithmetic and network."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        entries = llama_pair(folder, layers=1 if quick else 10, hidden=1024, mlp=2752,
-                             vocab=256)
-        write_network(folder / "full.safetensors", VAEConfig(init="pca"))
-        cells = itertools.product(("float32", "bfloat16"), ("full", "exact"),
-                                  range(1 if quick else ROUNDS))
-        for dtype, network, number in cells:
-            facts = conditions() | {"round": number}
-            yield facts | merge_row(folder, entries, dtype, network)
-
-
-# --- --memory -------------------------------------------------------------------------
+# --- --memory -----------------------------------------------------------------------
 def bench_memory(quick):
     """Yields a row per size and codec."""
-    for layers in (1, 2) if quick else (10, 100):
+    for layers in (1, 2) if quick else (24, 92):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            llama_pair(folder, layers=layers, hidden=1024, mlp=2752, vocab=256,
-                       big=2048 if quick else 250_000)
-            write_network(folder / "full.safetensors", VAEConfig(init="pca"))
-            for network in ("full", "exact"):
-                vae = folder / "full.safetensors" if network == "full" else "exact"
+            small = SMALL if quick else {}
+            write_pair(folder, big=2048 if quick else 280_000,
+                       **small | {"num_hidden_layers": layers})
+            size = (folder / "a" / "model.safetensors").stat().st_size
+            for network, vae in (("reference", REFERENCE), ("exact", "exact")):
                 facts = conditions()
-                seconds, peak, _ = run_merge(folder, "--vae", vae)
-                size = (folder / "merged.safetensors").stat().st_size
+                seconds, peak = watch([*MERGE, folder / "a", folder / "b", "-o",
+                                       folder / network, "--quiet", "--vae", vae])
                 yield facts | {"what": "memory", "bytes": size, "network": network,
                                "peak_mib": round(peak, 1), "bound_mib": MEMORY_BOUND,
                                "seconds": round(seconds, 1)}
 
 
-# --- --peer ---------------------------------------------------------------------------
-WAYS = ("exact", "weight")      # ours, each over mergekit's
+def section_memory(rows):
+    lines = []
+    for row in rows:
+        lines.append([f"{row['bytes'] / 1e9:.2f}", row["network"],
+                      f"{row['peak_mib']:.0f}", f"{row['seconds']:.0f}"])
+    return table(["GB per checkpoint", "codec", "peak MiB", "seconds"], lines)
+
+
+# --- --peer -------------------------------------------------------------------------
+# Ours, each over mergekit's: the default, the exact codec, the plain average.
+WAYS = {"default": [], "exact": ["--vae", "exact"], "weight": ["--space", "weight"]}
 
 
 def peer_version(python):
@@ -207,20 +216,18 @@ def peer_version(python):
 
 
 def peer_commands(folder, python):
-    """{name: command} of the three that are compared; each writes folder/NAME."""
+    """{name: command}; each writes folder/NAME."""
     a = folder / "a"
     b = folder / "b"
     recipe = folder / "linear.yml"
+    models = [{"model": str(path), "parameters": {"weight": 0.5}} for path in (a, b)]
     recipe.write_text(json.dumps({       # JSON is YAML
-        "merge_method": "linear", "dtype": "bfloat16",
-        "models": [{"model": str(path), "parameters": {"weight": 0.5}}
-                   for path in (a, b)]}))
-    ours = [*MERGE, a, b, "--quiet", "-o"]
-    return {"mergekit": [python, "-m", "mergekit.scripts.run_yaml", recipe,
-                         folder / "mergekit",
-                         "--quiet"],
-            "exact": [*ours, folder / "exact", "--vae", "exact"],
-            "weight": [*ours, folder / "weight", "--space", "weight"]}
+        "merge_method": "linear", "dtype": "bfloat16", "models": models}))
+    commands = {"mergekit": [python, "-m", "mergekit.scripts.run_yaml", recipe,
+                             folder / "mergekit", "--quiet"]}
+    for name, flags in WAYS.items():
+        commands[name] = [*MERGE, a, b, "--quiet", "-o", folder / name, *flags]
+    return commands
 
 
 def same_tensors(path, other):
@@ -228,23 +235,25 @@ def same_tensors(path, other):
     bits."""
     mine = chunking.Checkpoint(path)
     theirs = chunking.Checkpoint(other)
-    kinds = [{name: (entry.dtype, entry.shape) for name, entry in model.entries.items()}
-             for model in (mine, theirs)]
+    kinds = []
+    for model in (mine, theirs):
+        kinds.append({name: (entry.dtype, entry.shape)
+                      for name, entry in model.entries.items()})
     if kinds[0] != kinds[1]:
         return False
     for name, entry in mine.entries.items():
-        for span in chunking.spans(entry.numel):
+        for span_ in chunking.spans(entry.numel):
             # As bytes: -0.0 is not 0.0, and NaN is NaN.
-            one = mine.read(name, *span).view(torch.uint8)
-            if not torch.equal(one, theirs.read(name, *span).view(torch.uint8)):
+            one = mine.read(name, *span_).view(torch.uint8)
+            if not torch.equal(one, theirs.read(name, *span_).view(torch.uint8)):
                 return False
     return True
 
 
 def middle(values):
-    """(median, least, most), rounded."""
-    return [round(value, 3) for value in (statistics.median(values), min(values),
-                                          max(values))]
+    """[median, least, most], rounded."""
+    return [round(value, 3)
+            for value in (statistics.median(values), min(values), max(values))]
 
 
 def peer_rounds(folder, commands, rounds):
@@ -256,24 +265,26 @@ def peer_rounds(folder, commands, rounds):
         for name, command in commands.items():
             shutil.rmtree(folder / name, ignore_errors=True)
             os.sync()           # nobody pays for the writes of whoever ran before
-            taken, peak, _ = watch(command)
+            taken, peak = watch(command)
             seconds[name].append(taken)
             peaks[name].append(peak)
     return seconds, peaks
 
 
-def peer_row(seconds, peaks):
-    """Medians and ranges; the ratios are taken within a round, ours over mergekit's."""
-    ratios = {}
-    memory = {}
-    for name in WAYS:
-        ratios[name] = middle([x / y for x, y in zip(seconds[name],
-                                                     seconds["mergekit"])])
-        memory[name] = middle([x / y for x, y in zip(peaks[name], peaks["mergekit"])])
-    return {"what": "peer", "rounds": len(seconds["mergekit"]), "ratios": ratios,
-            "memory_ratios": memory,
-            "seconds": {name: middle(values) for name, values in seconds.items()},
-            "peak_mib": {name: middle(values) for name, values in peaks.items()}}
+def ratios_of(values, start=None):
+    """{way: [median, least, most] of ours over mergekit's, within a round}; with what
+    starting takes, {name: seconds}, taken off both."""
+    found = {}
+    for name in values:
+        if name != "mergekit":
+            ratios = []
+            for mine, theirs in zip(values[name], values["mergekit"]):
+                if start:
+                    mine -= start["merge.py"]
+                    theirs -= start["mergekit"]
+                ratios.append(mine / theirs)
+            found[name] = middle(ratios)
+    return found
 
 
 def bench_peer(quick, python):
@@ -287,59 +298,192 @@ def bench_peer(quick, python):
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        small = {"num_hidden_layers": 2, "vocab_size": 1024} if quick else {}
-        qwen2_pair(folder, **small)
+        write_pair(folder, **SMALL if quick else {})
         commands = peer_commands(folder, python)
         helps = {"mergekit": [*commands["mergekit"][:3], "--help"],
-                 "exact": [*MERGE, "--help"], "weight": [*MERGE, "--help"]}
+                 "merge.py": [*MERGE, "--help"]}
         start = {key: round(watch(command)[0], 2) for key, command in helps.items()}
         facts = conditions()
         seconds, peaks = peer_rounds(folder, commands, 1 if quick else ROUNDS)
         size = (folder / "a" / "model.safetensors").stat().st_size
-        yield facts | peer_row(seconds, peaks) | {
+        yield facts | {
+            "what": "peer", "rounds": len(seconds["mergekit"]),
+            "ratios": ratios_of(seconds), "ratios_started": ratios_of(seconds, start),
+            "memory_ratios": ratios_of(peaks),
+            "seconds": {key: middle(values) for key, values in seconds.items()},
+            "peak_mib": {key: middle(values) for key, values in peaks.items()},
             "peer": f"mergekit {version}", "bytes": size, "start": start,
             "equal_bits": same_tensors(folder / "weight", folder / "mergekit")}
 
 
-# --- The command ----------------------------------------------------------------------
-# A part is a generator of rows, and how the page shows them.
-PARTS = {"align": (bench_align, sections.bench_align),
-         "merge": (bench_merge, sections.bench_merge),
-         "memory": (bench_memory, sections.bench_memory),
-         "codec": (bench_codec, sections.bench_codec),
-         "training": (bench_training, sections.bench_training),
-         "peer": (bench_peer, sections.bench_peer)}
+NAMES = {"default": "`merge.py`, the reference VAE", "exact": "`--vae exact`",
+         "weight": "`--space weight`"}
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def section_peer(rows):
+    """With and without what starting Python and its imports takes."""
+    peer = rows[-1]
+    lines = []
+    for name in WAYS:
+        if name in peer["ratios"]:
+            started = peer.get("ratios_started")
+            lines.append([NAMES[name], f"{peer['seconds'][name][0]:.1f} s",
+                          span(peer["ratios"][name]),
+                          span(started[name]) if started else "",
+                          f"{peer['peak_mib'][name][0]:.0f} MiB"])
+    lines.append([peer["peer"], f"{peer['seconds']['mergekit'][0]:.1f} s", "1", "1",
+                  f"{peer['peak_mib']['mergekit'][0]:.0f} MiB"])
+    return table([f"two models of {peer['bytes'] / 1e9:.2f} GB", "time",
+                  "over mergekit's [least, largest]", "without start-up", "memory"],
+                 lines)
+
+
+# --- Functions, timed in this process -----------------------------------------------
+def interleaved(runs, rounds):
+    """{name: function} -> {name: (median seconds, result)}, in rounds: load hits all
+    alike."""
+    seconds = {name: [] for name in runs}
+    results = {}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            if seconds[name] and seconds[name][0] > SLOW:
+                continue
+            start = time.perf_counter()
+            results[name] = run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: (statistics.median(seconds[name]), results[name]) for name in runs}
+
+
+SLOW = 10.0             # seconds; what takes longer is timed once, not ROUNDS times
+REPEATS = 5
+
+
+# --- --align ------------------------------------------------------------------------
+SIZES = [(512, 512), (1024, 1536), (2048, 1024)]
+CLOUDS = ("isotropic", "anisotropic", "heavy-tailed")
+LATENT = 32                 # numbers per point
+# POT stops here at the latest: its ratio is then an upper bound
+MOST_PLAIN = 3000
+SOLVERS = ("sinkhorn", "sinkhorn_stabilized", "sinkhorn_log")       # of POT
+
+
+def cloud(n, kind, generator):
+    """(n, LATENT) float64 points of one of CLOUDS."""
+    z = torch.randn(n, LATENT, generator=generator, dtype=torch.float64)
+    if kind == "anisotropic":
+        return z * torch.logspace(0, -2, LATENT, dtype=torch.float64)
+    # Student t, 3 degrees of freedom, one scale per point
+    if kind == "heavy-tailed":
+        half = torch.full((n, 1), 1.5, dtype=torch.float64)
+        return z / (torch._standard_gamma(half, generator=generator) / 1.5).sqrt()
+    return z
+
+
+def plain_iterations(cost_IJ, epsilon, tolerance):
+    """How many plain Sinkhorn iterations (v, then u, like POT) reach the tolerance, in
+    tens."""
+    I, J = cost_IJ.shape
+    kernel = (cost_IJ / (-epsilon * cost_IJ.max())).exp()
+    u = torch.full((I,), 1 / I, dtype=torch.float64)
+    for iteration in range(1, MOST_PLAIN + 1):
+        v = 1 / J / (kernel.T @ u)
+        u = 1 / I / (kernel @ v)
+        error = (v * (kernel.T @ u) - 1 / J).abs().sum()
+        if iteration % 10 == 0 and error <= tolerance:
+            return iteration
+    return MOST_PLAIN
+
+
+def marginal_error(plan):
+    """The larger L1 error of a plan's two sides, against uniform masses."""
+    plan = torch.as_tensor(plan)
+    n, m = plan.shape
+    rows = (plan.sum(1) - 1 / n).abs().sum().item()
+    columns = (plan.sum(0) - 1 / m).abs().sum().item()
+    return max(rows, columns)
+
+
+def sinkhorn_cell(ot, n, m, kind, epsilon, rounds):
+    """One row: sizes, iterations, seconds, measured errors and ratios of ours and POT's
+    solvers."""
+    generator = torch.Generator().manual_seed(n + m)
+    cost = align.squared_cost(cloud(n, kind, generator), cloud(m, kind, generator))
+    tolerance = 1e-9 if epsilon >= 0.05 else 1e-6
+    plain = plain_iterations(cost, epsilon, tolerance)
+    M = (cost / cost.max()).numpy()
+    options = dict(reg=epsilon, numItermax=plain, stopThr=0.0, warn=False)
+    solve = ot.bregman
+    runs = {"ours": lambda: align.sinkhorn(cost, epsilon, tolerance).plan_IJ,
+            "sinkhorn": lambda: solve.sinkhorn_knopp([], [], M, **options),
+            "sinkhorn_stabilized":
+                lambda: solve.sinkhorn_stabilized([], [], M, tau=1e6, **options),
+            "sinkhorn_log": lambda: solve.sinkhorn_log([], [], M, **options)}
+    timed = interleaved(runs, rounds)
+    seconds = {name: round(one, 5) for name, (one, _) in timed.items()}
+    errors = {name: float(f"{marginal_error(plan):.2g}")
+              for name, (_, plan) in timed.items()}
+    ratios = {name: round(timed["ours"][0] / timed[name][0], 3) for name in SOLVERS}
+    return {"what": "sinkhorn", "n": n, "m": m, "kind": kind, "latent": LATENT,
+            "epsilon": epsilon, "tolerance": tolerance, "plain_iterations": plain,
+            "iterations": align.sinkhorn(cost, epsilon, tolerance).iterations,
+            "seconds": seconds, "errors": errors, "ratios": ratios}
+
+
+def bench_align(quick):
+    """Yields one row per cell."""
+    import ot               # pip install POT
+    rounds = 2 if quick else REPEATS
+    facts = conditions() | {"pot": ot.__version__, "rounds": rounds}
+    sizes = SIZES[:1] if quick else SIZES
+    for (n, m), kind, epsilon in itertools.product(sizes, CLOUDS, (0.05, 0.01, 0.005)):
+        yield facts | sinkhorn_cell(ot, n, m, kind, epsilon, rounds)
+
+
+def section_align(rows):
+    plans = find(rows, what="sinkhorn")
+    lines = []
+    for (kind, epsilon), group in grouped(plans, "kind", "epsilon").items():
+        line = [kind, f"{epsilon:g}"]
+        for name in SOLVERS:
+            line.append(several([row["ratios"][name] for row in group], "{:.2f}".format))
+        lines.append(line)
+    over = [max(row["ratios"].values()) for row in plans]
+    text = (f"Ours over POT's fastest, of {len(over)} problems: median "
+            f"{statistics.median(over):.2f}; faster in {sum(r < 1 for r in over)}.\n")
+    return text + "\n" + table(["cloud", "epsilon", "ours / sinkhorn",
+                                "ours / sinkhorn_stabilized", "ours / sinkhorn_log"],
+                               lines)
+
+
+# --- The command --------------------------------------------------------------------
+# A part is a generator of rows, and what shows them.
+PARTS = {"peer": (bench_peer, section_peer), "memory": (bench_memory, section_memory),
+         "align": (bench_align, section_align)}
+
+
+def main():
+    parser = command_line(__doc__)
     for name in PARTS:
         parser.add_argument(f"--{name}", action="store_true",
                             help=f"run the part {name!r}")
     parser.add_argument("--quick", action="store_true",
-                        help="smallest size, fewest rounds")
-    parser.add_argument("--budget", type=int, default=4000, metavar="STEPS",
-                        help="of the release's recipe, at most (%(default)s)")
+                        help="smallest size, fewest rounds; nothing is kept")
     parser.add_argument("--peer-python", default=sys.executable, metavar="PYTHON",
                         help="the Python that has mergekit (this one)")
-    parser.add_argument("--record", nargs="?", const=HERE / "results", type=Path,
-                        metavar="FOLDER",
-                        help="keep the rows in this folder (results/)")
-    a = parser.parse_args(argv)
-    chosen = [name for name in PARTS if getattr(a, name)]
+    args = parser.parse_args()
+    chosen = [name for name in PARTS if getattr(args, name)]
     if not chosen:
         parser.error("choose a part: " + ", ".join(f"--{name}" for name in PARTS))
-    options = {"training": [a.budget], "peer": [a.peer_python]}
     for name in chosen:
         measure, section = PARTS[name]
+        options = [args.peer_python] if name == "peer" else []
         rows = []
-        for row in measure(a.quick, *options.get(name, [])):
+        for row in measure(args.quick, *options):
             rows.append(row)
-            print(".", end="", file=sys.stderr, flush=True)
-            if a.record:
-                keep(a.record / f"bench-{name}.jsonl", [row])
+            if not args.quick:
+                keep(f"bench-{name}", [row], args.results)
         if rows:
-            sections.show(section, Results(given={f"bench-{name}": rows}))
+            print(section(rows))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ Out:   bits per byte per domain with standard errors over documents, exact-match
 Paper: Sec. 4 reports MMLU, HellaSwag, GSM8k and others. differs: models this small know only bytes,
        so the three domains are source code, reference prose and sums, all of which every Python
        installation has.
-Left out on purpose: downloads, sampling of text, a leaderboard. Previous: records.py.
-Next:  make_models.py.
+Left out on purpose: downloads, sampling of text, a leaderboard.
+Previous: tiny_lm.py. Next: make_models.py.
 """
 import argparse
 import functools
@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from records import keep, machine
-from tiny_lm import load
+from compare import machine
+from tiny_lm import TinyLM, load
 
 DOMAINS = ("code", "prose", "arithmetic")
 SPLITS = {"test": 15, "validation": 15, "train": 70}  # percent of documents; the strictest first
@@ -138,9 +138,10 @@ def byte_scores(model, documents, batch=32):
         bytes_BT = torch.tensor([list(text.ljust(longest, b"\0")) for text in group])
         logits = model(bytes_BT[:, :-1]).float()
         nats = F.cross_entropy(logits.transpose(1, 2), bytes_BT[:, 1:], reduction="none")
-        bits, hit = nats.double().numpy() / np.log(2), logits.argmax(-1) == bytes_BT[:, 1:]
-        scores += [(bits[i, :len(text) - 1], hit[i, :len(text) - 1].numpy())
-                   for i, text in enumerate(group)]
+        bits = nats.double().numpy() / np.log(2)
+        hit = logits.argmax(-1) == bytes_BT[:, 1:]
+        for i, text in enumerate(group):
+            scores.append((bits[i, :len(text) - 1], hit[i, :len(text) - 1].numpy()))
     return scores
 
 
@@ -148,6 +149,19 @@ def bits_per_byte(model, documents, batch=32):
     """float64 array: each document's bits over the bytes predicted (all but the first, which has no
     context)."""
     return np.array([bits.mean() for bits, _ in byte_scores(model, documents, batch)])
+
+
+def score(model, split="test", documents=None):
+    """{domain: (1, documents) bits per byte} of a TinyLM, or of the tensors of one: the
+    form in which compare.py takes scores.  documents: at most so many per domain"""
+    if not isinstance(model, torch.nn.Module):
+        model = TinyLM.from_state_dict(model)
+    scores = {}
+    for domain in DOMAINS:
+        # Eight at a time: their activations fit into a cache, which saves a fifth.
+        texts = held_out(domain, split)[:documents]
+        scores[domain] = bits_per_byte(model, texts, batch=8)[None]
+    return scores
 
 
 def exact_match(documents, scores):
@@ -160,9 +174,11 @@ def exact_match(documents, scores):
     """
     shares = []
     for text, (_, hit) in zip(documents, scores):
-        right, start = [], 0
+        right = []
+        start = 0
         for line in text.splitlines(keepends=True):
-            answer, end = start + line.index(b"=") + 1, start + len(line)
+            answer = start + line.index(b"=") + 1
+            end = start + len(line)
             right.append(hit[answer - 1:end - 1].all())  # hit[i] judges byte i + 1
             start = end
         shares.append(np.mean(right))
@@ -217,8 +233,8 @@ def row_of(file, scores, split):
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE",
                         help="safetensors file; the others are compared with the first")
     parser.add_argument("--split", choices=("test", "validation"), default="test",
@@ -226,8 +242,6 @@ def parse():
     parser.add_argument("--score", choices=(*DOMAINS, "accuracy"), metavar="DOMAIN",
                         help="print one number for one FILE, higher is better: minus the bits per "
                         f"byte of {', '.join(DOMAINS)}, or the accuracy")
-    parser.add_argument("--record", type=Path, metavar="FILE.jsonl",
-                        help="keep a JSON line per file; those of equal names are replaced")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
     if args.score and len(args.files) > 1:
@@ -236,7 +250,8 @@ def parse():
 
 
 def main():
-    args, results = parse(), []
+    args = parse()
+    results = []
     alone = len(args.files) == 1
     for file in tqdm(args.files, desc="evaluate", unit="file", disable=args.quiet or alone):
         try:
@@ -250,8 +265,6 @@ def main():
         print(score if args.score == "accuracy" else -score)
     else:
         print_table(args.files, results, args.split)
-    if args.record:
-        keep(args.record, [row_of(*pair, args.split) for pair in zip(args.files, results)])
     return 0
 
 

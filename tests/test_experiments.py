@@ -3,9 +3,7 @@
 Sizes are small for testing; oracles: complex numbers and explicit loops for the forward pass, 8
 bits a byte for a model that knows nothing, counting by hand for the sums, float64 for adapters.
 """
-import ast
 import functools
-import graphlib
 import json
 import re
 import sys
@@ -16,8 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import evaluate
+import lora
 import make_models
 import tiny_lm
+from chunking import StateDict
+from compare import read
 from conftest import ROOT
 from lsmerge import Codec
 from vae import VAEConfig
@@ -37,25 +38,6 @@ def model():
     for weight in lm.parameters():
         torch.nn.init.normal_(weight, mean=float(weight.dim() == 1), std=0.2)
     return lm
-
-
-def imports(file, modules):
-    """Those of the modules that a file imports anywhere, at its head or within a function."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found.add(node.module)
-    return found & set(modules)
-
-
-def test_no_module_imports_what_imports_it():
-    """The folder once had paper_tables.py import, late, the tables that imported it."""
-    graph = {file.stem: file for file in EXPERIMENTS.glob("*.py")}
-    graph = {name: imports(file, graph) for name, file in graph.items()}
-    order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, naming it
-    assert order.index("scores") < order.index("grid") < order.index("paper_tables")
 
 
 def norm(x, gain):
@@ -211,8 +193,8 @@ def test_same_seed_same_file(tmp_path, monkeypatch):
 
 
 def flat_scores(model, split):
-    """In the place of evaluate: two documents of one domain."""
-    return {"code": np.array([1.0, 3.0])}
+    """In the place of evaluate: two documents of each domain."""
+    return {name: np.array([1.0, 3.0]) for name in ("code", "prose", "arithmetic")}
 
 
 def test_an_expert_stands_on_the_line_from_its_parent(tmp_path, monkeypatch):
@@ -224,7 +206,8 @@ def test_an_expert_stands_on_the_line_from_its_parent(tmp_path, monkeypatch):
         "parent": row(shape=TINY), "whole": row(parent="parent"),
         "part": row(parent="parent", share=0.25)})
     texts = [np.frombuffer(b"print('abc')\n" * 50, dtype=np.uint8)] * 3
-    records = [make_models.make(name, tmp_path, texts, quiet=True) for name in make_models.SPECS]
+    records = [make_models.make(name, tmp_path, texts, quiet=True)
+               for name in make_models.SPECS]
     assert records[0]["test"]["code"] == {"mean": 2.0, "error": 1.0}
     assert records[0]["tokens"] == 8 * 2 * 16
     parent, whole, part = (tiny_lm.load(tmp_path / f"{name}.safetensors").state_dict()
@@ -244,10 +227,9 @@ def test_evaluate_command(model, tmp_path, monkeypatch, capsys):
     def run(*args):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, args)])
         return evaluate.main()
-    log, files = tmp_path / "log.jsonl", [tmp_path / f"{name}.safetensors" for name in "ab"]
-    assert run(*files, "--quiet", "--record", log) == 0
+    files = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    assert run(*files, "--quiet") == 0
     assert "difference to a.safetensors" in capsys.readouterr().out
-    assert len(log.read_text().splitlines()) == 2 and str(tmp_path) not in log.read_text()
     assert run(tmp_path / "a.safetensors", "--score", "code") == 0
     bits = evaluate.bits_per_byte(tiny_lm.load(tmp_path / "a.safetensors"), DOCUMENTS[2:])
     assert float(capsys.readouterr().out) == pytest.approx(-bits[0])
@@ -272,27 +254,10 @@ def adapted(model, tmp_path):
     return model, base, tmp_path / "lora"
 
 
-def test_folding_adds_the_product_by_hand(adapted):
-    _, base, folder = adapted
-    factors = load_file(folder / "adapter_model.safetensors")
-    folded = tiny_lm.fold({name: tensor.bfloat16() for name, tensor in base.items()}, folder)
-    assert list(folded) == list(base) and len(factors) == 2 * 7 * 2
-    for name, weight in base.items():
-        expected = weight.bfloat16().double().numpy()
-        if name.endswith("_proj.weight"):
-            stem = "base_model.model." + name.removesuffix("weight")
-            A, B = (factors[f"{stem}lora_{x}.weight"].double().numpy() for x in "AB")
-            assert A.shape == (3, weight.shape[1]) and B.shape == (weight.shape[0], 3)
-            product = sum(np.outer(B[:, r], A[r]) for r in range(3))
-            expected = expected + 4.0 * product  # alpha / rank = 12 / 3
-        # float32 sums of four terms near 1; norms and the embedding are untouched
-        np.testing.assert_allclose(folded[name].numpy(), expected, rtol=1e-6,
-                                   atol=1e-6 if "_proj" in name else 0)
-
-
 def test_an_adapted_forward_is_the_folded_forward(adapted):
     model, base, folder = adapted
-    folded = tiny_lm.TinyLM.from_state_dict(tiny_lm.fold(base, folder))
+    tensors = lora.folded_tensors(StateDict(base), folder)
+    folded = tiny_lm.TinyLM.from_state_dict(tensors)
     bytes_BT = torch.tensor([list(b"def f(x):")])
     with torch.no_grad():
         beside, within = model(bytes_BT), folded(bytes_BT)
@@ -330,26 +295,6 @@ def test_factors_start_in_the_order_of_the_targets(model):
             assert torch.equal(adapted.lora_A.weight, A.weight), name
 
 
-def test_an_adapter_that_does_not_fit_is_refused(adapted):
-    _, base, folder = adapted
-    config = json.loads((folder / "adapter_config.json").read_text())
-    path = folder / "adapter_model.safetensors"
-    factors = load_file(path)
-    first = "base_model.model.model.layers.0.mlp.up_proj"
-    lacking = {name: tensor for name, tensor in factors.items() if name != f"{first}.lora_B.weight"}
-    more = factors | {f"{first}.lora_magnitude_vector": torch.ones(40)}
-    foreign = factors | {"lm_head.weight": torch.ones(2, 2)}
-    for changed, tensors, message in [
-            (config | {"use_dora": True}, factors, "use_dora"),
-            (config | {"bias": "all"}, factors, "bias"), (config | {"r": 4}, factors, "rank 4"),
-            (config, lacking, "up_proj.*missing"), (config, more, "magnitude"),
-            (config, foreign, "lm_head")]:
-        (folder / "adapter_config.json").write_text(json.dumps(changed))
-        save_file(tensors, path)
-        with pytest.raises(ValueError, match=message):
-            tiny_lm.fold(base, folder)
-
-
 def test_the_command_trains_an_adapter_part_of_the_way(tmp_path, monkeypatch):
     monkeypatch.setattr(make_models, "BATCH", 2)
     monkeypatch.setattr(make_models, "WINDOW", 16)
@@ -358,33 +303,18 @@ def test_the_command_trains_an_adapter_part_of_the_way(tmp_path, monkeypatch):
                         lambda domain: (b"print('abc')\n" * 20,) * 2)
     row = functools.partial(make_models.Lora, seed=5, steps=8, lr=1e-1, mixture=(0, 0, 1), half="b")
     monkeypatch.setattr(make_models, "LORAS", {"whole": row(), "part": row(share=0.25)})
-    base, log = make_models.Spec(seed=1, steps=1, lr=0.0, shape=TINY), tmp_path / "log.jsonl"
+    base = make_models.Spec(seed=1, steps=1, lr=0.0, shape=TINY)
     make_models.save(make_models.new_model(base), tmp_path / "base.safetensors")
     monkeypatch.setattr(sys, "argv", ["make_models.py", "loras", "--out", str(tmp_path), "--quiet",
-                                      "--threads", "1", "--log", str(log)])
+                                      "--threads", "1", "--results", str(tmp_path)])
     make_models.main()
-    names = [json.loads(line)["name"] for line in log.read_text().splitlines()]
+    names = [row["name"] for row in read("make_models", tmp_path)]
     assert names == ["whole", "part"]
     whole, part = (load_file(tmp_path / "lora" / name / "adapter_model.safetensors")
                    for name in names)
     for name in whole:
         share = 0.25 if "lora_B" in name else 1.0  # a quarter is exact in bfloat16
         assert whole[name].any() and torch.equal(part[name], share * whole[name])
-
-
-def test_the_trained_adapters_are_whole():
-    base = tiny_lm.load(tiny_lm.MODELS / "base.safetensors").state_dict()
-    for name in make_models.LORAS:
-        folder = tiny_lm.MODELS / "lora" / name
-        config = json.loads((folder / "adapter_config.json").read_text())
-        facts = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "base_model_name_or_path": "base"}
-        assert config.items() >= facts.items()
-        tensors = load_file(folder / "adapter_model.safetensors")
-        assert len(tensors) == 4 * 7 * 2
-        assert all(tensor.isfinite().all() and tensor.any() for tensor in tensors.values())
-        folded = tiny_lm.load(folder).state_dict()
-        assert {key for key in base if not torch.equal(base[key], folded[key])} == {
-            key for key in base if key.endswith("_proj.weight")}
 
 
 def test_one_command_trains_the_reference_vae(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,339 @@
+"""What merging.py, shapes.py and codec.py measure, on models of a few thousand weights. Oracles:
+planted models for which a verdict must say yes and no, matrices indexed by hand, numpy's SVD and
+spectra, the closed form of the linear VAE."""
+import functools
+import math
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import codec
+import compare
+import evaluate
+import make_models
+import merging
+import shapes
+import train
+from evaluate import DOMAINS
+from merging import Sheet
+from tiny_lm import TinyLM, add_lora
+from train import Schedule
+from vae import VAE, VAEConfig, generator_for
+
+
+# --- Small models -------------------------------------------------------------------
+def teacher(seed=0, hidden=64, layers=2, scale=0.3):
+    """A random model whose blocks matter: its own samples are the text, so that no
+    other model predicts them better."""
+    tensors = {}
+    model = TinyLM(hidden, layers, hidden // 32, 48)
+    for number, (name, w) in enumerate(model.state_dict().items()):
+        drawn = torch.randn(w.shape, generator=generator_for(seed, number)) * scale
+        tensors[name] = drawn if w.dim() > 1 else torch.ones_like(w)
+    return tensors
+
+
+def noisy(tensors, share, seed=5):
+    result = dict(tensors)
+    for number, (name, w) in enumerate(tensors.items()):
+        if name.endswith("proj.weight"):
+            noise = torch.randn(w.shape, generator=generator_for(seed, number))
+            result[name] = (1 - share) * w + share * noise * w.std()
+    return result
+
+
+def write(path, tensors):
+    save_file({name: w.float().contiguous() for name, w in tensors.items()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    """A folder like models/: a base, experts, a stranger, a relative of another shape
+    and order, three adapters."""
+    folder = tmp_path_factory.mktemp("zoo")
+    base = teacher(1, hidden=64)
+    for seed, name in enumerate(("code", "prose", "arithmetic")):
+        write(folder / f"{name}.safetensors", noisy(base, 0.1, seed))
+        adapted = add_lora(TinyLM.from_state_dict(base), 8, 16)
+        with torch.no_grad():
+            for key, weight in adapted.named_parameters():
+                if "lora_B" in key:
+                    weight.normal_(0, 0.02, generator=generator_for(seed))
+        make_models.save_adapter(adapted, make_models.LORAS["lora-all"],
+                                 folder / "lora" / f"lora-{name}-a")
+    write(folder / "base.safetensors", base)
+    write(folder / "base-seed2.safetensors", teacher(2, hidden=64))
+    write(folder / "large.safetensors", teacher(3, hidden=96, layers=3))
+    order = make_models.scramble(base, 1)[1]
+    write(folder / "grown.safetensors",
+          make_models.gather(noisy(base, 0.05), order[0], [order[1][i] for i in (0, 1, 1)]))
+    return folder
+
+
+@pytest.fixture
+def two_texts(monkeypatch):
+    texts = (b"x = 1\n" * 4, b"abc def ghi", b"12+34=46\n")
+    monkeypatch.setattr(evaluate, "held_out", lambda domain, split: texts)
+
+
+# --- merging.py ---------------------------------------------------------------------
+def test_noise_of_the_measured_size():
+    """Draws that lie 0.3 and 0.4 of the norm away: root mean square 0.3536; the mean of
+    4 copies moves by half of that, as random directions of 40,000 numbers are
+    orthogonal."""
+    w = torch.ones(40_000)
+    draws = [{"w": w * 1.3, "same": w}, {"w": w * 0.6, "same": w}]
+    sizes = merging.noise_sizes({"w": w, "same": w}, draws)
+    assert sizes == {"w": pytest.approx(math.sqrt(0.125), rel=1e-6)}
+    moved = merging.noisy_copies({"w": w, "same": w}, sizes, 4, seed=0)
+    assert moved["same"] is w
+    relative = (moved["w"] - w).norm() / w.norm()
+    assert relative.item() == pytest.approx(math.sqrt(0.125) / 2, rel=0.02)
+
+
+def test_choice_is_by_validation_text(tmp_path, monkeypatch):
+    sheet = Sheet(tmp_path, tmp_path, None)
+    asked = []
+
+    def scored(models, split="test"):
+        asked.append(split)
+        return {domain: np.array([models]) for domain in DOMAINS}
+    monkeypatch.setattr(sheet, "scores", scored)
+    candidates = [("a", [2.0, 3.0]), ("b", [1.0, 1.0]), ("c", [5.0, 0.0])]
+    assert sheet.choose(candidates)[0] == "b" and set(asked) == {"validation"}
+
+
+@pytest.mark.parametrize("number, twins", [("2", 0), ("3", 4), ("4", 3), ("6", 1)])
+def test_tables_of_merges(number, twins, zoo, two_texts, monkeypatch, tmp_path, capsys):
+    """By the command, and row by row: an exact codec ties with weight space, whatever
+    is merged."""
+    for name, value in {"DRAWS": {"r 1": (1, 2)}, "PAIRS": (("code", "arithmetic"),),
+                        "TASK_LAMBDAS": (0.3,), "DENSITIES": (0.2,), "DROPS": (0.5,),
+                        "SCALES": (0.4,), "PARTS": {"MLP": "mlp"},
+                        "CODECS": {"r 1": merging.EXACT, "r 2": merging.EXACT}}.items():
+        monkeypatch.setattr(merging, name, value)
+    monkeypatch.setattr(sys, "argv", [
+        "merging.py", "--quiet", "--seeds", "2", "--table", number, "--models", str(zoo),
+        "--results", str(tmp_path)])
+    merging.main()
+    rows = compare.read(f"table{number}", tmp_path)
+    assert len({row["row"] for row in rows}) == len(rows) > 5
+    found = [row["difference"]["weights"] for row in rows
+             if "weights" in row["difference"] and "r 2" not in row["row"]]
+    assert len(found) == twins
+    assert all(abs(d["mean"]) < 1e-4 for d in found)
+    assert capsys.readouterr().out.count("|---|") > 0
+
+
+# --- shapes.py ----------------------------------------------------------------------
+@torch.no_grad()
+def samples(tensors, count, length=48):
+    lm = TinyLM.from_state_dict(tensors)
+    generator = torch.Generator().manual_seed(1)
+    text_BT = torch.randint(256, (count, 1), generator=generator)
+    for _ in range(length):
+        p = lm(text_BT)[:, -1].softmax(-1)
+        text_BT = torch.cat([text_BT, torch.multinomial(p, 1, generator=generator)], 1)
+    return [bytes(row) for row in text_BT.tolist()]
+
+
+def planted(text, domain, split):
+    """Six documents per domain and split, for evaluate.held_out."""
+    start = DOMAINS.index(domain) * 12 + (0 if split == "test" else 6)
+    return tuple(text[start:start + 6])
+
+
+def test_a_planted_source_transfers_and_noise_does_not(tmp_path, monkeypatch):
+    """The target is a damaged copy of the source, the text the source's own: the source
+    must help, noise must not; and no control is chosen."""
+    truth = teacher()
+    held_out = functools.partial(planted, samples(truth, 36))
+    monkeypatch.setattr(evaluate, "held_out", held_out)
+    write(tmp_path / "base.safetensors", noisy(truth, 0.4))
+    (tmp_path / "scratch").mkdir()
+    grid = shapes.Grid(Sheet(tmp_path, tmp_path / "scratch", None))
+    grid.measure_base()
+    for name, tensors in (("helps", truth), ("nothing", noisy(truth, 1.0, 6))):
+        file = write(tmp_path / f"{name}.safetensors", tensors)
+        grid.measure_source(file, name, ["none"], "depth", (0.2, 0.5))
+    grid.measure_controls(file, (0.2, 0.5), 2)
+    rows = grid.rows()
+    for source, word in (("helps", "holds"), ("nothing", "not reproduced")):
+        row = shapes.chosen_cell(rows, source)
+        assert set(row["difference"]) == {"base", "zero", "noise", "shuffled"}
+        assert row["difference"]["noise"]["se_seeds"] > 0
+        assert row["difference"]["zero"]["se_seeds"] == 0
+        assert shapes.cell_gain(row) == word
+    assert {("validation" in row, bool(row["control"])) for row in rows} == {
+        (True, False), (False, True)}
+
+
+def test_carried_noise_has_the_sources_moments_and_nothing_else(zoo):
+    """Chunks of an encoded tensor: equal mean and covariance within their error, no
+    correlation; the rest is the source's."""
+    source = load_file(zoo / "large.safetensors")
+    drawn = shapes.noise_like(zoo / "large.safetensors", seed=0)
+    assert torch.equal(drawn["model.norm.weight"], source["model.norm.weight"])
+    name = "model.layers.0.self_attn.q_proj.weight"
+    a, b = source[name].flatten(), drawn[name].flatten()
+    assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 5 / math.sqrt(len(a))
+    assert b.std().item() == pytest.approx(a.std().item(), rel=0.1)
+
+
+def test_layers_one_off():
+    found = shapes.neighbours({0: 0, 1: None, 2: 4}, [0, 1, 2, 3, 4])
+    assert found == {0: 1, 1: None, 2: 3}
+
+
+def test_controls_of_a_change_have_its_norm():
+    change = {"a": torch.randn(8, 100, generator=generator_for(0)),
+              "odd": torch.randn(3, 50, generator=generator_for(1))}  # 2 runs, 22 more
+    for control in (shapes.noise_change, shapes.shuffled_change):
+        found = control(change, seed=3)
+        again = control(change, seed=3)
+        for name, tensor in change.items():
+            norm = tensor.norm().item()
+            assert found[name].norm().item() == pytest.approx(norm, rel=1e-5)
+            assert torch.equal(found[name], again[name])
+            assert not torch.equal(found["a"], tensor)
+    flat = shapes.shuffled_change({"a": torch.arange(330.0)}, 0)["a"]
+    runs = flat[:320].view(5, 64)
+    assert sorted(runs[:, 0].tolist()) == [0, 64, 128, 192, 256]
+    assert torch.equal(runs - runs[:, :1], torch.arange(64.0).expand(5, 64))
+    assert torch.equal(flat[320:], torch.arange(320.0, 330.0))
+
+
+def test_a_depth_upscaled_relative_finds_its_layers():
+    base = teacher(1, hidden=64, layers=4)
+    deeper = shapes.upscaled(base)
+    assert len([name for name in deeper if "q_proj" in name]) == len(shapes.REPEATED)
+    row = shapes.kinship_row(shapes.StateDict(deeper), shapes.StateDict(base),
+                             ("upscaled", "base"))
+    assert row["layers"] == list(shapes.REPEATED) and row["related"]
+    assert 0.9 < shapes.kin(row) < 0.99     # noise of 0.3: cosine 1 / sqrt(1.09) = 0.958
+
+
+def test_matched_beats_its_unmatched_copy(zoo, two_texts):
+    """Every control is there, and what is out of order is far from the target."""
+    rows = shapes.measure_matched(zoo, lambda row: None, seeds=2, quiet=True)
+    found = compare.find(rows, row="grown, matched")[0]["difference"]
+    assert set(found) == {"base", "zero", "noise", "shuffled", "a stranger (base-seed2)",
+                          "matched, its units in random order"}
+    assert found["zero"]["mean"] < 0
+    assert {row["row"] for row in rows} >= {"TIES, density 0.5", "DARE, p 0.5"}
+    assert "grown, matched" in shapes.section_matched(rows)
+
+
+# --- codec.py -----------------------------------------------------------------------
+@pytest.fixture
+def model(tmp_path):
+    """Two tensors of 24 chunks of 16 weights, correlated and of different scale, and
+    one that is not encoded."""
+    g = torch.Generator().manual_seed(0)
+    mix = torch.randn(16, 16, generator=g)
+    first = torch.randn(24, 16, generator=g) @ mix
+    second = torch.randn(24, 16, generator=g) @ mix
+    write(tmp_path / "m.safetensors", {
+        "layers.0.mlp.up_proj.weight": first, "norm.weight": torch.ones(3),
+        "layers.1.mlp.up_proj.weight": 0.1 * second + 0.2})
+    return codec.Model.open(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("Z", [1, 5, 16])
+def test_pca_leaves_the_tail_of_the_singular_values(model, Z):
+    raw = [model.file.read_tensor(one.name).double().numpy() for one in model.stats]
+    x = np.concatenate([(w - w.mean()) / w.std() for w in raw])
+    values = np.linalg.svd(x - x.mean(0), compute_uv=False)
+    way = codec.ThroughPCA(*codec.pca(model.chunks(16), Z))
+    tensors, nmse, errors = model.rebuilt(way)
+    assert nmse == pytest.approx((values[Z:] ** 2).sum() / x.size, rel=1e-6, abs=1e-12)
+    assert nmse == pytest.approx(np.mean(list(errors.values())))        # equal sizes
+    assert torch.equal(tensors["norm.weight"], torch.ones(3))
+
+
+def test_noise_has_the_error_that_it_is_given(model):
+    """384 draws: the mean of their squares is within 5 sqrt(2 / 384) = 36 %."""
+    asked = {one.name: nmse for one, nmse in zip(model.stats, (0.5, 0.01))}
+    _, _, found = model.rebuilt(codec.ThroughNoise(asked, seed=1))
+    assert found == {name: pytest.approx(nmse, rel=0.36)
+                     for name, nmse in asked.items()}
+
+
+def test_effective_ratio_counts_the_codec():
+    assert codec.effective(2.0, 100, 50) == 1 and codec.effective(4.0, 100, 75) == 1
+    assert codec.effective(2.0, 100, None) is None
+
+
+def test_table_7_on_a_few_documents(zoo, two_texts, monkeypatch):
+    """Untrained codecs: exact at r = 1, PCA at r = 2, but for chunks held out."""
+    monkeypatch.setattr(codec, "SCHEDULE", Schedule(steps1=0, steps2=0))
+    monkeypatch.setattr(codec, "MODELS", zoo)
+    rows = list(codec.measure_table("7", quick=True))
+    found = {(row["ratio"], row["checkpoint"], row["method"]): row for row in rows}
+    assert len(found) == len(rows) == 3 * 4         # the VAE at 1, three methods at 2
+    for name in ("base-seed2", "large"):
+        exact = found[1.0, name, "VAE"]
+        assert exact["nmse"] < 1e-10 and abs(exact["difference"]["mean"]) < 1e-4
+        vae, pca = found[2.0, name, "VAE"], found[2.0, name, "PCA"]
+        assert vae["nmse"] == pytest.approx(pca["nmse"], rel=0.1)
+        gone = pca["test"]["pooled"] - pca["before"]["pooled"]
+        assert pca["difference"]["mean"] == pytest.approx(gone)
+
+
+@pytest.mark.parametrize("nmse, beta, least", [
+    ({2.0: 0.5, 4.0: 0.75}, 0.1, 0.01),         # white: every variance is 1, so beta^2
+    ({2.0: 0.1}, 1.0, 0.5 / 1.8 + 0.5 * 0.2),   # variances 1.8, and 0.2, which is lost
+    ({2.0: 0.1}, 0.1, 0.5 * 0.01 / 1.8 + 0.5 * 0.01 / 0.2)])
+def test_the_best_linear_vae(nmse, beta, least):
+    rows = [{"ratio": r, "method": "PCA", "nmse": value} for r, value in nmse.items()]
+    assert codec.linear_optimum(rows, beta) == pytest.approx(least)
+
+
+def test_points_of_a_curve_are_what_training_measured(model, monkeypatch):
+    checks = []
+    validate = train.validate
+
+    def listen(vae, windows, stage):
+        checks.append((stage, validate(vae, windows, stage)))
+        return checks[-1][1]
+    monkeypatch.setattr(train, "validate", listen)
+    recipe = codec.RECIPES["two stages"]
+    schedule = replace(recipe.schedule, steps1=6, steps2=4, batch=2)
+    row = codec.measure_recipe("two stages", recipe._replace(schedule=schedule), [model],
+                               1)
+    assert len(row["points"]) == len(checks) > 2
+    for point, (stage, figures) in zip(row["points"], checks):
+        assert point["stage"] == stage
+        assert point["nmse"] == pytest.approx(figures["nmse"], rel=1e-4)
+    seconds, nmse, second = codec.shifted(row["points"])
+    assert seconds == sorted(seconds) and row["points"][second]["stage"] == 2
+
+
+def test_a_linear_network_is_seen_as_linear():
+    """Blocks that add nothing: share and nonlinearity are 0; blocks that add: not."""
+    x_BTC = torch.randn(6, 16, 64, generator=generator_for(0))
+    real_BT = torch.ones(6, 16, dtype=torch.bool)
+    with torch.no_grad():
+        linear = VAE(VAEConfig(init="pca")).start(generator_for(0))
+        assert codec.blocks_share(linear, x_BTC, real_BT) == 0
+        assert codec.nonlinearity(linear, x_BTC) < 1e-6
+        other = VAE(VAEConfig()).start(generator_for(0))
+        assert codec.blocks_share(other, x_BTC, real_BT) > 0.1
+        assert codec.nonlinearity(other, x_BTC) > 1e-3
+
+
+def test_learning_and_search_on_a_few_steps(zoo, monkeypatch):
+    monkeypatch.setattr(codec, "MODELS", zoo)
+    monkeypatch.setattr(codec, "VAE_MODELS", ("base", "code"))
+    short = Schedule(steps1=4, steps2=2, batch=2)
+    row = codec.measure_learning(64, 0, [codec.small("base")], short)
+    assert {point["stage"] for point in row["points"]} == {1, 2}
+    assert all(point["share"] > 0 and "step" in point for point in row["points"])
+    rows = list(codec.measure_search([zoo / "large.safetensors"], (64,), (1,), ((2, 1),)))
+    assert rows[0]["model"] == "large" and rows[0]["worst"] >= rows[0]["nmse"] > 0
+    assert "| 64 | 1 | 3 |" in codec.section_search(rows)
