@@ -79,7 +79,7 @@ REFERENCE = join(dirname(abspath(__file__)), "experiments/models/vae.safetensors
 SAMPLES = 8             # draws of a self-merge: their noise shrinks by sqrt(8)
 RELATED = 0.5           # cosine of weights: trained apart 0.00, experts of one base 0.9
 STRIP = 256             # weights in a strip of a tensor, of which that cosine is taken,
-STRIPS = 17             # and their number: 4,352 weights tell it to 0.02
+STRIPS = 11             # and their number: 2,816 weights tell it to 0.02
 FAR = 0.8               # distance of two parents over the target's norm; strangers: 1.4
 SHARE = 1 << 12         # source weights for each of the target's, at most: a piece
 GATE_WEIGHTS = 1 << 16  # of a tensor, in windows evenly spread: the gate takes seconds
@@ -382,8 +382,8 @@ def strangers(run):
     """
     apart = defaultdict(Counter)
     for task in run.tasks:
-        if task.action == "encoded":
-            for k, other in task.parents.items():
+        for k, other in task.parents.items():
+            if k > 0 and task.action == "encoded":
                 pair = (task.entry.name, other.name)
                 if mean_cosine(run.models[0], run.models[k], [pair]) < RELATED:
                     apart[run.models[k].path][task.entry.place.role] += 1
@@ -539,8 +539,9 @@ def parents_of(run, task):
     parents = []
     for k, stats in task.parents.items():
         read = partial(run.models[k].read, stats.name)
-        other = stats.shape != task.entry.shape
-        codec = run.codecs[other]               # 0: the target's, 1: of other shapes
+        codec, of_other_shapes = run.codecs
+        if stats.shape != task.entry.shape:
+            codec = of_other_shapes
         seed = (run.seed, task.number, k)
         parents.append(ls.Parent(read, stats, codec, run.samples, seed))
     return ls.share_statistics(parents)

@@ -69,7 +69,7 @@ def test_rows_in_the_order_of_another_library_are_told(merged, hidden, heads):
 
 
 def test_a_wide_matrix_is_looked_at_all_over(merged):
-    """4,352 weights of a row of 8,192 would be half of its first row."""
+    """2,816 weights would be a third of its first row."""
     name = "model.layers.0.self_attn.q_proj.weight"
     g = torch.Generator().manual_seed(0)
     w = torch.randn(64, 8192, generator=g)
