@@ -554,16 +554,17 @@ def round_trip(run, task):
     With x the standardised weights and e = D(E(x)) - x:
 
         NMSE            mean(e^2), as x has variance 1
-        typical error   (median(e^2) + noise) / median(x^2)
+        typical error   c^2 (median(e^2) + noise) / c^2 median((x - its mean)^2)
 
     NMSE weighs variance, not weights: beside one outlier of 1e4 standard deviations all
     others may be lost at an NMSE of 3e-4. The typical error is that of a weight in the
-    middle. median(x^2) is that of the parent which the result has most of, by its share
-    c: a target near zero is no unit for a source that is not, unless lambda is 0. The
-    noise is that of K draws, each with the posterior's variance, near beta.
+    middle, as it enters the result, by the parent's share c; over the largest spread
+    that enters it: a target near zero is no unit for a source that is not, unless
+    lambda is 0. The noise is that of K draws, each with the posterior's variance, near
+    beta.
 
-    Example:  medians 1e-8 and 0.45. At lambda 0.5 the unit is 0.45; at lambda 0 it is
-              1e-8, and an error of 1e-7 is refused
+    Example:  spreads 1e-8 and 0.45. At lambda 0.5 the unit is 0.45; at lambda 0 it is
+              1e-8, and a median(e^2) of 1e-7 is refused
     """
     if task.action != "encoded" or not run.codecs:
         return []
@@ -571,7 +572,7 @@ def round_trip(run, task):
     if run.samples:
         noise = run.codecs[0].vae.config.beta / run.samples
     errors = []
-    medians = []
+    spreads = []
     for parent in parents_of(run, task):
         stats = parent.stats
         width = parent.codec.C * parent.codec.T             # weights of a window
@@ -583,12 +584,15 @@ def round_trip(run, task):
         x_L = standardise(flat_L, stats).double()
         errors.append((standardise(decoded_L, stats) - x_L).square())
         # Without zeros, which are pruned weights. NaN if nothing else is there.
-        medians.append(x_L[x_L != 0].square().median().nan_to_num())
+        x_L = x_L[flat_L != 0]
+        spreads.append((x_L - x_L.mean()).square().median().nan_to_num())
+    spreads = torch.stack(spreads)
     shares = torch.tensor(shares_of(run, task)).square()
-    unit = (shares * torch.stack(medians)).max() / shares.max()
+    # At least 1e-9: float32 itself is exact to 1e-14 of the largest.
+    unit = max((shares * spreads).max(), 1e-9 * spreads.max())
     rows = []
-    for error, stats in zip(errors, task.parents.values()):
-        typical = (error.median() + noise) / unit
+    for share, error, stats in zip(shares, errors, task.parents.values()):
+        typical = share * (error.median() + noise) / unit
         rows.append((error.mean().item(), typical.item(), stats.numel, stats.name))
     return rows
 
