@@ -102,12 +102,12 @@ def test_a_pair_is_one_model_and_the_same_with_noise(tmp_path):
 
 
 def test_memory_runs_on_the_smallest_pair(capsys, monkeypatch, tmp_path):
-    """The command, two sizes and two codecs."""
+    """The command, with two codecs."""
     monkeypatch.setattr(sys, "argv", ["bench.py", "--memory", "--quick", "--results",
                                       str(tmp_path)])
     bench.main()
     printed = capsys.readouterr().out
-    assert printed.count("| reference |") == 2 and printed.count("| exact |") == 2
+    assert "| reference |" in printed and "| exact |" in printed
     assert compare.read("bench-memory", tmp_path) == []     # quick: nothing is kept
 
 
