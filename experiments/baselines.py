@@ -1,10 +1,8 @@
 """Merging in weight space: the baselines that the tables hold latent merging against.
 
-In:    state dicts, name -> tensor, on the CPU: equal names and shapes, as sources of
-       one architecture have them.
+In:    state dicts of equal names and shapes, name -> tensor.
 Out:   a state dict in the order of the first: every float tensor (embeddings and norms
-       too) merged, in float64; whatever is no float is the first one's. Nothing is
-       changed in place.
+       too) merged, in float64; whatever is no float is the first one's.
 Paper: Sec. 4, Tables 3 and 4. delta_i = W_i - W_base is the task vector of model i.
     soup             Wortsman et al. 2022, "Model soups", Recipe 1:  W = mean_i W_i
     ties             Yadav et al. 2023, "TIES-Merging", Algorithm 1:  W = W_base + lam
@@ -15,61 +13,26 @@ Paper: Sec. 4, Tables 3 and 4. delta_i = W_i - W_base is the task vector of mode
                      one model
 differs: TIES. The authors' code breaks a drawn election by the majority of all elected
        signs; here, as Algorithm 1 reads, a draw leaves the base. mergekit trims each
-       tensor to the same density, so that a tensor which fine-tuning hardly moved keeps
-       as large a share as one it changed; here, as in the paper, one threshold holds
-       for the whole model.
+       tensor to the same density; here, as in the paper, one threshold holds for the
+       whole model.
 differs: DARE-TIES. Dropping takes the place of trimming, as in mergekit (which then
        adds where we average, as TIES does).
 Left out on purpose: lerp, slerp and task arithmetic of weights (merge.py --space
-       weight); weights per layer, what needs data (AIM, Fisher). Previous: scores.py.
-       Next: grid.py.
+       weight); checks of what comes in. Next: merging.py.
 """
-import math
-
 import torch
 
 
-# --- What all share -------------------------------------------------------------------
-def float_names(models):
-    """Names of the float tensors, in the first model's order.
-
-    Raises ValueError, naming the tensor, unless all models agree in names, shapes and
-    in what is a float, and all values are finite (an election would silently drop a
-    NaN)."""
-    if not models:
-        raise ValueError("no models: give at least one")
-    first = models[0]
-    for number, model in enumerate(models):
-        for name in first:
-            if name not in model:
-                raise ValueError(f"{name}: not in model {number}; merge models of one "
-                                 "architecture")
-        for name, theirs in model.items():
-            if name not in first:
-                raise ValueError(f"{name}: not in model 0; merge models of one "
-                                 "architecture")
-            own = first[name]
-            # Float types may differ.
-            agree = theirs.is_floating_point() == own.is_floating_point()
-            if theirs.shape != own.shape or not agree:
-                raise ValueError(f"{name}: {theirs.dtype} {tuple(theirs.shape)} in "
-                                 f"model {number}, {own.dtype} {tuple(own.shape)} in "
-                                 "model 0")
-            if not torch.isfinite(theirs).all():
-                raise ValueError(f"{name}: not finite in model {number}")
-    return [name for name in first if first[name].is_floating_point()]
+def float_names(model):
+    return [name for name, tensor in model.items() if tensor.is_floating_point()]
 
 
 def task_vectors(base, models):
-    """[{name: W_i - W_base}] of the float tensors, float64. Errors as float_names; the
-    base is model 0."""
-    if not models:
-        raise ValueError("no models: give at least one besides the base")
-    names = float_names([base, *models])
+    """[{name: W_i - W_base}] of the float tensors, float64."""
     deltas = []
     for model in models:
         delta = {}
-        for name in names:
+        for name in float_names(base):
             delta[name] = model[name].double() - base[name].double()
         deltas.append(delta)
     return deltas
@@ -85,14 +48,14 @@ def plus(base, update, lam=1.0):
 
 
 def soup(models):
-    """The uniform soup, mean_i W_i. Errors as float_names."""
-    merged = dict(models[0]) if models else {}
-    for name in float_names(models):
+    """The uniform soup, mean_i W_i."""
+    merged = dict(models[0])
+    for name in float_names(models[0]):
         merged[name] = sum(model[name].double() for model in models) / len(models)
     return merged
 
 
-# --- Sparse task vectors --------------------------------------------------------------
+# --- Sparse task vectors ------------------------------------------------------------
 def trim(delta, density):
     """Zero all but the share `density` of one model's entries, the largest of the whole
     model by magnitude. At least one stays, and all that equal the smallest one kept: no
@@ -117,25 +80,15 @@ def elect_and_merge(deltas):
 
 def ties(base, models, density=0.2, lam=1.0):
     """W_base + lam tau:  trim each task vector to its largest entries, elect signs,
-    average those that agree.
-
-    density: of a model's entries, over all float tensors; the paper's, without
-             validation
-             data: 0.2 and lam = 1.
-    Raises ValueError if density is outside (0, 1], else as task_vectors.
-    """
-    if not 0 < density <= 1:
-        raise ValueError(f"density {density} must lie in (0, 1]")
+    average those that agree.  density: of a model's entries, over all float tensors;
+    the paper's, without validation data: 0.2 and lam = 1"""
     trimmed = [trim(delta, density) for delta in task_vectors(base, models)]
     return plus(base, elect_and_merge(trimmed), lam)
 
 
 def drop(deltas, p, generator):
     """m delta / (1 - p): each entry stays with probability 1 - p, and the mean over
-    draws is delta. A seed settles it: models are drawn in their order, tensors in the
-    base's. Raises ValueError if p is outside [0, 1)."""
-    if not 0 <= p < 1:
-        raise ValueError(f"p {p} must lie in [0, 1)")
+    draws is delta. Models are drawn in their order, tensors in the base's."""
     dropped = []
     for delta in deltas:
         kept = {}
@@ -148,11 +101,7 @@ def drop(deltas, p, generator):
 
 def dare(base, models, p=0.9, lam=None, *, generator):
     """W_base + lam sum_i delta^_i, entries dropped with probability p; its mean over
-    draws is that of p = 0.
-
-    lam: None: 1 / N, the soup of the dropped models.
-    Raises ValueError if p is outside [0, 1), else as task_vectors.
-    """
+    draws is that of p = 0.  lam: None: 1 / N, the soup of the dropped models"""
     deltas = drop(task_vectors(base, models), p, generator)
     if lam is None:
         lam = 1 / len(models)
@@ -161,18 +110,16 @@ def dare(base, models, p=0.9, lam=None, *, generator):
 
 
 def dare_ties(base, models, p=0.9, lam=1.0, *, generator):
-    """W_base + lam tau, where dropping takes the place of TIES' trimming. Errors as
-    dare.
+    """W_base + lam tau, where dropping takes the place of TIES' trimming.
 
     Not unbiased: the mean runs over those whose entry survived, so that N equal task
     vectors give delta (1 - p^N) / (1 - p) in the mean, 1.9 delta for N = 2 at p = 0.9.
-    lam is to be chosen with that in mind.
     """
     dropped = drop(task_vectors(base, models), p, generator)
     return plus(base, elect_and_merge(dropped), lam)
 
 
-# --- The control of self-merging ------------------------------------------------------
+# --- The control of self-merging ----------------------------------------------------
 def noise(w, relative, generator):
     """A random direction, `relative` times as long as the tensor."""
     g = torch.randn(w.shape, generator=generator, dtype=torch.float64)
@@ -181,12 +128,8 @@ def noise(w, relative, generator):
 
 def noise_average(model, k, relative, generator):
     """The mean of k copies of a model, each tensor moved by `relative` times its norm
-    in a random direction: in all, by about relative / sqrt(k). Raises ValueError if k <
-    1 or relative is negative or not finite, else as float_names."""
-    if k < 1 or not 0 <= relative < math.inf:
-        raise ValueError(f"k {k} must be at least 1, relative {relative} finite and at "
-                         "least 0")
+    in a random direction: in all, by about relative / sqrt(k)."""
     moves = {}
-    for name in float_names([model]):
+    for name in float_names(model):
         moves[name] = sum(noise(model[name], relative, generator) for _ in range(k)) / k
     return plus(model, moves)

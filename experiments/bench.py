@@ -46,7 +46,7 @@ from pathlib import Path
 
 import torch
 
-from compare import (HERE, command_line, find, grouped, keep, machine, several, span,
+from compare import (HERE, collect, command_line, find, grouped, machine, several, span,
                      table)
 import align
 import chunking
@@ -477,11 +477,7 @@ def main():
     for name in chosen:
         measure, section = PARTS[name]
         options = [args.peer_python] if name == "peer" else []
-        rows = []
-        for row in measure(args.quick, *options):
-            rows.append(row)
-            if not args.quick:
-                keep(f"bench-{name}", [row], args.results)
+        rows = collect(f"bench-{name}", measure(args.quick, *options), args)
         if rows:
             print(section(rows))
 

@@ -23,8 +23,8 @@ from unittest import mock
 import numpy as np
 import torch
 
-from compare import (MODELS, QUICK, Claim, command_line, difference, find,
-                     grouped, keep, lossless, machine, pm, pooled, several, short,
+from compare import (MODELS, QUICK, Claim, collect, command_line, difference,
+                     find, grouped, lossless, machine, pm_of, pooled, several, short,
                      stacked, summary, table)
 import train
 from chunking import (Checkpoint, chunk, is_selected, measure, standardise,
@@ -263,7 +263,7 @@ def section_codec(rows):
                 short(found["base-seed2"]["nmse"]), f"{1 - 1 / ratio:.3f}"]
         for name in names:
             d = found[name]["difference"]
-            line.append(pm(d["mean"], d["se"]))
+            line.append(pm_of(d))
         lines.append(line)
     over = {"PCA": [], "noise": []}
     for row in find(rows, method="VAE"):
@@ -579,7 +579,7 @@ def claim_of_code(rows, name, ratio, *facts):
     row = find(rows, checkpoint=name, ratio=ratio, method="VAE")[0]
     d = row["difference"]
     verdict = lossless(d["mean"] / row["before"]["pooled"])
-    return Claim(*facts[:2], f"{pm(d['mean'], d['se'])} bits lost", verdict,
+    return Claim(*facts[:2], f"{pm_of(d)} bits lost", verdict,
                  "Tables 7 and 8: what the codec keeps", *facts[2:])
 
 
@@ -631,16 +631,6 @@ def claims(records):
 
 
 # --- The command --------------------------------------------------------------------
-def collect(name, rows, section, args):
-    """Keep rows as they come, and print their section."""
-    found = []
-    for row in rows:
-        found.append(row)
-        if not args.quick:
-            keep(name, [row], args.results)
-    print(section(found))
-
-
 def parse():
     parser = command_line(__doc__)
     add = parser.add_argument
@@ -663,22 +653,22 @@ def main():
     args = parse()
     for number in args.table:
         rows = measure_table(number, args.seeds, args.documents, args.quick)
-        collect(f"table{number}", rows, section_codec, args)
+        print(section_codec(collect(f"table{number}", rows, args)))
     if args.unseen:
         vae, *models = args.unseen
         rows = (measure_unseen(vae, path, dtype)
                 for path in models for dtype in args.dtype)
-        collect("vae", rows, section_unseen, args)
+        print(section_unseen(collect("vae", rows, args)))
     if args.curves:
         rows = measure_curves(args.seeds, args.paper, args.recipe or RECIPES)
-        collect("curves", rows, section_curves, args)
+        print(section_curves(collect("curves", rows, args)))
     if args.learning:
         models = [small(name) for name in FAMILY]
         rows = (measure_learning(width, seed, models)
                 for width in (64, 128) for seed in range(2))
-        collect("learning", rows, section_learning, args)
+        print(section_learning(collect("learning", rows, args)))
     if args.search:
-        collect("search", measure_search(args.search), section_search, args)
+        print(section_search(collect("search", measure_search(args.search), args)))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ QUICK = 8               # documents per domain: enough to see that everything ru
 KEYS = {
     "make_models": ("name",), "merge": ("file",), "main": ("name",),
     "table2": ("row",), "table3": ("row",), "table4": ("row",), "table6": ("row",),
-    "figure4": ("row", "source", "align", "pairing", "lam", "control", "seed", "few"),
+    "figure4": ("row", "source", "align", "pairing", "lam", "control", "seed"),
     "matched": ("row",), "kinship": ("source", "target"),
     "pruned": ("row", "lam", "seed"), "sibling": ("row", "lam", "seed"),
     "table7": ("checkpoint", "ratio", "method"),
@@ -88,6 +88,16 @@ def keep(name, rows, folder=RESULTS):
     partial = path.with_suffix(".partial")
     partial.write_text("".join(lines))
     os.replace(partial, path)
+
+
+def collect(name, rows, args):
+    """The rows of a measurement, each kept as soon as it is there, unless --quick."""
+    found = []
+    for row in rows:
+        found.append(row)
+        if not getattr(args, "quick", False):
+            keep(name, [row], args.results)
+    return found
 
 
 def find(rows, **fields):
@@ -255,11 +265,15 @@ def pm(mean, se, signed=True):
     return f"{text} ± {se:.{decimals}f}"
 
 
+def pm_of(d):
+    return pm(d["mean"], d["se"])
+
+
 def cell(d):
     """A difference in a table, bold where it is better by more than two errors."""
     if d is None:
         return ""
-    text = pm(d["mean"], d["se"])
+    text = pm_of(d)
     return f"**{text}**" if sign(d["mean"], d["se"]) < 0 else text
 
 

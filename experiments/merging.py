@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from compare import (MODELS, QUICK, Claim, cell, command_line, difference, find,
-                     gain, keep, machine, pm, pooled, several, stacked, summary, table,
+                     gain, keep, machine, pm, pm_of, pooled, several, stacked, summary, table,
                      tally)
 import lora
 import merge
@@ -523,7 +523,7 @@ def claim_of(rows, name, label, *facts):
     row = find(rows, row=name)[0]
     d = row["difference"][label]
     differences = [(d["mean"], d["se"]) for d in row["difference"].values()]
-    return Claim(facts[0], facts[1], f"{pm(d['mean'], d['se'])} to {facts[2]}",
+    return Claim(facts[0], facts[1], f"{pm_of(d)} to {facts[2]}",
                  gain(differences), *facts[3:])
 
 

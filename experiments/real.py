@@ -32,8 +32,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from compare import (HERE, Claim, command_line, find, keep, lossless, machine,
-                     pm, short, table)
+from compare import (HERE, Claim, collect, command_line, find, lossless, machine,
+                     pm_of, short, table)
 from chunking import Checkpoint, StateDict, create, parse_name
 from codec import (SCHEDULE, Model, RealModel, ThroughCodec, ThroughNoise, ThroughPCA,
                    config_of, effective, pca)
@@ -215,7 +215,7 @@ def write_model(folder, tensors, parent, **changes):
     """A folder in the Hugging Face layout: the parent's configuration, changed, and
     tokenizer."""
     entries = StateDict(tensors).entries.values()
-    with create(folder, entries, folder=True) as output:
+    with create(folder, entries, inside="model.safetensors") as output:
         beside = Path(output.path).parent
         for file in Path(parent).glob("*token*"):
             shutil.copyfile(file, beside / file.name)
@@ -299,8 +299,8 @@ def merged(work, name, options):
 
 
 class Judge:
-    """Losses of models and of changed targets; each is kept in a file, and judged
-    once."""
+    """Losses of models, {domain: nats per token of each text, after its first token};
+    each is kept in a file, and judged once."""
 
     def __init__(self, base, work, documents):
         tokenizer = tokenizer_of(base)
@@ -311,37 +311,26 @@ class Judge:
                 text = text.decode(errors="replace")
                 ids = tokenizer(text, return_tensors="pt").input_ids
                 self.tokens[domain].append(ids)
-        self.target = work / "target"
         self.files = work / f"losses-test-{documents}"
         self.files.mkdir(exist_ok=True)
-        self.lm = None
 
-    def known(self, name):
+    @torch.no_grad()
+    def losses(self, name, folder, change=()):
+        """Of the model in a folder, after a change {tensor: what is added to it}."""
         file = self.files / f"{name}.json"
-        return json.loads(file.read_text()) if file.exists() else None
-
-    @torch.no_grad()
-    def judge(self, name, lm):
-        """{domain: nats per token of each text, after its first token}"""
-        print(f"judging: {name}", flush=True)
-        found = {}
-        for domain, texts in self.tokens.items():
-            found[domain] = [lm(input_ids=ids, labels=ids).loss.item() for ids in texts]
-        (self.files / f"{name}.json").write_text(json.dumps(found))
-        return found
-
-    def folder(self, name, path):
-        return self.known(name) or self.judge(name, load_lm(path))
-
-    @torch.no_grad()
-    def changed(self, name, target, change):
-        """The target's tensors plus a change, added in place."""
-        if self.known(name):
-            return self.known(name)
-        self.lm = self.lm or load_lm(self.target)
-        for key, tensor in target.items():
-            self.lm.get_parameter(key).copy_(tensor + change.get(key, 0))
-        return self.judge(name, self.lm)
+        if not file.exists():
+            print(f"judging: {name}", flush=True)
+            lm = load_lm(folder)
+            for key in change:
+                lm.get_parameter(key).add_(change[key])
+            found = {}
+            for domain, texts in self.tokens.items():
+                found[domain] = []
+                for ids in texts:
+                    loss = lm(input_ids=ids, labels=ids).loss
+                    found[domain].append(loss.item())
+            file.write_text(json.dumps(found))
+        return json.loads(file.read_text())
 
 
 def paired(ours, other):
@@ -363,7 +352,7 @@ MERGES += [("zero", 0.0, f"{TASK} --lam 0"), ("lerp", 0.1, "--lam 0.1")]
 def measure_sibling(base, work, judge, seed):
     """Yields the rows: the two parents whole, the merges, the controls of the
     difference that the merge at LAM made."""
-    target = judge.folder("target", work / "target")
+    target = judge.losses("target", work / "target")
     notes = {}
     for name in ("expert", "target"):
         notes[name] = json.loads((work / f"{name}.json").read_text())
@@ -374,10 +363,10 @@ def measure_sibling(base, work, judge, seed):
               "documents": len(judge.tokens[DOMAINS[0]]), **machine()}
     for row, path in (("base", base), ("expert", work / "expert")):
         yield common | {"row": row, "lam": None,
-                        "domains": paired(judge.folder(row, path), target)}
+                        "domains": paired(judge.losses(row, path), target)}
     for row, lam, options in MERGES:
         name = f"{row.split(',')[0]}-{lam}"
-        losses = judge.folder(name, merged(work, name, options))
+        losses = judge.losses(name, merged(work, name, options))
         yield common | {"row": row, "lam": lam, "domains": paired(losses, target),
                         "command": f"python merge.py TARGET EXPERT {options} -o OUT"}
     start = read_model(work / "target")
@@ -390,11 +379,9 @@ def measure_sibling(base, work, judge, seed):
                 "neighbour": neighbour_change(work / "target", base, work / "expert",
                                               LAM)}
     for row, control in controls.items():
-        scores = judge.changed(f"{row}-{LAM}-{seed}", start, control)
-        yield common | {"row": row, "lam": LAM, "domains": paired(scores, target)}
-
-
-section_sibling = section_pruned
+        name = f"{row}-{LAM}-{seed}"
+        losses = judge.losses(name, work / "target", control)
+        yield common | {"row": row, "lam": LAM, "domains": paired(losses, target)}
 
 
 # --- Claims and the command ---------------------------------------------------------
@@ -411,8 +398,8 @@ def claims(records):
         rows = find(records["sibling"], row="difference, matched", lam=LAM)
         d = rows[0]["domains"]
         found.append(Claim("the same, a real model, lambda 0.5", "",
-                           f"arithmetic {pm(d['arithmetic']['mean'], d['arithmetic']['se'])} nats; "
-                           f"code {pm(d['code']['mean'], d['code']['se'])}", "ours",
+                           f"arithmetic {pm_of(d['arithmetic'])} nats; code "
+                           f"{pm_of(d['code'])}", "ours",
                            "Real siblings"))
     return found
 
@@ -438,8 +425,7 @@ def main():
         unseen = Model.open(args.unseen) if args.unseen else None
         rows = []
         for ratio in args.only:
-            rows += measure_ratio(real, unseen, ratio)
-            keep("real", rows, args.results)
+            rows += collect("real", measure_ratio(real, unseen, ratio), args)
         print(section_ratios(rows))
     if args.sibling:
         if not args.work:
@@ -447,11 +433,8 @@ def main():
         args.work.mkdir(parents=True, exist_ok=True)
         make_models(args.sibling, args.work, args.seed)
         judge = Judge(args.sibling, args.work, args.documents)
-        rows = []
-        for row in measure_sibling(args.sibling, args.work, judge, args.seed):
-            rows.append(row)
-            keep("sibling", [row], args.results)
-        print(section_sibling(rows))
+        rows = measure_sibling(args.sibling, args.work, judge, args.seed)
+        print(section_pruned(collect("sibling", rows, args)))
 
 
 if __name__ == "__main__":

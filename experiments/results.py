@@ -40,7 +40,7 @@ SECTIONS = {
     "matched": (["matched"], shapes.section_matched),
     "kinship": (["kinship"], shapes.section_kinship),
     "pruned": (["pruned"], shapes.section_pruned),
-    "sibling": (["sibling"], real.section_sibling),
+    "sibling": (["sibling"], shapes.section_pruned),
     "peer": (["bench-peer"], bench.section_peer),
     "memory": (["bench-memory"], bench.section_memory),
     "align": (["bench-align"], bench.section_align)}
@@ -294,30 +294,10 @@ def kinship(figure, records):
         panel.invert_yaxis()
 
 
-def bench_figure(figure, records):
-    """Seconds and memory beside mergekit's."""
-    peer = records["bench-peer"][-1]
-    axes = panels(figure, 2, 2.0, "A merge of two models of 0.5 B weights, whole process, "
-                  f"beside {peer['peer']}")
-    names = [name for name in bench.WAYS if name in peer["seconds"]] + ["mergekit"]
-    for panel, key, title in ((axes[0], "seconds", "seconds"),
-                              (axes[1], "peak_mib", "memory, MiB")):
-        for place, name in enumerate(names):
-            value = peer[key][name][0]
-            colour = GREY if name == "mergekit" else BLUE
-            panel.barh(place, value, color=colour, height=0.6)
-            panel.annotate(f"{value:.3g}", (value, place), (4, 0),
-                           textcoords="offset points", va="center")
-        panel.margins(x=0.2)
-        panel.set_yticks(range(len(names)), names if panel is axes[0] else [])
-        panel.set(title=title)
-        panel.grid(axis="y", visible=False)
-
-
 # {name of the file: (what draws it, the records that it needs)}
 PICTURES = {"figure4": (figure4, ["figure4"]), "codec": (codec_figure, ["table7"]),
             "curves": (curves, ["curves"]), "learning": (learning, ["learning"]),
-            "kinship": (kinship, ["kinship"]), "bench": (bench_figure, ["bench-peer"])}
+            "kinship": (kinship, ["kinship"])}
 
 
 def svg(draw, records):

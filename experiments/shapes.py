@@ -31,12 +31,11 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from compare import (MODELS, QUICK, Claim, cell, command_line, difference, find, gain,
-                     grouped, keep, machine, over_seeds, pm, several, sign, stacked,
+from compare import (MODELS, QUICK, Claim, cell, collect, command_line, difference, find,
+                     gain, grouped, machine, over_seeds, pm_of, several, sign, stacked,
                      summary, table)
 import match
 import merge
-import train
 from align import Moments, control_latents
 from baselines import dare, ties
 from chunking import (Checkpoint, StateDict, chunk, create, is_selected, measure,
@@ -52,9 +51,6 @@ PAIRINGS = {"large": ("depth",), "base-seed2": ("depth",),
             "grown": ("depth", "weights")}
 ANYWHERE = ("zero", "noise", "shuffled")    # controls that hold nothing of any source
 TABLE5 = (0.1, 1.0)         # the paper's lambdas: interpolation, transport only
-# The paper's chunk: of them a tensor has fewer than latent numbers.
-LONG = ("--chunk", 640, "--width", 640, "--blocks", 0, "--init", "pca", "--steps1", 0,
-        "--steps2", 0)
 C = 64                      # weights in a chunk of the exact codec
 # Only what is encoded takes part, equal shapes or not: what is compared are the latents
 # alone, and a control must not receive the source's embeddings.
@@ -119,10 +115,8 @@ class Grid:
     """Merged models of one target, their scores, and which control each has to beat. A
     cell is named by a dict: source, align, pairing, lam, control, seed."""
 
-    def __init__(self, sheet, codec="exact", few=None):
+    def __init__(self, sheet):
         self.sheet = sheet
-        self.codec = codec
-        self.few = few          # n / d, where chunks are so long that n < d
         self.cells = []         # (name of the cell, {split: scores})
         self.base = {}          # split -> scores of the target
 
@@ -137,7 +131,7 @@ class Grid:
         named = NOTHING | fields
         pair = (self.sheet.file("base"), file)
         models, _ = self.sheet.merged(*pair, "--lam", named["lam"], *ENCODED, *flags,
-                                      codec=self.codec, first=named["seed"] or 0)
+                                      codec="exact", first=named["seed"] or 0)
         scores = {"test": self.sheet.scores(models)}
         if not named["control"]:
             scores["validation"] = self.sheet.scores(models, "validation")
@@ -197,23 +191,9 @@ class Grid:
                 found = difference(scores["test"], other)
                 row["difference"][name] = found.record()
             documents = self.base["test"][DOMAINS[0]].shape[1]
-            rows.append(row | {"few": self.few, "documents": documents,
-                               "sha256": self.sheet.digests, **machine()})
+            rows.append(row | {"documents": documents, "sha256": self.sheet.digests,
+                               **machine()})
         return rows
-
-
-def measure_few(sheet, source, seeds):
-    """What n < d does: chunks so long that a tensor has fewer of them than latent
-    numbers."""
-    vae = sheet.scratch / "long.safetensors"
-    run(train.main, source, "-o", vae, *LONG, "--quiet", "--force")
-    entries = Checkpoint(sheet.file("base")).entries.values()
-    most = max(entry.numel for entry in filter(is_selected, entries))
-    grid = Grid(sheet, vae, few=-(-most // 640) / 640)
-    grid.measure_base()
-    grid.measure_controls(source, TABLE5, seeds)
-    grid.measure_source(source, "large", ["gaussian"], "depth", TABLE5)
-    return [row for row in grid.rows() if row["row"] != "base"]
 
 
 def measure_figure4(models, seeds=5, documents=None, quick=False, quiet=False,
@@ -242,18 +222,12 @@ def measure_figure4(models, seeds=5, documents=None, quick=False, quiet=False,
                                     control="neighbour")
                 grid.measure_source(file, name, ["units"], "weights", LAMBDAS)
             yield from grid.rows()
-            if name == "large":
-                yield from measure_few(sheet, source, seeds)
-
-
-def cells(rows, few=False):
-    return [row for row in rows if bool(row["few"]) == few]
 
 
 def curve(rows, **fields):
     """[(lambda, mean, standard error)]: difference to the target, the seeds of a
     control taken together."""
-    chosen = find(cells(rows), **{"control": None, **fields})
+    chosen = find(rows, **{"control": None, **fields})
     points = []
     for lam in sorted({row["lam"] for row in chosen} - {0.0, None}):
         same = [row["difference"]["base"] for row in find(chosen, lam=lam)]
@@ -263,7 +237,7 @@ def curve(rows, **fields):
 
 def chosen_cell(rows, source):
     """The cell of a source with the fewest bits on validation text."""
-    found = find(cells(rows), row="cell", source=source)
+    found = find(rows, row="cell", source=source)
     return min(found, key=lambda row: row["validation"]["pooled"])
 
 
@@ -275,9 +249,8 @@ def cell_gain(row):
 def section_table5(rows):
     lines = []
     for row in find(rows, row="cell"):
-        if row["lam"] in TABLE5 and row["align"] != "weights":
-            few = ", n < d" if row["few"] else ""
-            line = [f"{row['source']}: {row['align']}{few}", f"{row['lam']:g}"]
+        if row["lam"] in TABLE5:
+            line = [f"{row['source']}: {row['align']}", f"{row['lam']:g}"]
             for label in ("base", "zero", "noise", "shuffled", "carried"):
                 line.append(cell(row["difference"].get(label)))
             lines.append((row["lam"], line))
@@ -549,21 +522,21 @@ def section_pruned(rows):
 # --- Claims -------------------------------------------------------------------------
 def claims_of_figure4(rows):
     large = {"row": "cell", "source": "large", "pairing": "depth", "lam": 0.1}
-    gaussian = find(cells(rows), align="gaussian", **large)[0]
+    gaussian = find(rows, align="gaussian", **large)[0]
     d = gaussian["difference"]["base"]
     yield Claim("another shape gains at lambda 0.1", "WinoGrande 56.8 → 57.8",
-                f"{pm(d['mean'], d['se'])} to the target", cell_gain(gaussian),
+                f"{pm_of(d)} to the target", cell_gain(gaussian),
                 "Table 5: another architecture", "unrelated weights do harm")
     best = chosen_cell(rows, "large")
     d = best["difference"]["base"]
     yield Claim("another shape gains at the best lambda", "0.05 to 0.20",
-                f"{best['lam']:g}: {pm(d['mean'], d['se'])} to the target",
+                f"{best['lam']:g}: {pm_of(d)} to the target",
                 cell_gain(best), "Figure 4: lambda, alignment, controls")
-    sinkhorn = find(cells(rows), align="sinkhorn", **large)[0]["difference"]
+    sinkhorn = find(rows, align="sinkhorn", **large)[0]["difference"]
     d = sinkhorn["carried"]
     word = "holds" if sign(d["mean"], d["se"]) < 0 else "not reproduced"
     yield Claim("transport makes the difference", "unstable without",
-                f"{pm(d['mean'], d['se'])} to noise, same transport", word,
+                f"{pm_of(d)} to noise, same transport", word,
                 "Figure 4: lambda, alignment, controls",
                 "noise gains as much as the source")
 
@@ -577,7 +550,7 @@ def claims(records):
         d = row["difference"]["base"]
         found.append(Claim(
             "a relative of another shape, matched, lambda 0.5", "",
-            f"{pm(d['mean'], d['se'])} to the target: {cell_gain(row)}", "ours",
+            f"{pm_of(d)} to the target: {cell_gain(row)}", "ours",
             "A relative of another shape", "match.py first: then half of it helps"))
     if records["kinship"]:
         sides = []
@@ -591,8 +564,8 @@ def claims(records):
         rows = find(records["pruned"], row="difference, matched", lam=0.3)
         d = rows[0]["domains"]
         found.append(Claim("a pruned model + its sibling's expert, lambda 0.3", "",
-                           f"code {pm(d['code']['mean'], d['code']['se'])}; arithmetic "
-                           f"{pm(d['arithmetic']['mean'], d['arithmetic']['se'])}",
+                           f"code {pm_of(d['code'])}; arithmetic "
+                           f"{pm_of(d['arithmetic'])}",
                            "ours", "A pruned model and its sibling's expert"))
     return found
 
@@ -622,25 +595,19 @@ def main():
     args = parse()
     how = (args.seeds, args.documents, args.quick, args.quiet)
 
-    def collect(name, rows):
-        found = []
-        for row in rows:
-            found.append(row)
-            if not args.quick:
-                keep(name, [row], args.results)
-        return found
     if args.figure:
         names = tuple(args.source or PAIRINGS)
-        rows = collect("figure4", measure_figure4(args.models, *how, names))
+        rows = collect("figure4", measure_figure4(args.models, *how, names), args)
         print(section_table5(rows), section_figure4(rows), sep="\n")
     if args.matched:
-        save = lambda row: collect("matched", [row])
+        def save(row):
+            collect("matched", [row], args)
         rows = measure_matched(args.models, save, *how, args.mergekit)
         print(section_matched(rows))
     if args.kinship:
-        print(section_kinship(collect("kinship", measure_kinship(args.models))))
+        print(section_kinship(collect("kinship", measure_kinship(args.models), args)))
     if args.pruned:
-        print(section_pruned(collect("pruned", measure_pruned(args.models))))
+        print(section_pruned(collect("pruned", measure_pruned(args.models), args)))
 
 
 if __name__ == "__main__":

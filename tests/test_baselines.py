@@ -137,29 +137,6 @@ MERGES = {"soup": lambda base, models: soup([base, *models]), "ties": ties,
           "dare_ties": lambda base, models: dare_ties(base, models, generator=seeded())}
 
 
-@pytest.mark.parametrize("merge", MERGES.values(), ids=MERGES)
-def test_models_that_do_not_match(merge):
-    for change, named in (
-            (dict(x=torch.ones(3)), r"x: .*\(3,\) in model 1, .*\(2,\) in model 0"),
-            (dict(z=torch.ones(1)), "z: not in model 0"), (dict(x=None), "x: not in model 1"),
-            (dict(x=torch.ones(2, dtype=int)), "x: torch.int64"),
-            (dict(x=torch.tensor([1, math.nan])), "x: not finite")):
-        other = {name: w for name, w in {**A, **change}.items() if w is not None}
-        with pytest.raises(ValueError, match=named):
-            merge(BASE, [other])
-
-
-@pytest.mark.parametrize("call, said", [
-    *((lambda d=d: ties(BASE, [A], d), "density") for d in (0, 1.1, math.nan)),
-    *((lambda p=p: dare(BASE, [A], p, generator=seeded()), "p ") for p in (1, -0.1, math.nan)),
-    (lambda: soup([]), "no models"), (lambda: ties(BASE, []), "no models"),
-    (lambda: noise_average(A, 0, 0.1, seeded()), "k 0"),
-    *((lambda r=r: noise_average(A, 1, r, seeded()), "relative") for r in (-0.1, math.nan))])
-def test_refusals(call, said):
-    with pytest.raises(ValueError, match=said):
-        call()
-
-
 NOISE = {"noise_average": lambda base, models: noise_average(base, 2, 0.1, seeded())}
 
 

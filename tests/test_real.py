@@ -3,13 +3,12 @@ function itself, and matrices indexed by hand."""
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import real
-from make_models import blocks, cut
+from make_models import cut
 from shapes import neighbour_change
 from tiny_lm import HEAD_DIM, TinyLM
 
@@ -32,19 +31,6 @@ def logits(tensors):
     return TinyLM.from_state_dict(tensors)(text).detach()
 
 
-def test_named_layers_and_units_stay(tensors):
-    rows = {"heads": torch.arange(HEADS * HEAD_DIM), "units": torch.arange(30),
-            "groups": torch.arange(GROUPS * HEAD_DIM)}
-    found = cut(tensors, torch.arange(HIDDEN), [(0, rows), (3, rows)])
-    assert len(found) == 2 + 2 * 9
-    for new, old in ((0, 0), (1, 3)):
-        for name, index in (("mlp.up_proj", slice(30)), ("input_layernorm", slice(None)),
-                            ("mlp.down_proj", (slice(None), slice(30)))):
-            expected = tensors[f"model.layers.{old}.{name}.weight"][index]
-            assert torch.equal(found[f"model.layers.{new}.{name}.weight"], expected)
-    assert blocks(torch.tensor([1, 0]), 2).tolist() == [2, 3, 0, 1]
-
-
 def test_another_order_is_the_same_function(tensors):
     stream, layers = real.random_order(tensors, range(LAYERS), UNITS, HEAD_DIM, seed=1)
     moved = cut(tensors, stream, layers)
@@ -53,13 +39,6 @@ def test_another_order_is_the_same_function(tensors):
         assert not torch.equal(moved[key], tensors[key])
     # float32; the order of sums differs, and logits are near 10
     torch.testing.assert_close(logits(moved), logits(tensors), rtol=1e-4, atol=1e-4)
-
-
-def test_dropped_layers_are_never_at_the_ends():
-    for seed in range(20):
-        kept = real.kept_layers(5, 2, seed)
-        assert len(kept) == 3 and kept == sorted(kept) and {0, 4} <= set(kept)
-    assert len({tuple(real.kept_layers(30, 2, seed)) for seed in range(5)}) > 1
 
 
 def test_neighbour_is_the_next_layers_difference(tensors, tmp_path):
@@ -84,14 +63,6 @@ def test_paired_difference_by_hand():
     found = real.paired({"prose": [1.0, 2.0, 6.0]}, {"prose": [0.0, 0.0, 3.0]})["prose"]
     assert found["mean"] == pytest.approx(2) and found["loss"] == pytest.approx(3)
     assert found["se"] == pytest.approx(1 / math.sqrt(3))       # differences 1, 2, 3
-
-
-def test_windows_are_runs_of_the_domains_in_the_mixture():
-    tokens = {"code": torch.arange(1000), "prose": torch.arange(5000, 6000)}
-    recipe = real.Recipe(mixture=(0.5, 0.5, 0), steps=1, rate=0, batch=64)
-    rows = real.windows(tokens, recipe, np.random.default_rng(0))
-    assert rows.shape == (64, real.WINDOW) and bool((rows.diff(dim=1) == 1).all())
-    assert 16 < (rows[:, 0] < 1000).sum() < 48      # four standard deviations
 
 
 def test_a_model_is_written_as_a_folder(tensors, tmp_path):

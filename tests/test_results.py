@@ -66,8 +66,7 @@ def test_a_changed_row_changes_the_page_and_the_verdict(copy):
 
 
 def test_a_cell_across_shapes_from_the_raw_lines():
-    group = raw("figure4", source="large", align="sinkhorn", lam=0.1, control=None,
-                few=None)
+    group = raw("figure4", source="large", align="sinkhorn", lam=0.1, control=None)
     row, = group
     d = row["difference"]["base"]
     found = cells("Table 5: another architecture", "large: sinkhorn | 0.1")

@@ -256,19 +256,6 @@ def test_pca_leaves_the_tail_of_the_singular_values(model, Z):
     assert torch.equal(tensors["norm.weight"], torch.ones(3))
 
 
-def test_noise_has_the_error_that_it_is_given(model):
-    """384 draws: the mean of their squares is within 5 sqrt(2 / 384) = 36 %."""
-    asked = {one.name: nmse for one, nmse in zip(model.stats, (0.5, 0.01))}
-    _, _, found = model.rebuilt(codec.ThroughNoise(asked, seed=1))
-    assert found == {name: pytest.approx(nmse, rel=0.36)
-                     for name, nmse in asked.items()}
-
-
-def test_effective_ratio_counts_the_codec():
-    assert codec.effective(2.0, 100, 50) == 1 and codec.effective(4.0, 100, 75) == 1
-    assert codec.effective(2.0, 100, None) is None
-
-
 def test_table_7_on_a_few_documents(zoo, two_texts, monkeypatch):
     """Untrained codecs: exact at r = 1, PCA at r = 2, but for chunks held out."""
     monkeypatch.setattr(codec, "SCHEDULE", Schedule(steps1=0, steps2=0))
