@@ -445,7 +445,8 @@ def section_align(rows):
     for (kind, epsilon), group in grouped(plans, "kind", "epsilon").items():
         line = [kind, f"{epsilon:g}"]
         for name in SOLVERS:
-            line.append(several([row["ratios"][name] for row in group], "{:.2f}".format))
+            ratios = [row["ratios"][name] for row in group]
+            line.append(several(ratios, "{:.2f}".format))
         lines.append(line)
     over = [max(row["ratios"].values()) for row in plans]
     text = (f"Ours over POT's fastest, of {len(over)} problems: median "

@@ -45,39 +45,43 @@ WINDOW = EXCERPT_BYTES
 TRAIN_SUMS = 40_000
 WARMUP = 100          # steps
 SMALL = dict(hidden=128, layers=4, heads=4, mlp=384)  # 0.9 million weights
-LARGE = dict(hidden=192, layers=6, heads=6, mlp=576)  # 2.9 million weights, wider and deeper
-LESS = dict(hidden=128, layers=3, heads=3, mlp=288)   # 0.5 million weights, narrower and flatter
-# Few sums, and of three digits: the base must leave the arithmetic expert something to learn.
-MIXTURE = (0.60, 0.25, 0.15)  # share of windows in the order of DOMAINS: code, prose, arithmetic
+LARGE = dict(hidden=192, layers=6, heads=6, mlp=576)  # 2.9 million, wider and deeper
+LESS = dict(hidden=128, layers=3, heads=3, mlp=288)   # 0.5 million, narrower, flatter
+# Few sums, and of three digits: the base must leave the arithmetic expert something to
+# learn.
+# Shares of windows in the order of DOMAINS: code, prose, arithmetic.
+MIXTURE = (0.60, 0.25, 0.15)
 
 
 @dataclass(frozen=True)
 class Spec:
-    seed: int            # of the new weights (if there is no parent) and of the order of the data
+    seed: int            # of the new weights, if any, and of the order of the data
     steps: int
     lr: float            # peak learning rate
     mixture: tuple = MIXTURE
-    parent: str = ""     # name of the model to start from; empty: new weights of this shape
+    parent: str = ""     # the model to start from; empty: new weights of this shape
     shape: dict | None = None
     share: float = 1.0   # how far to go from the parent (0) to the trained weights (1)
-    places: tuple = ()   # of a larger child: its layers that are the parent's; others are new
+    places: tuple = ()   # of a larger child: its layers that are the parent's
 
 
 SPECS = {
     "base": Spec(seed=1, steps=2400, lr=3e-3, shape=SMALL),
     "code": Spec(seed=11, steps=700, lr=1e-3, mixture=(1, 0, 0), parent="base"),
-    # Only 0.3 MB of prose is left to train on, and the base has read it eight times: the
-    # trained weights know it by heart and predict new topics no better than the base
-    # (validation: +0.002 bits); a point on the way does (-0.028).
-    "prose": Spec(seed=12, steps=300, lr=1e-3, mixture=(0, 1, 0), parent="base", share=0.4),
+    # Only 0.3 MB of prose is left to train on, and the base has read it eight times:
+    # the trained weights know it by heart and predict new topics no better than the
+    # base (validation: +0.002 bits); a point on the way does (-0.028).
+    "prose": Spec(seed=12, steps=300, lr=1e-3, mixture=(0, 1, 0), parent="base",
+                  share=0.4),
     # Some text of the other domains stays in: on sums alone 700 steps forget all else
     # (6 bits per byte of code).
-    "arithmetic": Spec(seed=13, steps=400, lr=1e-3, mixture=(0.1, 0.1, 0.8), parent="base"),
+    "arithmetic": Spec(seed=13, steps=400, lr=1e-3, mixture=(0.1, 0.1, 0.8),
+                       parent="base"),
     "base-seed2": Spec(seed=2, steps=2400, lr=3e-3, shape=SMALL),
     "large": Spec(seed=3, steps=1600, lr=2e-3, shape=LARGE),
-    # New layers where pairing by proportional depth (0, 2, 3, 5) goes wrong. More code than the
-    # arithmetic expert read: with a tenth, base + half of the way to grown forgot code on
-    # validation text (+0.008 bits per byte; so -0.006).
+    # New layers where pairing by proportional depth (0, 2, 3, 5) goes wrong. More code
+    # than the arithmetic expert read: with a tenth, base + half of the way to grown
+    # forgot code on validation text (+0.008 bits per byte; so -0.006).
     "grown": Spec(seed=21, steps=300, lr=1e-3, mixture=(0.3, 0.1, 0.6), parent="base",
                   shape=LARGE, places=(0, 1, 3, 4)),
     "pruned": Spec(seed=22, steps=200, lr=1e-3, parent="base", shape=LESS),
@@ -100,13 +104,13 @@ class Lora(Spec):
 
 
 # Rates were compared on validation text, with another seed: code at 3e-3 rather than
-# 1e-2, sums at 1e-2 rather than 2e-2. In runs this short the cosine is far down when the
-# warm-up ends: they see at most 0.27 (100 steps) to 0.58 (220) of the rate.
+# 1e-2, sums at 1e-2 rather than 2e-2. In runs this short the cosine is far down when
+# the warm-up ends: they see at most 0.27 (100 steps) to 0.58 (220) of the rate.
 LORAS = {
     "lora-code-a": Lora(seed=101, steps=220, lr=3e-3, mixture=(1, 0, 0), half="a"),
     "lora-code-b": Lora(seed=102, steps=220, lr=3e-3, mixture=(1, 0, 0), half="b"),
-    # Only 0.15 MB each: on validation half the way gained 0.007 bits, all of it 0.005 and
-    # forgot three times as much.
+    # Only 0.15 MB each: on validation half the way gained 0.007 bits, all of it 0.005
+    # and forgot three times as much.
     "lora-prose-a": Lora(seed=103, steps=100, lr=3e-3, mixture=(0, 1, 0), half="a",
                          share=0.5),
     "lora-prose-b": Lora(seed=104, steps=100, lr=3e-3, mixture=(0, 1, 0), half="b",
@@ -123,7 +127,8 @@ LORAS = {
 }
 
 
-@functools.cache  # ten adapters read the same text, and 320,000 sums take seconds to draw
+# ten adapters read the same text, and 320,000 sums take seconds to draw
+@functools.cache
 def training_documents(domain):
     if domain == "arithmetic":
         return tuple(DOCUMENTS[domain]("train", TRAIN_SUMS).values())
@@ -131,7 +136,8 @@ def training_documents(domain):
 
 
 def training_text(domain, half=""):
-    """The training documents of a domain, all or one half of them, in one array of bytes."""
+    """The training documents of a domain, all or one half of them, in one array of
+    bytes."""
     texts = training_documents(domain)
     if half:
         texts = texts["ab".index(half)::2]
@@ -158,8 +164,8 @@ def learning_rate(step, spec):
 
 
 def new_model(spec):
-    """Weights N(0, 0.02^2), output projections less by sqrt(2 layers) (GPT-2's rule: the
-    residual sum starts small)."""
+    """Weights N(0, 0.02^2), output projections less by sqrt(2 layers) (GPT-2's rule:
+    the residual sum starts small)."""
     torch.manual_seed(spec.seed)
     model = TinyLM(**spec.shape)
     for name, weight in model.named_parameters():
@@ -176,13 +182,14 @@ WRITERS = ("embed_tokens", "o_proj", "down_proj")  # what adds to the residual s
 
 @torch.no_grad()
 def grow(parent, spec):
-    """A larger model with the parent's function. What is new (stream, heads, units, layers) reads
-    with random weights and writes zeros: it has no twin in the parent, and training can use it."""
+    """A larger model with the parent's function. What is new (stream, heads, units,
+    layers) reads with random weights and writes zeros: it has no twin in the parent,
+    and training can use it."""
     model = new_model(spec)
     old = parent.state_dict()
     hidden = len(old["model.norm.weight"])
-    # New numbers of the stream are 0 at first, which lowers the mean square that RMSNorm divides
-    # by: its gains make up for it.
+    # New numbers of the stream are 0 at first, which lowers the mean square that
+    # RMSNorm divides by: its gains make up for it.
     shrink = math.sqrt(hidden / spec.shape["hidden"])
     known = {name: name for name in old if ".layers." not in name}
     for i, j in enumerate(spec.places):
@@ -207,15 +214,15 @@ def blocks(heads, size):
 
 # What the rows and the columns of a matrix are; a norm has the stream alone.
 AXES = {"q": ("heads", "stream"), "k": ("groups", "stream"), "v": ("groups", "stream"),
-        "o": ("stream", "heads"), "gate": ("units", "stream"), "up": ("units", "stream"),
-        "down": ("stream", "units")}
+        "o": ("stream", "heads"), "gate": ("units", "stream"),
+        "up": ("units", "stream"), "down": ("stream", "units")}
 
 
 @torch.no_grad()
 def cut(tensors, stream, layers):
     """The named places of a Llama, in that order. layers: per layer of the result the
-    old layer and {"heads", "groups", "units": rows}. Where nothing is left out, the same
-    function."""
+    old layer and {"heads", "groups", "units": rows}. Where nothing is left out, the
+    same function."""
     new = {}
     for name, tensor in tensors.items():
         if ".layers." not in name:
@@ -232,8 +239,8 @@ def cut(tensors, stream, layers):
 
 
 def gather(tensors, stream, layers):
-    """`cut` for the models here, whose every head has its own keys and values: per layer
-    of the result (layer, heads, units) of the model given."""
+    """`cut` for the models here, whose every head has its own keys and values: per
+    layer of the result (layer, heads, units) of the model given."""
     places = []
     for layer, heads, units in layers:
         rows = blocks(heads, HEAD_DIM)
@@ -270,8 +277,8 @@ def strongest(tensors, layer, heads, units):
 
 @torch.no_grad()
 def prune(parent, spec, texts):
-    """The strongest heads and units of every layer stay; then layers are dropped, always
-    the one whose absence costs the least on training text. Returns the model."""
+    """The strongest heads and units of every layer stay; then layers are dropped,
+    always the one whose absence costs the least on training text. Returns the model."""
     tensors = parent.state_dict()
     shape = spec.shape
     stream = torch.arange(shape["hidden"])
@@ -342,14 +349,14 @@ def train(model, spec, texts, bar):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, spec)
         bytes_BT = batch(texts, spec.mixture, generator)
-        # bfloat16 products are 1.4 times as fast here; weights, norms, loss and optimiser
-        # stay in float32.
+        # bfloat16 products are 1.4 times as fast here; weights, norms, loss and
+        # optimiser stay in float32.
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(bytes_BT[:, :-1])
         expected_N = bytes_BT[:, 1:].flatten()
         loss = F.cross_entropy(logits.float().flatten(0, 1), expected_N)
         if not math.isfinite(loss.item()):
-            raise RuntimeError(f"loss is {loss.item()} at step {step}: lower lr in SPECS")
+            raise RuntimeError(f"loss is {loss.item()} at step {step}: lower lr")
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -30,8 +30,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from compare import (MODELS, QUICK, Claim, cell, command_line, difference, find,
-                     gain, keep, machine, pm, pm_of, pooled, several, stacked, summary, table,
-                     tally)
+                     gain, keep, machine, pm, pm_of, pooled, several, stacked, summary,
+                     table, tally)
 import lora
 import merge
 import train
@@ -488,9 +488,11 @@ def twin_table(rows):
 
 
 def section_table3(rows):
-    experts = [row for row in find(rows, kind="parent") if row["row"].startswith("lora")]
-    means = [row["difference"]["base"]["mean"] for row in experts]
-    return (f"The {len(experts)} experts alone, minus base: "
+    means = []
+    for row in find(rows, kind="parent"):
+        if row["row"].startswith("lora"):
+            means.append(row["difference"]["base"]["mean"])
+    return (f"The {len(means)} experts alone, minus base: "
             f"{several(means, '{:+.4f}'.format)} bits.\n\n" + twin_table(rows))
 
 
@@ -518,46 +520,35 @@ def section_table6(rows):
     return text
 
 
-def claim_of(rows, name, label, *facts):
-    """A claim about one row: it must gain on `label`, and lose to nothing."""
-    row = find(rows, row=name)[0]
-    d = row["difference"][label]
-    differences = [(d["mean"], d["se"]) for d in row["difference"].values()]
-    return Claim(facts[0], facts[1], f"{pm_of(d)} to {facts[2]}",
-                 gain(differences), *facts[3:])
+# claim, paper; table, row, held against; what that is; section; meaning
+CLAIMS = [
+    ("self-merging gains, K 8", "MMLU 32.2 → 35.1", "2", "base: self-merge, K 8 [r 1]",
+     "base", "the model", "Table 2: self-merging", "sampling only adds noise"),
+    ("a soup of ten LoRA experts gains in latents", "MMLU 49.7 → 56.0", "3",
+     "soup, latents [r 1]", "weights", "weights",
+     "Table 3: ten LoRA experts", "the soup gains; latents add nothing"),
+    ("task arithmetic of two experts gains in latents", "MMLU 52.2 → 55.1", "4",
+     "code + arithmetic: task arithmetic, latents [r 1]", "weights",
+     "the same on weights", "Table 4: two experts of one base", ""),
+    ("MLP and attention of another shape gain", "MMLU 40.8 → 42.1", "6",
+     "large -> base, both", "base", "the target", "Table 6: what is merged", "")]
 
 
 def claims(records):
-    """records: {name: rows}"""
+    """records: {name: rows}. A merge must gain, and lose to nothing."""
     found = []
-    if records["table2"]:
-        found.append(claim_of(
-            records["table2"], "base: self-merge, K 8 [r 1]", "base",
-            "self-merging gains, K 8", "MMLU 32.2 → 35.1", "the model",
-            "Table 2: self-merging", "sampling adds noise, and no more"))
-    if records["table3"]:
-        found.append(claim_of(
-            records["table3"], "soup, latents [r 1]", "weights",
-            "a soup of ten LoRA experts gains in latents", "MMLU 49.7 → 56.0",
-            "the soup of weights", "Table 3: ten LoRA experts",
-            "the soup gains; latents add nothing to it"))
-        latent = [row["difference"]["weights"]["mean"] for row in records["table3"]
-                  if "weights" in row["difference"]]
+    for claim, paper, number, name, label, other, section, meaning in CLAIMS:
+        for row in find(records[f"table{number}"], row=name):
+            verdict = gain([(d["mean"], d["se"]) for d in row["difference"].values()])
+            here = f"{pm_of(row['difference'][label])} to {other}"
+            found.append(Claim(claim, paper, here, verdict, section, meaning))
+    latent = [row["difference"]["weights"]["mean"] for row in records["table3"]
+              if "weights" in row["difference"]]
+    if latent:
         found.append(Claim(
             "exact codec: latent merge minus plain average", "",
             f"at most {max(map(abs, latent)):.0e} bits, {len(latent)} merges", "ours",
             "Table 3: ten LoRA experts"))
-    if records["table4"]:
-        found.append(claim_of(
-            records["table4"], "code + arithmetic: task arithmetic, latents [r 1]",
-            "weights", "task arithmetic of two experts gains in latents",
-            "MMLU 52.2 → 55.1", "the same on weights",
-            "Table 4: two experts of one base"))
-    if records["table6"]:
-        found.append(claim_of(
-            records["table6"], "large -> base, both", "base",
-            "MLP and attention of another shape gain", "MMLU 40.8 → 42.1", "the target",
-            "Table 6: what is merged"))
     return found
 
 

@@ -1,5 +1,5 @@
-"""Real models, by hand: which compression one survives; and what a pruned one gains from
-an expert of its larger relative. Needs transformers.
+"""Real models, by hand: which compression one survives; and what a pruned one gains
+from an expert of its larger relative. Needs transformers.
 
     python experiments/real.py --ratios FOLDER [--unseen CHECKPOINT] [--documents 24]
     python experiments/real.py --sibling FOLDER --work /tmp/sibling
@@ -387,20 +387,18 @@ def measure_sibling(base, work, judge, seed):
 # --- Claims and the command ---------------------------------------------------------
 def claims(records):
     found = []
-    if records["real"]:
-        rows = [row for row in find(records["real"], method="VAE") if row["ratio"] > 1]
+    rows = [row for row in find(records["real"], method="VAE") if row["ratio"] > 1]
+    if rows:
         row = min(rows, key=lambda row: row["ratio"])
         found.append(Claim("a real model survives r > 1", "up to r = 4",
                            f"SmolLM2-135M, r = {row['ratio']:.3g}: loss "
                            f"{row['change']:+.0%}", lossless(row["change"]),
                            "A real model", "63 numbers for 64 weights are too few"))
-    if records["sibling"]:
-        rows = find(records["sibling"], row="difference, matched", lam=LAM)
-        d = rows[0]["domains"]
+    for row in find(records["sibling"], row="difference, matched", lam=LAM):
+        d = row["domains"]
         found.append(Claim("the same, a real model, lambda 0.5", "",
                            f"arithmetic {pm_of(d['arithmetic'])} nats; code "
-                           f"{pm_of(d['code'])}", "ours",
-                           "Real siblings"))
+                           f"{pm_of(d['code'])}", "ours", "Real siblings"))
     return found
 
 

@@ -215,8 +215,8 @@ def figure4(figure, records):
 
 def codec_figure(figure, records):
     """NMSE and loss over r."""
-    axes = panels(figure, 2, 2.9, "A code with fewer numbers than weights breaks what it "
-                  "decodes, and PCA as much as the VAE")
+    axes = panels(figure, 2, 2.9, "A code with fewer numbers than weights breaks what "
+                  "it decodes, and PCA as much as the VAE")
     rows = records["table8"] + records["table7"]
     r = np.geomspace(1, 4, 40)
     axes[0].plot(r, 1 - 1 / r, color=INK, linewidth=1, label="white noise, 1 - 1/r")
@@ -234,15 +234,15 @@ def codec_figure(figure, records):
     axes[1].set(ylabel="bits per byte lost", title="noise: of the VAE's NMSE")
     for panel in axes:
         panel.set_xscale("log", base=2)
-        panel.set_xticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
+        panel.set_xticks([1, 2, 4], ["1", "2", "4"])
         panel.set_xlabel("weights per number, r")
         panel.legend(fontsize=7)
 
 
 def curves(figure, records):
     """NMSE over seconds of training."""
-    panel, = panels(figure, 1, 3.2, "Two stages learn the weights in seconds; at beta 1 "
-                    "one stage and two keep next to nothing, as Eq. 1 asks")
+    panel, = panels(figure, 1, 3.2, "Two stages learn the weights; at beta 1 one stage "
+                    "and two keep next to nothing, as Eq. 1 asks")
     rows = [row for row in records["curves"] if "paper" not in row["name"]]
     for (_, group), colour in zip(grouped(rows, "name").items(), COLOURS):
         for row in group:
@@ -258,8 +258,8 @@ def curves(figure, records):
 
 def learning(figure, records):
     """What the network is like while it learns, at r = 1."""
-    axes = panels(figure, 2, 2.6, "At r = 1 training finds a linear code: what the blocks "
-                  "add, and the code's nonlinearity, vanish")
+    axes = panels(figure, 2, 2.6, "At r = 1 training finds a linear code: what the "
+                  "blocks add, and the code's nonlinearity, vanish")
     for row, colour in zip(records["learning"], COLOURS):
         first = max((p["step"] for p in row["points"] if p["stage"] == 1), default=0)
         steps = [p["step"] + first * (p["stage"] == 2) for p in row["points"]]

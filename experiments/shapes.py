@@ -31,9 +31,9 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from compare import (MODELS, QUICK, Claim, cell, collect, command_line, difference, find,
-                     gain, grouped, machine, over_seeds, pm_of, several, sign, stacked,
-                     summary, table)
+from compare import (MODELS, QUICK, Claim, cell, collect, command_line, difference,
+                     find, gain, grouped, machine, over_seeds, pm_of, several, sign,
+                     stacked, summary, table)
 import match
 import merge
 from align import Moments, control_latents
@@ -345,8 +345,10 @@ def measure_matched(models, save, seeds=5, documents=None, quick=False, quiet=Fa
 
 
 def section_matched(rows):
-    ours = find(rows, row="grown, matched")[0]["difference"]
+    ours = {}
     lines = []
+    for row in find(rows, row="grown, matched"):
+        ours = row["difference"]
     for row in rows[1:]:
         beaten = ours.get(row["row"])
         lines.append([row["row"], row["seeds"], cell(row["difference"]["base"]),
@@ -522,31 +524,25 @@ def section_pruned(rows):
 # --- Claims -------------------------------------------------------------------------
 def claims_of_figure4(rows):
     large = {"row": "cell", "source": "large", "pairing": "depth", "lam": 0.1}
-    gaussian = find(rows, align="gaussian", **large)[0]
-    d = gaussian["difference"]["base"]
-    yield Claim("another shape gains at lambda 0.1", "WinoGrande 56.8 → 57.8",
-                f"{pm_of(d)} to the target", cell_gain(gaussian),
-                "Table 5: another architecture", "unrelated weights do harm")
-    best = chosen_cell(rows, "large")
-    d = best["difference"]["base"]
-    yield Claim("another shape gains at the best lambda", "0.05 to 0.20",
-                f"{best['lam']:g}: {pm_of(d)} to the target",
-                cell_gain(best), "Figure 4: lambda, alignment, controls")
-    sinkhorn = find(rows, align="sinkhorn", **large)[0]["difference"]
-    d = sinkhorn["carried"]
-    word = "holds" if sign(d["mean"], d["se"]) < 0 else "not reproduced"
-    yield Claim("transport makes the difference", "unstable without",
-                f"{pm_of(d)} to noise, same transport", word,
-                "Figure 4: lambda, alignment, controls",
-                "noise gains as much as the source")
+    for row in find(rows, align="gaussian", **large):
+        yield Claim("another shape gains at lambda 0.1", "WinoGrande 56.8 → 57.8",
+                    f"{pm_of(row['difference']['base'])} to the target", cell_gain(row),
+                    "Table 5: another architecture", "unrelated weights do harm")
+        best = chosen_cell(rows, "large")
+        yield Claim("another shape gains at the best lambda", "0.05 to 0.20",
+                    f"{best['lam']:g}: {pm_of(best['difference']['base'])} to the "
+                    "target", cell_gain(best), "Figure 4: lambda, alignment, controls")
+    for row in find(rows, align="sinkhorn", **large):
+        d = row["difference"]["carried"]
+        word = "holds" if sign(d["mean"], d["se"]) < 0 else "not reproduced"
+        yield Claim("transport makes the difference", "unstable without",
+                    f"{pm_of(d)} to noise, same transport", word,
+                    "Figure 4: lambda, alignment, controls")
 
 
 def claims(records):
-    found = []
-    if records["figure4"]:
-        found += claims_of_figure4(records["figure4"])
-    if records["matched"]:
-        row = find(records["matched"], row="grown, matched")[0]
+    found = list(claims_of_figure4(records["figure4"]))
+    for row in find(records["matched"], row="grown, matched"):
         d = row["difference"]["base"]
         found.append(Claim(
             "a relative of another shape, matched, lambda 0.5", "",
@@ -560,9 +556,8 @@ def claims(records):
         found.append(Claim("kinship tells relatives from strangers", "",
                            f"cosine {sides[0]}; strangers {sides[1]}", "ours",
                            "Kinship", "who may be merged is known before"))
-    if records["pruned"]:
-        rows = find(records["pruned"], row="difference, matched", lam=0.3)
-        d = rows[0]["domains"]
+    for row in find(records["pruned"], row="difference, matched", lam=0.3):
+        d = row["domains"]
         found.append(Claim("a pruned model + its sibling's expert, lambda 0.3", "",
                            f"code {pm_of(d['code'])}; arithmetic "
                            f"{pm_of(d['arithmetic'])}",

@@ -24,7 +24,7 @@ from compare import MODELS              # finds the two below
 import lora
 from chunking import StateDict
 
-VOCAB = 256         # one token per byte: no tokeniser that two models could disagree about
+VOCAB = 256         # one token per byte: no tokeniser to disagree about
 HEAD_DIM = 32       # a state dict does not say how its rows split into heads
 ROPE_BASE = 10_000  # period of the slowest rotary pair, in bytes; Llama's value
 NORM_EPS = 1e-5     # Llama's value
@@ -38,14 +38,15 @@ def rotary_angles(length):
     steps = torch.arange(0, HEAD_DIM, 2, dtype=torch.float32)
     frequency = ROPE_BASE ** (-steps / HEAD_DIM)
     angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
-    # Hugging Face's layout: dimension i turns with i + HEAD_DIM/2 (Meta's own files turn
-    # neighbours, 2i with 2i + 1).
+    # Hugging Face's layout: dimension i turns with i + HEAD_DIM/2 (Meta's own files
+    # turn neighbours, 2i with 2i + 1).
     angle = torch.cat([angle, angle], dim=-1)
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x[i], x[i + HEAD_DIM/2]) by its angle; x is (B, heads, T, HEAD_DIM)."""
+    """Turn each pair (x[i], x[i + HEAD_DIM/2]) by its angle; x is (B, heads, T,
+    HEAD_DIM)."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
@@ -122,7 +123,8 @@ class TinyLM(nn.Module):
     def from_state_dict(cls, tensors):
         """Rebuild a model in float32 from its tensors alone.
 
-        Raises ValueError, with the names, if a tensor is missing, left over or does not fit the others.
+        Raises ValueError, with the names, if a tensor is missing, left over or does not
+        fit the others.
         """
         rows = {}
         try:
@@ -130,21 +132,21 @@ class TinyLM(nn.Module):
                 rows[role] = len(tensors[f"model.layers.0.{role}_proj.weight"])
             hidden = tensors["model.embed_tokens.weight"].shape[1]
         except KeyError as missing:
-            raise ValueError(f"not a Llama-type state dict: tensor {missing} is missing")
+            raise ValueError(f"not a Llama-type state dict: {missing} is missing")
         numbers = re.findall(r"model\.layers\.(\d+)\.", " ".join(tensors))
         lm = cls(hidden, max(map(int, numbers)) + 1, mlp=rows["mlp.gate"],
                  heads=rows["self_attn.q"] // HEAD_DIM,
                  kv_heads=rows["self_attn.k"] // HEAD_DIM)
         try:
-            lm.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-        except RuntimeError as error:  # torch lists every name and shape that does not fit
+            lm.load_state_dict({name: w.float() for name, w in tensors.items()})
+        except RuntimeError as error:   # torch lists every name that does not fit
             raise ValueError(f"tensors do not fit together: {error}")
         return lm.eval()
 
 
 class LoRALinear(nn.Module):
-    """y = W x + (alpha / rank) B (A x): W stays as it is, A (rank, in) and B (out, rank)
-    learn (Hu et al. 2021)."""
+    """y = W x + (alpha / rank) B (A x): W stays as it is, A (rank, in) and B (out,
+    rank) learn (Hu et al. 2021)."""
 
     def __init__(self, linear, rank, alpha):
         super().__init__()

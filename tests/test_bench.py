@@ -1,5 +1,6 @@
-"""bench.py's instruments, against things whose size is known. Oracles: processes that allocate a
-known amount, the published size of Qwen2-0.5B, sums by hand, Sinkhorn in the log domain."""
+"""bench.py's instruments, against things whose size is known. Oracles: processes that
+allocate a known amount, the published size of Qwen2-0.5B, sums by hand, Sinkhorn in the
+log domain."""
 import math
 import subprocess
 import sys
@@ -93,17 +94,3 @@ def test_marginal_error_sees_both_sides():
     assert bench.marginal_error(torch.full((2, 4), 1 / 8)) == 0
     assert bench.marginal_error(torch.tensor([[0.5, 0.25], [0.0, 0.25]])) == 0.5
     assert bench.marginal_error(torch.tensor([[0.5, 0.0], [0.25, 0.25]])) == 0.5
-
-
-def test_plain_iterations_are_the_first_ten_that_suffice():
-    """Beside a loop in the log domain that returns the error of every step."""
-    cost = torch.rand(6, 9, generator=torch.Generator().manual_seed(0)).double()
-    log_kernel = -cost / cost.max() / 0.05
-    f = torch.zeros(6).double()
-    for step in range(1, 1000):
-        g = -math.log(9) - torch.logsumexp(log_kernel + f[:, None], 0)
-        f = -math.log(6) - torch.logsumexp(log_kernel + g, 1)
-        columns = (log_kernel + f[:, None] + g).exp().sum(0)
-        if (columns - 1 / 9).abs().sum() <= 1e-9:
-            break
-    assert bench.plain_iterations(cost, 0.05, 1e-9) == math.ceil(step / 10) * 10

@@ -1,5 +1,5 @@
-"""experiments/compare.py and baselines' neighbours: records, paired differences, verdicts.
-Oracles: scipy's paired t statistic, numbers by hand."""
+"""experiments/compare.py and baselines' neighbours: records, paired differences,
+verdicts. Oracles: scipy's paired t statistic, numbers by hand."""
 import ast
 import graphlib
 import math
@@ -74,13 +74,6 @@ def test_seeds_enter_the_error():
     d = difference(BASE, control)
     assert d.mean == pytest.approx(-0.6)
     assert d.se_seeds == pytest.approx(0.3) and d.se == pytest.approx(0.3)
-
-
-def test_seeds_of_rows_are_taken_together():
-    mean, se = compare.over_seeds([{"mean": 1.0, "se_text": 0.3},
-                                   {"mean": 3.0, "se_text": 0.5}])
-    assert mean == 2 and se == pytest.approx(math.sqrt(0.4 ** 2 + 1))  # var 2, 2 seeds
-    assert compare.over_seeds([{"mean": 1.0, "se": 0.3}]) == (1.0, 0.3)
 
 
 @pytest.mark.parametrize("mean, se_text, se_seeds, said", [

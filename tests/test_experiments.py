@@ -1,7 +1,7 @@
 """The small models of experiments/ and their scores, against forms written differently.
 
-Sizes are small for testing; oracles: complex numbers and explicit loops for the forward pass, 8
-bits a byte for a model that knows nothing, counting by hand for the sums, float64 for adapters.
+Sizes are small for testing; oracles: complex numbers and explicit loops for the forward
+pass, 8 bits a byte for a model that knows nothing, counting by hand for the sums.
 """
 import functools
 import sys
@@ -12,15 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 import evaluate
-import lora
 import make_models
 import tiny_lm
-from chunking import StateDict
-from conftest import ROOT
-from lsmerge import Codec
-from vae import VAEConfig
-
-EXPERIMENTS = ROOT / "experiments"
 
 DOCUMENTS = [b"a" * 5 + b"bc", b"x = 1\n" * 9, b"12+34=46\n"]
 TINY = dict(hidden=32, layers=1, heads=1, mlp=16)
@@ -28,8 +21,8 @@ TINY = dict(hidden=32, layers=1, heads=1, mlp=16)
 
 @pytest.fixture
 def model():
-    """Two layers, four query heads on two key heads; gains away from 1 so that forgetting one is
-    seen."""
+    """Two layers, four query heads on two key heads; gains away from 1 so that
+    forgetting one is seen."""
     torch.manual_seed(0)
     lm = tiny_lm.TinyLM(hidden=48, layers=2, heads=4, mlp=40, kv_heads=2).eval()
     for weight in lm.parameters():
@@ -42,21 +35,24 @@ def norm(x, gain):
 
 
 def turn(vector, position):
-    """32 numbers are 16 complex ones: the first half real, the second half imaginary."""
+    """32 numbers are 16 complex ones: the first half real, the second half
+    imaginary."""
     angle = position * 10_000.0 ** (-np.arange(16) / 16)
     z = (vector[:16] + 1j * vector[16:]) * np.exp(1j * angle)
     return np.concatenate([z.real, z.imag])
 
 
 def oracle_head(q, keys, values):
-    """What one query, turned to its position (the last), takes from the values up to it."""
+    """What one query, turned to its position (the last), takes from the values up to
+    it."""
     scores = np.array([q @ turn(key, s) for s, key in enumerate(keys)]) / np.sqrt(32)
     share = np.exp(scores - scores.max())
     return sum(p * value for p, value in zip(share / share.sum(), values))
 
 
 def oracle_logits(tensors, text):
-    """The same network in float64 numpy: one query at a time, rotation as a complex product."""
+    """The same network in float64 numpy: one query at a time, rotation as a complex
+    product."""
     w = {name: tensor.double().numpy() for name, tensor in tensors.items()}
     xs = [w["model.embed_tokens.weight"][byte] for byte in text]
     for layer in range(2):
@@ -103,8 +99,8 @@ def test_padding_does_not_change_a_documents_score(model):
 
 
 def test_exact_match_counts_whole_answers():
-    """"122" as the start of "1223" is wrong, so the newline is part of the answer; operands do not
-    count."""
+    """"122" as the start of "1223" is wrong, so the newline is part of the answer;
+    operands do not count."""
     text = b"100+22=122\n900+99=999\n"
     right = np.array([byte in b"=0123456789\n" for byte in text[1:]])  # no answer holds the "+"
     assert evaluate.exact_match([text], [(None, right)])[0] == 1.0
@@ -138,7 +134,8 @@ def test_no_text_stands_on_two_sides():
 
 
 def test_same_seed_same_file(tmp_path, monkeypatch):
-    """Two short runs of one row of the table write the same bytes; another seed does not."""
+    """Two short runs of one row of the table write the same bytes; another seed does
+    not."""
     monkeypatch.setattr(make_models, "BATCH", 2)
     monkeypatch.setattr(make_models, "WINDOW", 16)
     texts = [np.frombuffer(b"print('abc')\n" * 50, dtype=np.uint8)] * 3
@@ -182,7 +179,8 @@ def test_an_expert_stands_on_the_line_from_its_parent(tmp_path, monkeypatch):
     for name in parent:
         assert not torch.equal(parent[name], whole[name])
         expected = parent[name] + 0.25 * (whole[name] - parent[name])
-        # bfloat16 keeps 8 bits: half a unit in the last place of each of the two files compared
+        # bfloat16 keeps 8 bits: half a unit in the last place of each of the two files
+        # compared
         atol = 2**-9 * float(whole[name].abs().max())
         torch.testing.assert_close(part[name], expected, rtol=2**-7, atol=atol)
 
@@ -204,59 +202,3 @@ def test_evaluate_command(model, tmp_path, monkeypatch, capsys):
     assert run(tmp_path / "c.safetensors") == 1
     error = capsys.readouterr().err
     assert "c.safetensors" in error and error.count("\n") == 1
-
-
-@pytest.fixture
-def adapted(model, tmp_path):
-    """The model with an adapter of rank 3 whose B is not zero, the base's tensors, and the folder
-    it is saved in."""
-    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    spec = make_models.Lora(seed=0, steps=1, lr=0.0, rank=3, alpha=12)
-    tiny_lm.add_lora(model, spec.rank, spec.alpha)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if ".lora_" in name:  # rounded here, as the file will be
-                weight.copy_((torch.randn_like(weight) / 4).bfloat16())
-    make_models.save_adapter(model, spec, tmp_path / "lora")
-    return model, base, tmp_path / "lora"
-
-
-def test_an_adapted_forward_is_the_folded_forward(adapted):
-    model, base, folder = adapted
-    tensors = lora.folded_tensors(StateDict(base), folder)
-    folded = tiny_lm.TinyLM.from_state_dict(tensors)
-    bytes_BT = torch.tensor([list(b"def f(x):")])
-    with torch.no_grad():
-        beside, within = model(bytes_BT), folded(bytes_BT)
-        alone = tiny_lm.TinyLM.from_state_dict(base)(bytes_BT)
-    # float32, two orders of the same products
-    torch.testing.assert_close(beside, within, rtol=1e-4, atol=1e-4)
-    assert (beside - alone).abs().max() > 1e-2
-
-
-def test_a_new_adapter_is_the_base_and_only_it_learns(model):
-    bytes_BT = torch.tensor([list(b"x = 1")])
-    before = model(bytes_BT)
-    tiny_lm.add_lora(model, 3, 12)
-    assert torch.equal(model(bytes_BT), before)  # B = 0, exactly
-    model(bytes_BT).logsumexp(-1).sum().backward()
-    moved = {name for name, weight in model.named_parameters() if weight.grad is not None}
-    assert moved == {name for name, _ in model.named_parameters() if ".lora_" in name}
-    assert len(moved) == 2 * 7 * 2
-    A = model.model.layers[0].mlp.down_proj.lora_A.weight
-    # kaiming uniform with a = sqrt(5): within 1 / sqrt(inputs)
-    assert 0.5 * 40 ** -0.5 < A.abs().max() <= 40 ** -0.5
-
-
-def test_one_command_trains_the_reference_vae(tmp_path, monkeypatch, capsys):
-    """Of all its models, with the flags that are written down; a tenth of a second of it."""
-    monkeypatch.setattr(make_models, "VAE_MODELS", ("parent",))
-    monkeypatch.setattr(make_models, "VAE_FLAGS", ("--steps1", "2", "--steps2", "1"))
-    model = make_models.new_model(make_models.Spec(seed=1, steps=1, lr=0.0, shape=TINY))
-    make_models.save(model, tmp_path / "parent.safetensors")
-    monkeypatch.setattr(sys, "argv", ["make_models.py", "vae", "--out", str(tmp_path), "--quiet"])
-    make_models.main()
-    codec = Codec.load(tmp_path / "vae.safetensors")
-    assert codec.record["trained_on"] == ["parent.safetensors"]
-    assert [stage["steps"] for stage in codec.record["stages"]] == [2, 1]
-    assert codec.vae.config == VAEConfig()

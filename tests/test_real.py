@@ -1,5 +1,5 @@
-"""experiments/real.py on a tiny made-up Llama: what is cut, its order, the losses. Oracles: the
-function itself, and matrices indexed by hand."""
+"""experiments/real.py on a tiny made-up Llama: what is cut, its order, the losses.
+Oracles: the function itself, and matrices indexed by hand."""
 import json
 import math
 

@@ -1,5 +1,5 @@
-"""experiments/results.py: what is committed is what the records say. Oracles: three cells worked
-out from the raw lines, WCAG's contrast."""
+"""experiments/results.py: what is committed is what the records say. Oracles: three
+cells worked out from the raw lines, WCAG's contrast."""
 import json
 import math
 import re

@@ -1,10 +1,9 @@
-"""What merging.py, shapes.py and codec.py measure, on models of a few thousand weights. Oracles:
-planted models for which a verdict must say yes and no, matrices indexed by hand, numpy's SVD and
-spectra, the closed form of the linear VAE."""
+"""What merging.py, shapes.py and codec.py measure, on models of a few thousand weights.
+Oracles: planted models for which a verdict must say yes and no, matrices indexed by
+hand, numpy's SVD and spectra, the closed form of the linear VAE."""
 import functools
 import math
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ import evaluate
 import make_models
 import merging
 import shapes
-import train
 from evaluate import DOMAINS
 from merging import Sheet
 from tiny_lm import TinyLM, add_lora
@@ -82,20 +80,6 @@ def two_texts(monkeypatch):
 
 
 # --- merging.py ---------------------------------------------------------------------
-def test_noise_of_the_measured_size():
-    """Draws that lie 0.3 and 0.4 of the norm away: root mean square 0.3536; the mean of
-    4 copies moves by half of that, as random directions of 40,000 numbers are
-    orthogonal."""
-    w = torch.ones(40_000)
-    draws = [{"w": w * 1.3, "same": w}, {"w": w * 0.6, "same": w}]
-    sizes = merging.noise_sizes({"w": w, "same": w}, draws)
-    assert sizes == {"w": pytest.approx(math.sqrt(0.125), rel=1e-6)}
-    moved = merging.noisy_copies({"w": w, "same": w}, sizes, 4, seed=0)
-    assert moved["same"] is w
-    relative = (moved["w"] - w).norm() / w.norm()
-    assert relative.item() == pytest.approx(math.sqrt(0.125) / 2, rel=0.02)
-
-
 def test_choice_is_by_validation_text(tmp_path, monkeypatch):
     sheet = Sheet(tmp_path, tmp_path, None)
     asked = []
@@ -183,11 +167,6 @@ def test_carried_noise_has_the_sources_moments_and_nothing_else(zoo):
     a, b = source[name].flatten(), drawn[name].flatten()
     assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 5 / math.sqrt(len(a))
     assert b.std().item() == pytest.approx(a.std().item(), rel=0.1)
-
-
-def test_layers_one_off():
-    found = shapes.neighbours({0: 0, 1: None, 2: 4}, [0, 1, 2, 3, 4])
-    assert found == {0: 1, 1: None, 2: 3}
 
 
 def test_controls_of_a_change_have_its_norm():
@@ -279,26 +258,6 @@ def test_table_7_on_a_few_documents(zoo, two_texts, monkeypatch):
 def test_the_best_linear_vae(nmse, beta, least):
     rows = [{"ratio": r, "method": "PCA", "nmse": value} for r, value in nmse.items()]
     assert codec.linear_optimum(rows, beta) == pytest.approx(least)
-
-
-def test_points_of_a_curve_are_what_training_measured(model, monkeypatch):
-    checks = []
-    validate = train.validate
-
-    def listen(vae, windows, stage):
-        checks.append((stage, validate(vae, windows, stage)))
-        return checks[-1][1]
-    monkeypatch.setattr(train, "validate", listen)
-    recipe = codec.RECIPES["two stages"]
-    schedule = replace(recipe.schedule, steps1=6, steps2=4, batch=2)
-    row = codec.measure_recipe("two stages", recipe._replace(schedule=schedule), [model],
-                               1)
-    assert len(row["points"]) == len(checks) > 2
-    for point, (stage, figures) in zip(row["points"], checks):
-        assert point["stage"] == stage
-        assert point["nmse"] == pytest.approx(figures["nmse"], rel=1e-4)
-    seconds, nmse, second = codec.shifted(row["points"])
-    assert seconds == sorted(seconds) and row["points"][second]["stage"] == 2
 
 
 def test_a_linear_network_is_seen_as_linear():
