@@ -92,7 +92,7 @@ def test_choice_is_by_validation_text(tmp_path, monkeypatch):
     assert sheet.choose(candidates)[0] == "b" and set(asked) == {"validation"}
 
 
-@pytest.mark.parametrize("number, twins", [("2", 0), ("3", 4), ("4", 3), ("6", 1)])
+@pytest.mark.parametrize("number, twins", [("2", 0), ("3", 4), ("4", 3), ("6", 0)])
 def test_tables_of_merges(number, twins, zoo, two_texts, monkeypatch, tmp_path, capsys):
     """By the command, and row by row: an exact codec ties with weight space, whatever
     is merged."""
@@ -106,7 +106,7 @@ def test_tables_of_merges(number, twins, zoo, two_texts, monkeypatch, tmp_path, 
         "--results", str(tmp_path)])
     merging.main()
     rows = compare.read(f"table{number}", tmp_path)
-    assert len({row["row"] for row in rows}) == len(rows) > 5
+    assert len({row["row"] for row in rows}) == len(rows) > 4
     found = [row["difference"]["weights"] for row in rows
              if "weights" in row["difference"] and "r 2" not in row["row"]]
     assert len(found) == twins
