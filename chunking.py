@@ -419,11 +419,11 @@ def refuse_quantised(entries, folder):
     """
     scaled = {name.rpartition(".")[0] for name in entries if re.search(SCALES, name)}
     for name, entry in entries.items():
-        packed = DTYPE_NAMES[entry.dtype] in PACKED and len(entry.shape) >= 2
-        beside = name in scaled or name.rpartition(".")[0] in scaled
-        matrix = entry.place.role.split(".")[0] in MATRICES and not entry.is_float
-        need(not (packed and (beside or matrix)), entry.file,
-             f"is quantised: {entry.dtype}", ORIGINAL, name)
+        if DTYPE_NAMES[entry.dtype] in PACKED and len(entry.shape) >= 2:
+            beside = name in scaled or name.rpartition(".")[0] in scaled
+            integers = entry.place.role in MATRICES and not entry.is_float
+            need(not beside and not integers, entry.file,
+                 f"is quantised: {entry.dtype}", ORIGINAL, name)
     # config.json and hf_quant_config.json say so as well. With {} or null they do not.
     for config in Path(folder).glob("*config.json"):
         said = re.search(rb'"(quantization|compression)(_config)?"\s*:\s*\{\s*"',

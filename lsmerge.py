@@ -158,10 +158,11 @@ class Codec:
         chunks_NC, _ = chunk(standardise(flat_L.to(self.device), stats), self.C)
         parts = []                                          # (B, T, Z) each
         for number, (x_BTC, real_BT) in enumerate(self.batches(chunks_NC), first):
-            posterior = self.net.encode(x_BTC, real_BT)     # q(z | w)
-            z_BTZ = posterior.mu_BTZ
             if samples:
+                posterior = self.net.encode(x_BTC, real_BT)             # q(z | w)
                 z_BTZ = self_merge(posterior, samples, generator_for(*seed, number))
+            else:
+                z_BTZ = self.net.encode_mean(x_BTC, real_BT)
             parts.append(z_BTZ)
         # (B, T, Z) of all windows -> (N, Z), without the chunks of padding
         return from_windows(torch.cat(parts), len(chunks_NC)).float()

@@ -340,6 +340,8 @@ def describe_stage(record):
 
 
 # --- The command line, and what merge.py shares of it --------------------------------
+# Each flag is written once: those of both commands in `start_parser`, those of the
+# network and of the schedule in the dataclasses that they fill.
 def start_parser(name, description):
     """A parser with the flags of both commands: which tensors, how repeatable, where
     and how wide it computes, what it may overwrite, what it shows."""
@@ -469,11 +471,9 @@ def main(argv=None):
     if stages[-1]["ended"] == "interrupted":
         return 130                          # as shells expect
     if stages[-1]["nmse"] > MAX_NMSE:
-        fix = "train for longer"
-        if vae.config.true_ratio > 1:
-            fix += ", or at a lower --ratio"
         say("warning: merge.py refuses a codec whose NMSE is above "
-            f"{MAX_NMSE:g}: {fix}", stream=sys.stderr)
+            f"{MAX_NMSE:g}: train for longer (at r > 1: or at a lower --ratio)",
+            stream=sys.stderr)
     return 0
 
 
@@ -482,15 +482,16 @@ def main(argv=None):
 # RANK, WORLD_SIZE and the address of process 0 for each process that it starts.
 def rank_and_size():
     """(number of this process, number of all): (0, 1) unless a launcher has set both.
-    One of them alone, or what is no number, is left over from something else."""
+    One of them alone, or numbers that make no sense, are left over from something else:
+    a job that has ended, or a shell that was started by one."""
     try:
         rank = int(os.environ["RANK"])
         size = int(os.environ["WORLD_SIZE"])
     except (KeyError, ValueError):
         return 0, 1
-    if not 0 <= rank < size:
-        return 0, 1
-    return rank, size
+    if 0 <= rank < size:
+        return rank, size
+    return 0, 1
 
 
 def gather(value):
