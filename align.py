@@ -230,9 +230,9 @@ def project(z_IZ, n_target, z_target=None):
 
 
 # --- Line 4: the Gaussian map ---------------------------------------------------------
-# The smallest eigenvalue of a source's covariance, over the larger cloud's mean one.
-# With fewer chunks than latent numbers some are 0, and have no inverse. A^2 then stays
-# below Z / FLOOR.
+# Eigenvalues of the source's covariance are at least FLOOR times the mean eigenvalue of
+# the larger cloud. With fewer chunks than latent numbers some are 0, and have no
+# inverse. A^2 then stays below Z / FLOOR.
 FLOOR = 1e-9
 
 
@@ -296,7 +296,7 @@ def gaussian_map(source, target):
                than the target
     """
     floor = FLOOR * max(source.std, target.std) ** 2
-    root = sqrtm(source.cov_ZZ, floor or 1.0)           # both constant: any will do
+    root = sqrtm(source.cov_ZZ, floor or 1.0)           # both constant: A meets only 0
     inverse = torch.linalg.inv(root)
     return inverse @ sqrtm(root @ target.cov_ZZ @ root) @ inverse
 

@@ -155,11 +155,13 @@ def is_selected(entry, pattern=None):
     paper:    attention and MLP (Table 6); norms and biases are left out (Sec. 3.2)
     ours:     floats of two or more dimensions inside numbered layers. Norms and biases
               are vectors; biases of fused experts have two dimensions and are in; a
-              `bias` of more (GPT-2's causal mask) is no weight. With a pattern: all
-              such floats whose name it finds, in a layer or not
+              `bias` of more (GPT-2's causal mask) is no weight, nor is a `mask`. With a
+              pattern: all such floats whose name it finds, in a layer or not
     """
     dimensions = len(entry.shape)
-    mask = entry.name.endswith("bias") and dimensions > 2
+    mask = entry.name.endswith("mask")
+    if dimensions > 2 and entry.name.endswith("bias"):
+        mask = True
     if not entry.is_float or dimensions < 2 or entry.numel == 0 or mask:
         return False
     if pattern is not None:
@@ -304,8 +306,8 @@ def to_windows(chunks_NC, real_NC, T):
 
     Returns:  x_BTC and real_BTC, with B = ceil(N / T)
     Example:  N = 5 chunks, T = 4: B = 2 windows, the second with 3 chunks of padding
-    differs:  the paper's release concatenates all tensors and pads once, so that its
-              windows straddle tensors
+    differs:  the release of the paper concatenates all tensors and pads once, so that
+              its chunks straddle tensors (the paper itself pads each)
     """
     N, C = chunks_NC.shape
     fill = (0, 0, 0, -N % T)                        # B T - N chunks, behind the last
@@ -419,11 +421,12 @@ def refuse_quantised(entries, folder):
     """
     scaled = {name.rpartition(".")[0] for name in entries if re.search(SCALES, name)}
     for name, entry in entries.items():
-        packed = DTYPE_NAMES[entry.dtype] in PACKED and len(entry.shape) >= 2
-        beside = name in scaled or name.rpartition(".")[0] in scaled
-        matrix = entry.place.role.split(".")[0] in MATRICES and not entry.is_float
-        need(not (packed and (beside or matrix)), entry.file,
-             f"is quantised: {entry.dtype}", ORIGINAL, name)
+        if DTYPE_NAMES[entry.dtype] in PACKED and len(entry.shape) >= 2:
+            beside = name in scaled or name.rpartition(".")[0] in scaled
+            role = entry.place.role.split(".")[0]           # 'gate.3' of an expert
+            integers = role in MATRICES and not entry.is_float
+            need(not beside and not integers, entry.file,
+                 f"is quantised: {entry.dtype}", ORIGINAL, name)
     # config.json and hf_quant_config.json say so as well. With {} or null they do not.
     for config in Path(folder).glob("*config.json"):
         said = re.search(rb'"(quantization|compression)(_config)?"\s*:\s*\{\s*"',

@@ -19,7 +19,7 @@ Paper                       here                                      where
     q(z | w); Eq. 1, beta       Posterior; vae_loss, VAEConfig.beta          vae.py
     lambda                      lam: weight of a SOURCE; 0: the target's round trip
     z_s, z_t, z~, z_lambda      z_source, z_target, z_aligned, z_merged
-    r, the compression ratio    VAEConfig.ratio = C / Z
+    r, the compression ratio    VAEConfig.true_ratio = C / Z (ratio: as asked for)
     r of Algorithm 1, line 3    never formed: align.project_rows takes both sizes
     A and T* of Eq. 2           gaussian_map; sinkhorn, barycentric_map    align.py
     Algorithm 1                 line 1: align.pair_names; lines 2 to 6: ls_merge
@@ -48,8 +48,8 @@ import torch
 
 import align as ot
 from chunking import (PIECE, Checkpoint, CheckpointError, Parser, TensorStats, cast,
-                      chunk, command, from_windows, measure, need, pool, say, spans,
-                      standardise, to_windows, unchunk, unstandardise, wide)
+                      chunk, command, from_windows, is_selected, measure, need, pool,
+                      say, spans, standardise, to_windows, unchunk, unstandardise, wide)
 from vae import VAE, VAEConfig, generator_for, sample
 
 
@@ -57,9 +57,9 @@ from vae import VAE, VAEConfig, generator_for, sample
 def ls_merge(target, sources, coefficients, residual=False):
     """LS-Merge of one tensor (paper: Algorithm 1, lines 2 to 6).
 
-    Args:     target: a Parent
-              sources: Parents or Transports, from `as_source`; none: the round trip of
-              the target, or self-merging, if its Parent asks for samples
+    Args:     target: a Parent (one tensor of one model: below), which has .latents
+              sources: Parents, or Transports of another shape, which have .align; none:
+              the round trip of the target, or self-merging, if it asks for samples
               coefficients: c_k of z_lambda = sum_k c_k z_k, the target's first
               residual (ours): add back what the codec lost of each unaligned parent,
               W^ = D(z_lambda) + sum_k c_k (W_k - D(E(W_k)))
@@ -68,7 +68,7 @@ def ls_merge(target, sources, coefficients, residual=False):
     Example:  coefficients [0.9, 0.1] are lambda = 0.1 with one source
     """
     stats = target.stats
-    step = min(parent.per_piece for parent in sources or [target])          # chunks
+    step = min(parent.per_piece for parent in [target, *sources])           # chunks
     for j0, j1 in spans(target.N, step):
         start = j0 * target.codec.C                         # the piece's first weight
         stop = min(j1 * target.codec.C, stats.numel)        # the last chunk is padded
@@ -108,7 +108,7 @@ class Codec:
     def __init__(self, vae, device="cpu", dtype=torch.float32, record=None, files=()):
         self.vae = vae                      # as it was trained, for train.py
         self.device = device                # where the network computes
-        self.dtype = dtype                  # of its products
+        self.dtype = dtype                  # of the network; latents stay float32
         self.record = record                # of its training
         self.files = files                  # that it was read from
         self.C = vae.config.chunk           # weights per chunk
@@ -158,10 +158,11 @@ class Codec:
         chunks_NC, _ = chunk(standardise(flat_L.to(self.device), stats), self.C)
         parts = []                                          # (B, T, Z) each
         for number, (x_BTC, real_BT) in enumerate(self.batches(chunks_NC), first):
-            posterior = self.net.encode(x_BTC, real_BT)     # q(z | w)
-            z_BTZ = posterior.mu_BTZ
             if samples:
+                posterior = self.net.encode(x_BTC, real_BT)             # q(z | w)
                 z_BTZ = self_merge(posterior, samples, generator_for(*seed, number))
+            else:
+                z_BTZ = self.net.encode_mean(x_BTC, real_BT)
             parts.append(z_BTZ)
         # (B, T, Z) of all windows -> (N, Z), without the chunks of padding
         return from_windows(torch.cat(parts), len(chunks_NC)).float()
@@ -364,10 +365,13 @@ class Transport:
         """Target chunks of a piece, so that it holds at most a piece of either model,
         and all are of one size. A piece is one problem of Sinkhorn's: no mass crosses
         its border (ours: memory forces it, above 4,096 x 4,096 chunks).
-        Example:  6,000 target and 9,000 source chunks: 3 pieces, of 2,000 and 3,000"""
+        Whole windows, as a chunk is decoded in the window in which it was encoded.
+        Example:  6,000 target and 9,000 source chunks, T = 16: 3 pieces, of 2,000 and
+                  3,000"""
         largest = max(self.target.N, self.source.N)
         pieces = math.ceil(largest / self.target.per_piece)
-        return math.ceil(self.target.N / pieces)
+        T = self.target.codec.T
+        return math.ceil(self.target.N / pieces / T) * T
 
     def overlapping(self, j0, j1):
         """The source latents that overlap target chunks [j0, j1): as they are, (I, Z),
@@ -457,14 +461,15 @@ def tour(argv=None):
     paths = parser.read(argv)
     codec = Codec.load(MODELS + "vae.safetensors")
 
-    # Line 1: who meets whom. Of all pairs a q_proj, if there is one.
+    # Line 1: who meets whom. Of all pairs the first q_proj, or the first.
     models = [Checkpoint(paths.target), Checkpoint(paths.source)]
     places = []
     for model in models:
-        places.append({name: entry.place for name, entry in model.entries.items()})
-    pairs = ot.pair_names(*places)
+        places.append({name: entry.place for name, entry in model.entries.items()
+                       if is_selected(entry)})
+    pairs = list(ot.pair_names(*places).items())
     need(pairs, paths.source, "meets no tensor of the target", "see chunking.ROLES")
-    names = min(pairs.items(), key=lambda pair: "q_proj" not in pair[0])
+    names = next((pair for pair in pairs if "q_proj" in pair[0]), pairs[0])
 
     # Line 2: flatten, chunk and encode both. Of equal shapes they share statistics.
     parents = []

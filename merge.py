@@ -18,7 +18,7 @@ carry these weights; merge tensor by tensor; report. What happens to a tensor:
 Example, `python merge.py base.safetensors code.safetensors --dry-run` for a model of
 one layer, whose target has a score head of its own:
 
-    same-shape: lerp in latent space, lambda 0.5, align none, codec vae.safetensors
+    same-shape: lerp in latent space, lambda 0.5, align none, codec vae.safetensors...
     7 in latent space + 5 averaged + 2 copied = 14 tensors, 85,464 bytes
       copied, whole numbers: 1
       copied, met nobody: 1
@@ -55,7 +55,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -79,9 +79,9 @@ REFERENCE = join(dirname(abspath(__file__)), "experiments/models/vae.safetensors
 SAMPLES = 8             # draws of a self-merge: their noise shrinks by sqrt(8)
 RELATED = 0.5           # cosine of weights: trained apart 0.00, experts of one base 0.9
 STRIP = 256             # weights in a strip of a tensor, of which that cosine is taken,
-STRIPS = 11             # and their number: 2,816 weights tell it to 0.02
+STRIPS = 11             # and their number, about: 2,816 weights tell it to 0.02
 FAR = 0.8               # distance of two parents over the target's norm; strangers: 1.4
-SHARE = 1 << 12         # source weights for each of the target's, at most: a piece
+SHARE = 1 << 12         # source chunks under one of the target's, at most: a piece
 GATE_WEIGHTS = 1 << 16  # of a tensor, in windows evenly spread: the gate takes seconds
 # The names of PEFT, kohya and LyCORIS for what is added to weights.
 ADAPTER = r"lora_|lora\.(up|down)|hada_w|lokr_w|ia3_l|base_layer\."
@@ -95,6 +95,7 @@ def main(argv=None):
     """The command. What it decides and does stands here and in `merge`, in order.
     Returns None, which is exit code 0; every error is raised, and chunking.command says
     it."""
+    train.only_the_first_speaks()
     run = parse(argv)
     run.codecs = load_codecs(run)
     run.models = [Checkpoint(path) for path in run.paths]
@@ -128,7 +129,8 @@ def main(argv=None):
 def warn(warnings):
     """On stderr: what is printed on stdout scrolls away, or into a file."""
     for warning in warnings:
-        say(f"warning: {warning}", stream=sys.stderr)
+        if rank_and_size()[0] == 0:
+            say(f"warning: {warning}", stream=sys.stderr)
 
 
 def merge(run):
@@ -207,9 +209,9 @@ class Task:
     entry: Entry
     number: int                 # its position in the target: part of every seed
     parents: dict
-    # Set by `decide`; `plan`, `measure_task` and `tie` may turn it into a copy.
+    # Set by `decide`; `plan`, `measure_task` and `tie` may still keep the target's own.
     action: str = "averaged"    # or "encoded", or "copied"
-    why: str = ""               # it is copied
+    why: str = ""               # why it is copied; "" if it is not
     tied: tuple = ()            # names of tensors that are to stay equal to this one
 
     def copy(self, why):
@@ -223,8 +225,9 @@ def plan(run):
     """Decide kind, tasks and, where none is given, lambda. Returns warnings. What can
     be refused without reading all weights is refused here.
 
-    paper:    across shapes lambda is best from 0.05 to 0.2; sources share it
-    ours:     equal shapes: 1 / (N + 1), the uniform average of target and N sources
+    paper:    across shapes lambda is best from 0.05 to 0.2
+    ours:     several sources share it. Equal shapes: 1 / (N + 1), the uniform average
+              of the target and N sources
     """
     target, *sources = run.models
     warnings = []
@@ -351,8 +354,8 @@ def mean_cosine(target, source, pairs):
     experts of one base.
 
     Some strips of each tensor are enough to tell. They are spread over all of it, as a
-    model whose rows stand in another order may have its first row in place; their
-    number divides no number of heads, as each head may begin with such a row.
+    model whose rows stand in another order may have its first row in place. 11 is
+    prime: so they do not all begin where a head does, as its first row may be in place.
 
     Args:     pairs: (target name, source name); only encoded pairs of one shape count
     Returns:  NaN, which is neither small nor large, if there is nothing to compare
@@ -380,18 +383,19 @@ def strangers(run):
     and 0 in gate, up and down, and its average with the target is noise. So do q and k
     whose rows are in the order of another library.
     """
-    apart = defaultdict(Counter)
-    for task in run.tasks:
-        for k, other in task.parents.items():
-            if k > 0 and task.action == "encoded":
-                pair = (task.entry.name, other.name)
-                if mean_cosine(run.models[0], run.models[k], [pair]) < RELATED:
-                    apart[run.models[k].path][task.entry.place.role] += 1
     warnings = []
-    for path, roles in apart.items():
-        counts = ", ".join(f"{role} ({n})" for role, n in roles.items())
-        warnings.append(f"{path} and the target are strangers in {counts}. {HARM}; "
-                        f"{MATCH}")
+    target, *sources = run.models
+    for k, source in enumerate(sources, 1):
+        apart = Counter()
+        for task in run.tasks:
+            if task.action == "encoded" and k in task.parents:
+                pair = (task.entry.name, task.parents[k].name)
+                if mean_cosine(target, source, [pair]) < RELATED:
+                    apart[task.entry.place.role] += 1
+        if apart:
+            roles = ", ".join(f"{role} ({n})" for role, n in apart.items())
+            warnings.append(f"{source.path} and the target are strangers in {roles}. "
+                            f"{HARM}; {MATCH}")
     return warnings
 
 
@@ -406,7 +410,8 @@ def left_out(source, met):
     lost = []
     for name in float_places(source).keys() - met:
         place = source.entries[name].place
-        if place[:2] in layers and place.layer is not None or place.role == "head":
+        of_a_layer = place.layer is not None and place[:2] in layers
+        if of_a_layer or place.role == "head":
             lost.append(name)
     if not lost:
         return []
@@ -416,8 +421,9 @@ def left_out(source, met):
 
 # What config.json says of the weights' meaning: the same numbers compute something else
 # under another of these.
-MEANING = (rb'"((?:num_)?(?:attention|key_value)_heads|n_head|head_dim|rope_theta|'
-           rb'hidden_act|hidden_activation|activation_function)"\s*:\s*([^\s,}]+)')
+MEANING = ("num_attention_heads", "num_key_value_heads", "n_head", "head_dim",
+           "rope_theta", "rope_parameters", "rope_scaling", "hidden_act",
+           "hidden_activation", "activation_function")
 
 
 def contradictions(target, source):
@@ -425,20 +431,26 @@ def contradictions(target, source):
 
     Example:  equal shapes, 32 heads of 128 and 64 of 64: no weight of q is in place
     """
-    said = []
-    for model in (target, source):
-        path = join(model.folder or "", "config.json")
-        if model.folder is None or not isfile(path):
-            return []
-        with open(path, "rb") as file:
-            said.append(dict(re.findall(MEANING, file.read())))
-    mine, theirs = said
-    apart = [key.decode() for key in mine.keys() & theirs.keys()
-             if mine[key] != theirs[key]]
+    mine = config_of(target)
+    theirs = config_of(source)
+    apart = []
+    for key in MEANING:
+        if key in mine and key in theirs and mine[key] != theirs[key]:
+            apart.append(key)
     if not apart:
         return []
-    return [f"config.json of {source.path} differs in {', '.join(sorted(apart))}: its "
-            "weights mean something else"]
+    return [f"config.json of {source.path} differs in {', '.join(apart)}: its weights "
+            "mean something else"]
+
+
+def config_of(model):
+    """What a folder's config.json says of its language model; {} if it says nothing."""
+    try:
+        with open(join(model.folder, "config.json"), "rb") as file:
+            config = json.load(file)
+        return config | config.get("text_config", {})
+    except (TypeError, OSError, ValueError, AttributeError):
+        return {}           # a model without a folder; no such file; no JSON; no object
 
 
 # --- Statistics and ties --------------------------------------------------------------
@@ -525,8 +537,12 @@ def train_codec(run):
         if run.select:
             argv.append(f"--select={run.select}")
         argv += ["--force"] * run.force + ["--quiet"] * run.quiet
+        began = time.perf_counter()
         if train.main(argv):
             raise KeyboardInterrupt             # no merge with half a codec
+        run.seconds["train"] = time.perf_counter() - began
+        if not run.save_vae:
+            say("note: this VAE is for this merge alone; --save-vae FILE keeps it")
         gather(None)                            # it is written
         run.codecs = load_codecs(run)
         gather(None)                            # and read by all
@@ -554,7 +570,8 @@ def round_trip(run, task):
     With x the standardised weights and e = D(E(x)) - x:
 
         NMSE            mean(e^2), as x has variance 1
-        typical error   c^2 (median(e^2) + noise) / c^2 median((x - its mean)^2)
+        typical error   c_k^2 (median(e_k^2) + noise)
+                        / max over j of c_j^2 median((x_j - its mean)^2)
 
     NMSE weighs variance, not weights: beside one outlier of 1e4 standard deviations all
     others may be lost at an NMSE of 3e-4. The typical error is that of a weight in the
@@ -583,13 +600,12 @@ def round_trip(run, task):
         decoded_L = parent.codec.decode(z_NZ, stats, len(flat_L)).cpu()
         x_L = standardise(flat_L, stats).double()
         errors.append((standardise(decoded_L, stats) - x_L).square())
-        # Without zeros, which are pruned weights. NaN if nothing else is there.
+        # Without zeros, which are pruned weights; 0 if nothing else is there.
         x_L = x_L[flat_L != 0]
         spreads.append((x_L - x_L.mean()).square().median().nan_to_num())
-    spreads = torch.stack(spreads)
     shares = torch.tensor(shares_of(run, task)).square()
-    # At least 1e-9: float32 itself is exact to 1e-14 of the largest.
-    unit = max((shares * spreads).max(), 1e-9 * spreads.max())
+    # At least 1e-9 of the variance, 1: float32 itself loses 1e-14 of it.
+    unit = max((shares * torch.stack(spreads)).max(), 1e-9)
     rows = []
     for share, error, stats in zip(shares, errors, task.parents.values()):
         typical = share * (error.median() + noise) / unit
@@ -611,6 +627,11 @@ def check_codec(run):
     for task, rows in zip(run.tasks, parallel_map(round_trip, run, "codec")):
         for k, row in zip(task.parents, rows):
             found[k].append(row)
+    fix = "a VAE trained for longer or at a lower ratio"
+    if run.vae != "exact":
+        fix = f"--vae exact, or {fix}"
+    if not run.residual:
+        fix = f"--residual, {fix}"
     trip = {"nmse": None, "worst": {"name": None, "nmse": None}}
     gates = []
     for k, rows in enumerate(found):
@@ -628,8 +649,7 @@ def check_codec(run):
                                   ("typical error", *max(zip(typicals, names)))):
             need(value <= run.max_nmse, run.models[k].path, "the codec would lose too "
                  f"much ({what} {value:.2g} > {run.max_nmse:g}); nothing was merged",
-                 "--residual, --vae exact, or a VAE trained for longer or at a lower "
-                 "ratio", name)
+                 fix, name)
             gates.append({"name": f"{what}, {names_of(run)[k]}", "passed": True,
                           "value": value, "bound": run.max_nmse})
     return gates, trip
@@ -641,8 +661,9 @@ def merge_tensor(run, task):
     model nor on its largest tensor.
 
     Returns (squared distances, records of transports), for the report.
-    In all an encoded tensor is read four times: for its statistics, by the gate, to be
-    encoded, and for the distances; six times for slerp and with --residual.
+    An encoded tensor is read once for its statistics, in part by the gate, once to be
+    encoded and once for the distances; once more by a Transport, and for --residual,
+    and twice more for slerp.
     """
     squares = Counter()
     records = []
@@ -757,12 +778,12 @@ def facts_of(run):
         tensors["weights_total"] += weights
         tensors["weights_encoded"] += weights * (task.action == "encoded")
         size += weights * task.entry.dtype.itemsize
-    codec = basename(run.init or run.vae or "none")
-    return {"version": VERSION, "kind": run.kind, "operator": run.operator,
-            "space": run.space, "lambda": run.lam, "codec": codec, "ratio": ratio,
-            "align": align, "control": run.control, "samples": run.samples,
-            "seed": run.seed, "residual": run.residual, "select": run.select,
-            "tensors": dict(tensors), "bytes": size}
+    facts = {"version": VERSION, "lambda": run.lam, "align": align, "ratio": ratio,
+             "codec": basename(run.init or run.vae or "none"),
+             "tensors": dict(tensors), "bytes": size}
+    for flag in ("kind operator space control samples seed residual select").split():
+        facts[flag] = getattr(run, flag)
+    return facts
 
 
 def make_report(run, gates, trip, results):
@@ -799,17 +820,17 @@ def print_plan(run):
     facts = facts_of(run)
     count = facts["tensors"]
     lam = ", ".join(f"{value:g}" for value in run.lam) or "none"
+    ratio = ""
+    if facts["ratio"]:
+        ratio = f" (r = {facts['ratio']:g})"
     say(f"{run.kind}: {run.operator} in {run.space} space, lambda {lam}, "
-        f"align {facts['align']}, codec {facts['codec']}",
+        f"align {facts['align']}, codec {facts['codec']}{ratio}",
         f"{count['encoded']} in {run.space} space + {count['averaged']} averaged + "
         f"{count['copied']} copied = {count['total']} tensors, "
         f"{facts['bytes']:,} bytes")
-    copied = defaultdict(list)
-    for task in run.tasks:
-        copied[task.why].append(task.entry.name)
-    for why, names in copied.items():
-        if why:
-            say(f"  copied, {why}: {len(names)}, the first is {names[0]}")
+    copied = Counter(task.why for task in run.tasks if task.why)
+    for why, number in copied.items():
+        say(f"  copied, {why}: {number}")
 
 
 def print_pairs(run):
@@ -839,11 +860,10 @@ def print_report(report):
         say(f"round trip of the target: NMSE {trip['nmse']:.1e}, its worst tensor "
             f"{trip['worst']['nmse']:.1e}")
     far = report["distance"]
-    shown = {"the target": far["to_target"],
-             "the same operator on weights": far["to_average"]}
-    for k, value in enumerate(far["to_source"], 1):
-        shown[f"source {k}"] = value
-    for name, value in shown.items():
+    names = ["the target", "the same operator on weights"]
+    names += [f"source {k}" for k in range(1, len(far["to_source"]) + 1)]
+    values = [far["to_target"], far["to_average"], *far["to_source"]]
+    for name, value in zip(names, values):
         if value is not None:
             say(f"distance to {name}: {value:.4f} of the target's norm")
     seconds = sum(report["seconds"].values())
@@ -858,14 +878,16 @@ def late_warnings(run, report):
     """
     far = report["distance"]
     warnings = []
-    if not any(run.lam) or run.control or run.base or far["average_to_target"] is None:
+    plain = report["align"] == "none" and not run.control and not run.base
+    if not any(run.lam) or not plain or far["average_to_target"] is None:
         return warnings                         # there is nothing to compare with
     for k, rest in enumerate(far["to_source"], 1):
         way = far["to_target"] + (rest or 0.0)
         if way > FAR:
             warnings.append(f"source {k} is {way:.2f} of the target's norm away. "
                             f"{HARM}")
-    if 0 < far["average_to_target"] < far["to_average"] and run.vae != "exact":
+    drowned = 0 < far["average_to_target"] < far["to_average"]
+    if drowned and run.vae != "exact" and not run.samples:
         warnings.append("the codec's error exceeds the difference that was merged: add "
                         "--residual, or --vae exact")
     return warnings
@@ -979,8 +1001,8 @@ def parse(argv):
         "files, folders or indexes. TARGET alone is merged with itself")
     add("-o", "--output", help="the result (merged.safetensors; of a folder merged/)")
     add("--lam", "--lambda", type=numbers, metavar="L[,L...]", help="weight of each "
-        "source, 0 to 1; 0: the target's round trip (1/(N+1) each of N; across shapes "
-        "0.1 in all)")
+        "source, 0 to 1 (task arithmetic: -10 to 10); 0: the target's round trip. "
+        "1/(N+1) each of N by default; across shapes 0.1 in all")
     add("--operator", choices=("lerp", "slerp", "soup", "task-arithmetic"),
         default="lerp", help="lerp by default; soup: uniform; task-arithmetic: "
         "z_target + sum of lambda (z_i - z_base)")

@@ -20,7 +20,7 @@ differs:  no distillation, which lost when measured
 
 In this order: the curriculum on one screen; what it calls; the windows; the command;
 and at the end all that several processes need. Ctrl-C keeps the best state so far.
-Not here: a resumption to the step (a stage takes minutes, and --init FILE goes on).
+Not here: a resumption to the step (a stage is short, and --init FILE goes on).
 """
 if __name__ == "__main__":      # Ctrl-C during the imports: end without a traceback
     import signal
@@ -76,8 +76,9 @@ class Schedule:
 # The peak for each start, by trial; paper: 1e-4. A random start must go far; the warm
 # start is at its goal for r <= 1, and a high rate would only lead away from it.
 LEARNING_RATES = {"random": 8e-3, "pca": 1e-4}
-# Of stage 1's peak, at r <= 1: what stage 2 loses there is the noise of its steps. By
-# trial, with 400 steps: NMSE 3.4e-7 at 0.1, 1.7e-7 at 0.02; with 1,000 at 0.02: 0.9e-7.
+# Of stage 1's peak, at r <= 1: stage 2 starts at its goal, and only the noise of its
+# own steps can harm it. By trial, with 400 steps: NMSE 3.4e-7 at 0.1, 1.7e-7 at 0.02;
+# with 1,000 at 0.02: 0.9e-7.
 STAGE2_RATE = 0.02
 # Share of a stage in which the rate rises. (Not 0.1: torch's schedule divides by
 # zero where the rise is one round of ten.)
@@ -325,7 +326,8 @@ class Windows:
 
 def save_vae(path, vae, stages, force, **facts):
     """The VAE file: its weights, and as JSON in the header its configuration and what
-    it was trained on. No pickle, and no wall time: same inputs and seed, same bytes.
+    it was trained on. No pickle, and nothing of the run: same inputs and seed, same
+    bytes.
 
     facts:  what else the record says; `trained_on` must be among them
     """
@@ -340,6 +342,8 @@ def describe_stage(record):
 
 
 # --- The command line, and what merge.py shares of it --------------------------------
+# Each flag is written once: those of both commands in `start_parser`, those of the
+# network and of the schedule in the dataclasses that they fill.
 def start_parser(name, description):
     """A parser with the flags of both commands: which tensors, how repeatable, where
     and how wide it computes, what it may overwrite, what it shows."""
@@ -350,7 +354,7 @@ def start_parser(name, description):
     add("--seed", type=int, default=0, help="of everything random (%(default)s)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--dtype", default="float32", choices=("float32", "bfloat16"),
-        help="of products (%(default)s)")
+        help="of the network (%(default)s); in training of its products alone")
     add("--force", action="store_true", help="overwrite an output (never an input)")
     add("--quiet", action="store_true", help="no progress bars")
     return parser
@@ -385,7 +389,7 @@ FLAGS = {
     "tokens": "T, chunks per window", "width": "D, of the network",
     "blocks": "of the encoder, and of the decoder", "heads": "of attention",
     "beta": "weight of the KL", "steps1": "of stage 1", "steps2": "of stage 2",
-    "lr": "peak learning rate; 0: 8e-3 for random, 1e-4 for pca",
+    "lr": "stage 1's peak, 0: by the start; stage 2 at r <= 1 takes a fiftieth",
     "batch": "windows per step", "holdout": "share of windows to validate on"}
 
 
@@ -411,6 +415,7 @@ def parse(argv):
     a.device = pick_device(a.device)
     a.start = None
     if a.init not in LEARNING_RATES:        # it is no start of ours, so a file
+        a.steps1 = 0                        # its stage 1 lies behind it
         need(exists(a.init), a.init, "is no start and no file", "give --init "
              "random, pca, or a VAE file")
         a.start = a.init
@@ -434,6 +439,7 @@ def filled(cls, a):
 def main(argv=None):
     """Open and measure the checkpoints, train, write. All that can be refused without
     training is refused before it. Returns the exit code."""
+    only_the_first_speaks()
     a, config, schedule = parse(argv)
     start = None
     inputs = []
@@ -460,8 +466,10 @@ def main(argv=None):
     say(*map(describe_stage, stages))
     if rank_and_size()[0] == 0:             # under torchrun only one process writes
         names = [basename(normpath(path)) for path in a.checkpoints]
+        said = asdict(schedule)
+        del said["quiet"], said["device"]
         save_vae(a.output, vae, stages, a.force, trained_on=names, select=a.select,
-                 schedule=asdict(schedule))
+                 schedule=said)
         if a.log:
             with appear(a.log, a.force) as path, open(path, "w") as file:
                 print(*map(json.dumps, figures), sep="\n", file=file)
@@ -469,11 +477,9 @@ def main(argv=None):
     if stages[-1]["ended"] == "interrupted":
         return 130                          # as shells expect
     if stages[-1]["nmse"] > MAX_NMSE:
-        fix = "train for longer"
-        if vae.config.true_ratio > 1:
-            fix += ", or at a lower --ratio"
         say("warning: merge.py refuses a codec whose NMSE is above "
-            f"{MAX_NMSE:g}: {fix}", stream=sys.stderr)
+            f"{MAX_NMSE:g}: train for longer (at r > 1: or at a lower --ratio)",
+            stream=sys.stderr)
     return 0
 
 
@@ -482,15 +488,23 @@ def main(argv=None):
 # RANK, WORLD_SIZE and the address of process 0 for each process that it starts.
 def rank_and_size():
     """(number of this process, number of all): (0, 1) unless a launcher has set both.
-    One of them alone, or what is no number, is left over from something else."""
+    One of them alone, or numbers that make no sense, are left over from something else:
+    a job that has ended, or a shell that was started by one."""
     try:
         rank = int(os.environ["RANK"])
         size = int(os.environ["WORLD_SIZE"])
     except (KeyError, ValueError):
         return 0, 1
-    if not 0 <= rank < size:
-        return 0, 1
-    return rank, size
+    if 0 <= rank < size:
+        return rank, size
+    return 0, 1
+
+
+def only_the_first_speaks():
+    """All processes would print the same lines. Errors, on stderr, are each one's
+    own."""
+    if rank_and_size()[0] > 0:
+        sys.stdout = open(os.devnull, "w")
 
 
 def gather(value):

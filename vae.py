@@ -8,8 +8,8 @@ p(w | z). h is the residual stream, with D numbers per chunk. The bottleneck, `t
 and `to_logvar`, makes them Z, the compact code.
 
 Letters: the dimension key of lsmerge.py; in attention K numbers per head.
-Example: 64 windows of 16 chunks of 64 weights are x (64, 16, 64), h (64, 16, 64) and,
-at r = C / Z = 1, mu (64, 16, 64).
+Example: 32 windows of 16 chunks of 64 weights, D = 128 and r = C / Z = 2 are
+x (32, 16, 64), h (32, 16, 128), mu (32, 16, 32).
 
 Two starts. "random" is the paper's. "pca" is ours: the network starts out as the best
 linear autoencoder.
@@ -42,7 +42,7 @@ from torch import nn
 class VAEConfig:
     """The network's sizes, its start, and the beta of Eq. 1. ValueError where they do
     not fit together: it names the flag of train.py."""
-    chunk: int = 64         # C. paper: 640. ours: 16,384 weights then give 256 samples
+    chunk: int = 64         # C. its release: 640. ours: 16,384 weights give 256 samples
     tokens: int = 16        # T: attention sees T C = 1,024 weights of one tensor
     ratio: float = 1.0      # r = C / Z. paper: 1.6, 2, 4; its release: 1.0
     width: int = 64         # D. paper's release: 768. By trial 128 is no better
@@ -136,9 +136,9 @@ class Posterior(NamedTuple):
 
 
 class VAE(nn.Module):
-    """Encoder, bottleneck and decoder. It is built without values: see `start` and
-    `from_file`. `real_BT` (1 = chunk with weights, 0 = padding) may be None if nothing
-    is padding."""
+    """Encoder, bottleneck and decoder. `start` or `from_file` gives its matrices their
+    values; norms start at 1 and 0, `mean` at 0. `real_BT` (1 = chunk with weights, 0 =
+    padding) may be None if nothing is padding."""
 
     def __init__(self, config):
         super().__init__()
@@ -150,7 +150,7 @@ class VAE(nn.Module):
         self.to_mu = nn.Linear(D, config.latent, bias=False)            # D -> Z
         self.to_logvar = nn.Linear(D, config.latent)                    # D -> Z
         self.up = nn.Linear(config.latent, D, bias=False)               # Z -> D
-        self.mean = nn.Parameter(torch.zeros(D))        # of the stream, before the cut
+        self.mean = nn.Parameter(torch.zeros(D))        # see set_bottleneck
         self.decoder = nn.ModuleList(Block(D, config.heads) for _ in blocks)
         self.unembed = nn.Linear(D, config.chunk, bias=False)           # D -> C
 

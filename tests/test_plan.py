@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import chunking
+import lsmerge
 import merge
 import train
 from conftest import llama_tensors, relative, save
@@ -193,6 +194,13 @@ def test_the_factors_of_an_adapter_are_refused(merged, name):
     assert code == 1 and "adapter" in errors and "lora.py fold" in errors
 
 
+def test_whole_numbers_for_an_expert_are_quantised(merged):
+    name = "model.layers.0.block_sparse_moe.experts.3.w1.weight"
+    a = llama_tensors(1) | {name: torch.ones(64, 64, dtype=torch.int8)}
+    code, _, errors = merged(a, a)
+    assert code == 1 and "quantised" in errors and name in errors
+
+
 @pytest.mark.parametrize("scale", ["q_proj_s", "q_proj.s", "q_proj.weight.d"])
 def test_whole_numbers_for_a_matrix_are_quantised(merged, scale):
     a = llama_tensors(1)
@@ -244,7 +252,26 @@ def test_a_mask_of_minus_infinity_in_two_dtypes(merged):
     assert code == 0 and torch.equal(result["model.mask"], mask)
 
 
+def test_a_mask_of_floats_in_a_layer_is_the_targets(merged):
+    """Zeros and ones have no spread that a codec could keep."""
+    mask = {"model.layers.0.attn.mask": torch.ones(32, 32).tril()}
+    a = llama_tensors(1)
+    code, result, _ = merged(a | mask, relative(a, 2) | mask, "--vae", REFERENCE)
+    assert code == 0 and torch.equal(result["model.layers.0.attn.mask"], *mask.values())
+
+
 # --- Numbers --------------------------------------------------------------------------
+@pytest.mark.parametrize("flags", [["--align", "gaussian"], ["--samples", "1"]])
+def test_only_the_codecs_own_error_is_called_that(merged, flags):
+    """What transport or noise add is not lost by the codec, and no flag that is advised
+    would bring it back."""
+    a = llama_tensors(1)
+    _, _, errors = merged(a, relative(a, 2, part=1e-4), "--vae", REFERENCE, *flags)
+    assert "exceeds" not in errors
+    _, _, errors = merged(a, relative(a, 2, part=1e-5), "--vae", REFERENCE)
+    assert "exceeds" in errors
+
+
 def test_a_target_too_small_for_its_unit_is_refused_at_lambda_0(merged):
     """At lambda 0 the result is the target: an error of 1e-4 of the source is all of
     it. At lambda 0.5 it is nothing."""
@@ -278,6 +305,8 @@ def test_configs_that_contradict_each_other_are_told(merged, tmp_path, key, mine
     two = folder(tmp_path / "two", relative(a, 2), {key: theirs})
     _, _, errors = merged(one, two)
     assert "config.json" in errors and key in errors
+    if isinstance(mine, float):
+        mine = int(mine)                        # 10000 is 10000.0
     same = folder(tmp_path / "same", relative(a, 2), {key: mine})
     _, _, errors = merged(one, same)
     assert not errors
@@ -311,7 +340,37 @@ def test_the_result_of_a_file_is_a_safetensors_file(models, tmp_path, capsys, na
     assert not (tmp_path / name).exists()
 
 
-# --- From Python, and from a launcher -------------------------------------------------
+# --- Training, from Python, and from a launcher ---------------------------------------
+def test_a_vae_does_not_hang_on_what_is_shown(models, tmp_path, capsys):
+    files = []
+    for flags in (["--quiet"], []):
+        files.append(tmp_path / f"{len(flags)}.safetensors")
+        argv = [str(models["a"]), "-o", str(files[-1]), "--steps1", "1", "--steps2", "1"]
+        train.main(argv + flags)
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_record_does_not_claim_a_stage_that_never_ran(models, tmp_path, capsys):
+    path = tmp_path / "v.safetensors"
+    argv = [str(models["a"]), "-o", str(path), "--init", str(models["vae"]), "--quiet"]
+    train.main(argv + ["--steps1", "5", "--steps2", "1"])
+    record = json.loads(chunking.Checkpoint(path).metadata["lsmerge.training"])
+    assert record["schedule"]["steps1"] == 0
+    assert [stage["stage"] for stage in record["stages"]] == [2]
+
+
+def test_a_piece_of_a_transport_is_whole_windows(models):
+    """A chunk is decoded in the window in which it was encoded."""
+    codec = lsmerge.Codec.load("exact")
+    stats = [chunking.TensorStats(str(n), torch.float32, (n, 64), std=1.0)
+             for n in (13824, 38400)]
+    parents = [lsmerge.Parent(None, each, codec) for each in stats]
+    transport = object.__new__(lsmerge.Transport)
+    transport.target, transport.source = parents
+    assert transport.per_piece % codec.T == 0
+    assert transport.per_piece * 38400 / 13824 <= parents[0].per_piece + 64
+
+
 def test_merge_state_dicts_with_a_base_and_with_a_wrong_flag():
     base = llama_tensors(1)
     a = relative(base, 2)

@@ -572,7 +572,9 @@ def folded_tensors(base, adapter):
     plan = Fold(base, adapter)
     tensors = {}
     for name, entry in plan.base.entries.items():
-        pieces = [piece for _, piece, _ in folded(plan, name)]
+        pieces = [torch.empty(0, dtype=entry.dtype)]        # of an empty tensor the only
+        for _, piece_L, _ in folded(plan, name):
+            pieces.append(piece_L)
         tensors[name] = torch.cat(pieces).reshape(entry.shape)
     return tensors
 
