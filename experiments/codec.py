@@ -259,8 +259,8 @@ def section_codec(rows):
     lines = []
     for (ratio,), group in grouped(find(rows, method="VAE"), "ratio").items():
         found = {row["checkpoint"]: row for row in group}
-        line = [f"{ratio:.4g}", short(found["code"]["nmse"]),
-                short(found["base-seed2"]["nmse"]), f"{1 - 1 / ratio:.3f}"]
+        line = [f"{ratio:.4g}", short(found[names[0]]["nmse"]),
+                short(found[names[-1]]["nmse"]), f"{1 - 1 / ratio:.3f}"]
         for name in names:
             d = found[name]["difference"]
             line.append(pm_of(d))
@@ -277,10 +277,12 @@ def section_codec(rows):
         text += (f"At r > 1.2 {method} loses {several(shares, '{:.2f}'.format)} of the "
                  "bits that the VAE loses.\n")
     fitted = [row for row in rows if row["checkpoint"] in FAMILY]
-    text += ("The best linear VAE at r = 1 and beta 1 would have an NMSE of "
-             f"{linear_optimum(fitted, 1.0):.2f} on these weights.\n\n")
-    head = ["r", "NMSE: code", "base-seed2", "1 - 1/r", f"bits lost: {names[0]}",
-            *names[1:]]
+    if fitted:
+        text += ("The best linear VAE at r = 1 and beta 1 would have an NMSE of "
+                 f"{linear_optimum(fitted, 1.0):.2f} on these weights.\n")
+    text += "\n"
+    head = ["r", f"NMSE: {names[0]}", names[-1], "1 - 1/r",
+            f"bits lost: {names[0]}", *names[1:]]
     return text + table(head, lines)
 
 

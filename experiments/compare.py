@@ -59,10 +59,10 @@ def git(*arguments):
 
 
 def machine():
-    """What a number depends on besides its inputs. A + behind the commit: files
-    differ from it."""
+    """What a number depends on besides its inputs. A + behind the commit: code differs
+    from it."""
     commit = git("rev-parse", "--short", "HEAD")
-    if commit and git("status", "--porcelain", "--untracked-files=no"):
+    if commit and git("status", "--porcelain", "--", ":(top)*.py"):
         commit += "+"
     return {"python": platform.python_version(), "torch": torch.__version__,
             "threads": torch.get_num_threads(), "commit": commit or None}

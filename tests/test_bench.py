@@ -88,9 +88,3 @@ def test_memory_runs_on_the_smallest_pair(capsys, monkeypatch, tmp_path):
     printed = capsys.readouterr().out
     assert "| reference |" in printed and "| exact |" in printed
     assert compare.read("bench-memory", tmp_path) == []     # quick: nothing is kept
-
-
-def test_marginal_error_sees_both_sides():
-    assert bench.marginal_error(torch.full((2, 4), 1 / 8)) == 0
-    assert bench.marginal_error(torch.tensor([[0.5, 0.25], [0.0, 0.25]])) == 0.5
-    assert bench.marginal_error(torch.tensor([[0.5, 0.0], [0.25, 0.25]])) == 0.5

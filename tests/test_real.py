@@ -1,7 +1,6 @@
 """experiments/real.py on a tiny made-up Llama: what is cut, its order, the losses.
 Oracles: the function itself, and matrices indexed by hand."""
 import json
-import math
 
 import pytest
 import torch
@@ -57,12 +56,6 @@ def test_neighbour_is_the_next_layers_difference(tensors, tmp_path):
         moved = (expert[name] - tensors[name])[layers[j][1]["units"]][:, stream]
         torch.testing.assert_close(found[f"model.layers.{j}.mlp.up_proj.weight"],
                                    0.5 * moved)
-
-
-def test_paired_difference_by_hand():
-    found = real.paired({"prose": [1.0, 2.0, 6.0]}, {"prose": [0.0, 0.0, 3.0]})["prose"]
-    assert found["mean"] == pytest.approx(2) and found["loss"] == pytest.approx(3)
-    assert found["se"] == pytest.approx(1 / math.sqrt(3))       # differences 1, 2, 3
 
 
 def test_a_model_is_written_as_a_folder(tensors, tmp_path):
