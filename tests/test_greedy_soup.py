@@ -1,7 +1,6 @@
 """experiments/tools/greedy_soup.py. Oracles: the definition of the recipe, means by torch, a known
 best soup."""
 import json
-import shlex
 import subprocess
 import sys
 
@@ -122,37 +121,3 @@ def test_an_evaluation_that_fails_says_why(command, words):
 def test_the_last_number_is_the_score(words, score):
     """A good command does not print the path that comes last; if it does, no digit is a score."""
     assert gs.evaluate(f"printf '{words}\\n%s'", "/a/1/b_2.safetensors") == score
-
-
-@pytest.mark.parametrize("case", ["output exists", "output is an input", "report exists",
-                                  "no such model", "no such program", "another shape"])
-def test_what_is_refused_is_one_line_and_nothing_stays(soup, tmp_path, capsys, monkeypatch, case):
-    paths, _ = soup
-    (old := tmp_path / "old.safetensors").write_text("old")
-    new = tmp_path / "m.safetensors"
-    flags = {"output exists": ["-o", old], "output is an input": ["-o", paths[1], "--force"],
-             "report exists": ["-o", new, "--report", old]}.get(case, ["-o", new])
-    if case == "no such model":
-        paths = [*paths, tmp_path / "none.safetensors"]
-    if case == "another shape":
-        save_file(llama_tensors(1, hidden=64, mlp=32), other := tmp_path / "d.safetensors")
-        paths = [*paths, other]
-    if case == "no such program":
-        monkeypatch.undo()
-    before = {path: path.stat().st_mtime for path in tmp_path.iterdir()}
-    assert run("--eval", "/no/such/program", *paths, "--space", "weight", *flags) == 1
-    out, error = capsys.readouterr()
-    assert error.startswith("error: ") and error.count("\n") == 1 and "soup of" not in out
-    assert {path: path.stat().st_mtime for path in tmp_path.iterdir()} == before
-
-
-@pytest.mark.parametrize("line", [
-    "a b", "--eval true a", "--eval \"echo 'x\" a b", "--eval '' a b",
-    "--eval true --space weight a b", "--eval true a b --lam 0.5", "--eval true a b --lambda=0.5",
-    "--eval true a b --operator slerp", "--eval true a b --init random",
-    "--eval true a b --dry-run"])
-def test_usage(line, capsys):
-    with pytest.raises(SystemExit) as caught:
-        gs.main(shlex.split(line))
-    error = capsys.readouterr().err
-    assert caught.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1

@@ -3,8 +3,6 @@ values, names as transformers 4 and 5 have them on disk and in memory, PEFT itse
 it is installed."""
 import json
 import math
-import os
-import subprocess
 import sys
 
 import numpy as np
@@ -293,24 +291,8 @@ def test_a_folder_gives_a_folder(base_folder, tmp_path, capsys):
     card = (out / "README.md").read_text()
     assert 'base_model: "base"' in card and "lora.py fold" in card
     assert str(tmp_path) not in card
-    capsys.readouterr()
-    assert run("fold", base_folder, path, "-o", out) == 1
-    one_line(capsys, "exists")
-    assert run("fold", base_folder, path, "-o", out, "--force") == 0
     assert run("fold", base_folder, path, "-o", tmp_path / "m.safetensors") == 0
     assert_equal(load_file(tmp_path / "m.safetensors"), expected)
-
-
-@pytest.mark.parametrize("output, words", [
-    ("base.safetensors", "way"), ("x/adapter_model.safetensors", "way"),
-    ("x/adapter_config.json", "way"), ("y/", "folder's name")])
-def test_what_an_output_may_not_be(models, tmp_path, capsys, output, words):
-    """An input, whatever --force says; a folder where the base is a file."""
-    save_file(load_file(models["a"]), tmp_path / "base.safetensors")
-    path, _ = write_adapter(tmp_path / "x")
-    out = f"{tmp_path}/{output}"
-    assert run("fold", tmp_path / "base.safetensors", path, "-o", out, "--force") == 1
-    one_line(capsys, words)
 
 
 def test_what_fold_notes(models, tmp_path, capsys):
@@ -338,93 +320,6 @@ def test_what_fold_notes(models, tmp_path, capsys):
         assert "nothing for 11 matrices" in said and "to 3 matrices" in said
 
 
-# --- fold: what is refused ------------------------------------------------------------
-def drop(tensors):
-    del tensors[QB]
-
-
-def spoil(tensors):
-    tensors[QA][1, 2] = math.nan
-
-
-def twice(tensors):
-    tensors[f"{P}{Q}.lora_A.default.weight"] = tensors[QA].clone()
-
-
-def empty(tensors):
-    tensors.clear()
-    tensors["model.norm.weight"] = torch.ones(64)
-
-
-def add(name, *shape):
-    """A change that adds a tensor, or replaces it by one of another shape."""
-    return lambda tensors: tensors.update({name: torch.ones(*shape)})
-
-
-HUGE = 10 ** 400
-REFUSED = {     # case: (settings, change of the tensors, words of the error)
-    "dora": ({"use_dora": True}, None, "use_dora"),
-    "lokr": ({"peft_type": "LOKR"}, None, "LOKR"),
-    "bias": ({"bias": "all"}, None, "bias"),
-    "saved modules": ({"modules_to_save": ["lm_head"]}, None, "modules_to_save"),
-    "of a later PEFT": ({"use_something_new": True}, None, "use_something_new"),
-    "wrong rank": ({"r": 5}, None, "rank 5"),
-    "rank is text": ({"r": "4"}, None, "r '4'"),
-    "rank is huge": ({"r": HUGE}, None, "rank 1000"),
-    "rank is true": ({"r": True}, None, "r True"),
-    "alpha is NaN": ({"lora_alpha": math.nan}, None, "lora_alpha nan"),
-    "alpha is huge": ({"lora_alpha": HUGE}, None, "lora_alpha 1000"),
-    "alpha is beyond JSON": ({"lora_alpha": 1e30}, None, "lora_alpha 1e+30"),
-    "a huge alpha": ({"alpha_pattern": {"q_proj": -HUGE}}, None, "lora_alpha -1000"),
-    "alpha is a table": ({"alpha_pattern": {"q_proj": {}}}, None, "lora_alpha {}"),
-    "no alpha": ({"lora_alpha": None}, None, "lora_alpha None"),
-    "pissa": ({"init_lora_weights": "pissa_niter_4"}, None, "pissa"),
-    "a list of patterns": ({"rank_pattern": ["q_proj"]}, None, "rank_pattern"),
-    "a broken pattern": ({"alpha_pattern": {"(": 4}}, None, "alpha_pattern"),
-    "a huge repeat": ({"rank_pattern": {"a{99999999999}": 4}}, None, "rank_pattern"),
-    "an endless repeat": ({"rank_pattern": {"(a?){4294967294}": 4}}, None, "for ever"),
-    "repeats of repeats": ({"rank_pattern": {"((.+)+)+x": 4}}, None, "for ever"),
-    "a nested set": ({"rank_pattern": {"[[]x": 4}}, None, "rank_pattern"),
-    "deep brackets": ({"rank_pattern": {"(" * 3000 + ")" * 3000: 4}}, None, "pattern"),
-    "flags inside": ({"rank_pattern": {"(?i)Q_PROJ": 4}}, None, "rank_pattern"),
-    "magnitude": ({}, add(f"{P}{Q}.lora_magnitude_vector", 64), "magnitude_vector"),
-    "embedding": ({}, add(P + "model.embed_tokens.lora_embedding_A", 4, 40), "ding_A"),
-    "a bias tensor": ({}, add(f"{P}{Q}.base_layer.bias", 64), "q_proj.bias"),
-    "a convolution": ({}, add(QA, 4, 64, 1, 1), "convolution"),
-    "one factor": ({}, drop, "other factor"),
-    "a factor twice": ({}, twice, "two names"),
-    "an empty factor": ({}, add(QA, 4, 0), "no factor"),
-    "a factor with NaN": ({}, spoil, "lora_A"),
-    "another shape": ({}, add(QA, 4, 63), "[64, 63]"),
-    "no factors": ({}, empty, "holds no factors"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_is_not_plain_lora_is_refused_by_name(models, tmp_path, capsys, case):
-    settings, edit, words = REFUSED[case]
-    path, _ = write_adapter(tmp_path / "x", edit, **settings)
-    assert run("fold", models["a"], path, "-o", tmp_path / "m.safetensors") == 1
-    one_line(capsys, words, path)
-    assert [p.name for p in tmp_path.iterdir()] == ["x"]
-
-
-@pytest.mark.parametrize("file, content, words", [
-    ("adapter_config.json", None, "adapter_config.json"),
-    ("adapter_config.json", b"{", "JSON"), ("adapter_config.json", b"[]", "JSON"),
-    ("adapter_config.json", b'{"r": "\xff"}', "JSON"),
-    ("adapter_config.json", b'{"r": 1' + b"0" * 5000 + b"}", "JSON"),
-    ("adapter_model.safetensors", None, "adapter_model.safetensors"),
-    ("adapter_model.safetensors", b"PK\3\4" + bytes(40), "convert it")])
-def test_a_folder_that_is_no_adapter(models, tmp_path, capsys, file, content, words):
-    path, _ = write_adapter(tmp_path / "x")
-    (path / file).unlink()
-    if content:
-        (path / file).write_bytes(content)
-    assert run("fold", models["a"], path, "-o", tmp_path / "m.safetensors") == 1
-    one_line(capsys, words, path)
-
-
 @pytest.mark.parametrize("value, dtype, words", [
     (math.nan, torch.float32, "NaN"),
     (6e4, torch.float16, "does not fit torch.float16")])
@@ -438,20 +333,6 @@ def test_a_value_that_does_not_belong_there(tmp_path, capsys, value, dtype, word
     assert run("fold", tmp_path / "base.safetensors", path, "-o", out) == 1
     one_line(capsys, words, repr(Q + ".weight"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base.safetensors", "x"]
-
-
-@pytest.mark.parametrize("line", [
-    "", "fold", "fold a b", "extract a b -o c", "merge a b -o c", "fold a b -o",
-    "fold ~ b -o c", "fold a ~ -o c", "fold a b -o ~", "extract ~ b --rank 1 -o c",
-    "extract a b --rank ~ -o c", "extract a b --rank 0 -o c",
-    "extract a b --rank x -o c", "fold a b --rank 1 -o c", "extract a b --ra 1 -o c",
-    "fold a b -o c --for", "fold a b --out c"])
-def test_usage(line, capsys):
-    """~ stands for an empty argument, an unset variable of the shell."""
-    with pytest.raises(SystemExit) as caught:
-        lora.main([word.replace("~", "") for word in line.split()])
-    assert caught.value.code == 2
-    one_line(capsys)
 
 
 # --- extract --------------------------------------------------------------------------
@@ -630,70 +511,6 @@ def test_heads_and_vocabularies(models, tmp_path, capsys):
         assert set(read_result(tmp_path / f"x{i}")[1]) == {QA, QB}
 
 
-UNFIT = {       # case: (base -> tensors, words of the error)
-    "the base itself": (dict, "no matrix"),
-    "only a norm": (lambda base: base | {"model.norm.weight": torch.zeros(64)},
-                    "no matrix"),
-    "rounding": (lambda base: base | {f"{Q}.weight": base[f"{Q}.weight"] * (1 + 2e-7)},
-                 "rounding"),
-    "other names": (lambda base: {f"{n}.x": base[n] + 1 for n in base}, "no matrix"),
-    "another shape": (lambda base: llama_tensors(1, hidden=32), "shape"),
-    "NaN": (lambda base: base | {f"{Q}.weight": torch.full((64, 64), math.nan)}, "NaN")}
-
-
-@pytest.mark.parametrize("case", UNFIT)
-def test_what_cannot_be_extracted(models, tmp_path, capsys, case):
-    change, words = UNFIT[case]
-    save_file(change(load_file(models["a"])), tmp_path / "e.safetensors")
-    files = [tmp_path / "e.safetensors", models["a"]]
-    assert run("extract", *files, "--rank", 2, "-o", tmp_path / "x") == 1
-    one_line(capsys, words)
-    assert [p.name for p in tmp_path.iterdir()] == ["e.safetensors"]
-
-
-def test_an_old_adapter_needs_force(models, expert, tmp_path, capsys):
-    """And a file of somebody else's in its folder is kept."""
-    arguments = ["extract", expert[0], models["a"], "--rank", 2, "-o", tmp_path / "x"]
-    assert run(*arguments) == 0
-    capsys.readouterr()
-    assert run(*arguments) == 1
-    one_line(capsys, "exists")
-    assert run(*arguments, "--force") == 0
-    capsys.readouterr()
-    (tmp_path / "x/precious.txt").write_text("precious")
-    assert run(*arguments, "--force") == 1
-    one_line(capsys, "precious.txt")
-    assert (tmp_path / "x/precious.txt").read_text() == "precious"
-
-
-@pytest.mark.parametrize("moment", [0, 1, 2])
-def test_ctrl_c_between_the_renames_loses_no_adapter(
-        models, expert, tmp_path, monkeypatch, moment):
-    """After the n-th of them, whichever function does it: the old one or the new one is
-    there, whole, and nothing else."""
-    arguments = ["extract", expert[0], models["a"], "-o", tmp_path / "x", "--quiet"]
-    assert run(*arguments, "--rank", 2) == 0
-    calls = []
-
-    def interrupted(rename):
-        def call(*paths):
-            rename(*paths)
-            calls.append(paths)
-            # write_tensors renames one file within the new folder.
-            if len(calls) == moment + 1:
-                raise KeyboardInterrupt
-        return call
-
-    monkeypatch.setattr(os, "rename", interrupted(os.rename))
-    monkeypatch.setattr(os, "replace", interrupted(os.replace))
-    monkeypatch.setattr(os, "link", interrupted(os.link))
-    assert run(*arguments, "--rank", 3, "--force") == 130
-    monkeypatch.undo()
-    config, tensors = read_result(tmp_path / "x")
-    assert tensors[QA].shape == (config["r"], 64) and config["r"] in (2, 3)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["expert.safetensors", "x"]
-
-
 def test_equal_inputs_equal_bytes(models, expert, tmp_path):
     """From elsewhere, too: no path and no time in any file."""
     for name in ("one", "two"):
@@ -705,16 +522,6 @@ def test_equal_inputs_equal_bytes(models, expert, tmp_path):
         content = (tmp_path / "one" / file).read_bytes()
         assert content == (tmp_path / "two" / file).read_bytes()
         assert str(tmp_path).encode() not in content
-
-
-def test_as_a_script_from_anywhere(models, tmp_path):
-    path, _ = write_adapter(tmp_path / "x")
-    script = ROOT / "experiments/tools/lora.py"
-    line = [sys.executable, script, "fold", models["a"], path, "-o", "m.safetensors"]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0 and not done.stderr
-    assert "wrote m.safetensors" in done.stdout
-    assert (tmp_path / "m.safetensors").exists()
 
 
 # --- PEFT itself ----------------------------------------------------------------------

@@ -593,64 +593,8 @@ def test_a_further_source_in_another_order_is_refused(files, capsys):
     assert "again is related" in printed
 
 
-# --- What is refused, by file and tensor --------------------------------------------
-EMBED = "model.embed_tokens.weight"
+# --- Files ----------------------------------------------------------------------------
 UP = "model.layers.1.mlp.up_proj.weight"
-DOWN = "model.layers.1.mlp.down_proj.weight"
-
-
-def change(name, tensor):
-    def apply(tensors):
-        tensors[name] = tensor
-    return apply
-
-
-def spoil(name, value):
-    def apply(tensors):
-        tensors[name].view(-1)[5] = value
-    return apply
-
-
-def rename(old, new):
-    def apply(tensors):
-        for name in list(tensors):
-            if old in name:
-                tensors[name.replace(old, new)] = tensors.pop(name)
-    return apply
-
-
-BAD = {
-    "embedding narrower than the stream": (change(EMBED, torch.ones(300, 32)), EMBED),
-    "embedding of one dimension": (change(EMBED, torch.ones(64)), EMBED),
-    "embedding that is one number": (change(EMBED, torch.ones(())), EMBED),
-    "embedding without rows": (change(EMBED, torch.ones(0, 48)), EMBED),
-    "no embedding": (rename("embed_tokens", "words"), "no embedding"),
-    "NaN in the embedding": (spoil(EMBED, torch.nan), EMBED),
-    "NaN in an MLP": (spoil(UP, torch.nan), UP),
-    "infinity in a norm": (spoil("model.layers.2.input_layernorm.weight", torch.inf),
-                           "model.layers.2.input_layernorm.weight"),
-    "fused projection": (rename("self_attn.q_proj", "self_attn.qkv_proj"),
-                         "model.layers.0.self_attn.qkv_proj.weight"),
-    "experts": (rename("mlp.", "mlp.experts.0."), "model.layers.0.mlp.experts.0."),
-    "no matrix for up": (rename("mlp.up_proj", "mlp.riddle"), "layer 0"),
-    "shapes that do not fit": (change(DOWN, torch.ones(48, 39)), DOWN),
-    "keys that queries cannot share": (change("model.layers.0.self_attn.k_proj.weight",
-                                              torch.ones(20, 48)),
-                                       "model.layers.0.self_attn.k_proj.weight"),
-}
-
-
-@pytest.mark.parametrize("where", ["target", "source"])
-@pytest.mark.parametrize("case", BAD)
-def test_what_cannot_be_matched_is_named(files, capsys, case, where):
-    spoiled, name = BAD[case]
-    models = {"target": made(3), "source": made(3)}
-    spoiled(models[where])
-    if case.startswith("keys"):
-        models[where]["model.layers.0.self_attn.v_proj.weight"] = torch.ones(20, 48)
-    paths = files(**models)
-    found = refused(paths["target"], paths["source"])
-    assert found.startswith(str(paths[where])) and name in found and "; fix: " in found
 
 
 def test_numbers_that_do_not_fit_the_targets_dtype(files, capsys):
@@ -662,29 +606,6 @@ def test_numbers_that_do_not_fit_the_targets_dtype(files, capsys):
     found = refused(paths["target"], paths["source"], "-o", out)
     assert found.startswith(str(paths["source"])) and UP in found and "float16" in found
     assert not out.exists()
-
-
-def test_outputs_are_checked_before_any_work(files, capsys):
-    paths = files(target=made(3), source=made(3))
-    target, source = paths.values()
-    there = target.with_name("there.safetensors")
-    there.write_text("kept")
-    for out, word in ((target, "way"), (there, "exists"),
-                      (target.with_name("x"), "end it")):
-        assert word in refused(target, source, "-o", out)
-    assert "way" in refused(target, source, "--report", source)
-    assert there.read_text() == "kept"
-
-
-@pytest.mark.parametrize("argv, word", [
-    (["a"], "required"), (["a", "b", "--seed", "-1"], "--seed"),
-    (["a", "b", "--force"], "drop --force"), (["a", "b", "-o", ""], "empty"),
-    (["a", "b", "c", "-o", "x.safetensors"], "folder"),
-    (["a", "m/b", "n/b", "-o", "x"], "rename one")])
-def test_usage(capsys, argv, word):
-    with pytest.raises(SystemExit) as error:
-        match.main(argv)
-    assert error.value.code == 2 and word in capsys.readouterr().err
 
 
 def test_a_folder_gets_the_targets_companions(files):
@@ -701,14 +622,3 @@ def test_a_folder_gets_the_targets_companions(files):
     assert (out / "1_Pooling/config.json").read_text() == "[]"
     result = load_file(out / "model.safetensors")
     assert all(torch.equal(result[name], target[name]) for name in target)
-
-
-def test_the_command(files, capsys):
-    """Its exit codes, and one line on stderr."""
-    paths = files(target=made(1), source=made(2), copy=made(1))
-    for name, code in (("source", 1), ("copy", 0)):
-        argv = [str(paths["target"]), str(paths[name]), "--quiet"]
-        assert match.command(lambda: match.main(argv)) == code
-        printed = capsys.readouterr()
-        assert printed.err.count("\n") == code == printed.err.count("error: ")
-        assert f"{name} is " in printed.out

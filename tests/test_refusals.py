@@ -20,7 +20,7 @@ import merge
 import train
 import vae
 import weight_statistics
-from conftest import Desk, llama_tensors, relative, save
+from conftest import INDEX, SHARDS, Desk, llama_tensors, relative, save, sharded
 from test_lora import QA, QB, Q, write_adapter
 from test_match import made
 
@@ -28,25 +28,9 @@ COMMANDS = {"merge.py": merge.main, "train.py": train.main, "lsmerge.py": lsmerg
             "lora.py": lora.main, "match.py": match.main,
             "greedy_soup.py": greedy_soup.main,
             "weight_statistics.py": weight_statistics.main}
-INDEX = "model.safetensors.index.json"
-SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 EMBED = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
-
-
-def sharded(folder, tensors, changes=(), where=""):
-    """A model folder of two shards and their index; `changes` to its map."""
-    names = sorted(tensors)
-    table = {}
-    for k, shard in enumerate(SHARDS):
-        part = {name: tensors[name] for name in names[k::2]}
-        save(folder / where / shard, part)
-        table |= dict.fromkeys(part, where + shard)
-    text = json.dumps({"metadata": {}, "weight_map": table | dict(changes)})
-    (folder / INDEX).write_text(text)
-    (folder / "config.json").write_text('{"num_hidden_layers": 2}\n')
-    return folder
 
 
 # --- Commands -------------------------------------------------------------------------

@@ -142,19 +142,3 @@ def test_every_function_that_it_names_exists(capsys):
         for part in path.split("."):
             found = getattr(found, part)
         assert callable(found)
-
-
-def test_bad_input_is_one_line(capsys, tmp_path):
-    odd = save(tmp_path / "odd.safetensors",
-               {"layers.0.zebra.weight": torch.ones(8, 8)})
-    base = MODELS / "base.safetensors"
-    for paths in ((tmp_path / "none",), (base, odd), (MODELS / "vae.safetensors",),
-                  (ROOT / "lsmerge.py",)):
-        assert tour(*paths) == 1
-        said = capsys.readouterr().err
-        assert said.count("\n") == 1 and said.startswith("error: ")
-        assert "; fix: " in said
-    for argv in (("a", "b", "c"), ("",)):
-        with pytest.raises(SystemExit) as caught:
-            tour(*argv)
-        assert caught.value.code == 2 and capsys.readouterr().err.count("\n") == 1

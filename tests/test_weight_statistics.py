@@ -82,17 +82,6 @@ def test_the_command_prints_both_tables(models, capsys):
         "name", "layer", "role", "shape", *ws.MOMENTS, "spectrum", "spectrum_noise"]
 
 
-@pytest.mark.parametrize("tensors, words", [
-    (None, "no such file"), ({"w": torch.ones(2, 2)}, "no matrix"),
-    ({"layers.0.w": torch.full((2, 2), math.nan)}, "layers.0.w")])
-def test_what_cannot_be_described_is_one_line(tmp_path, capsys, tensors, words):
-    if tensors:
-        save_file(tensors, tmp_path / "x.safetensors")
-    assert run(tmp_path / "x.safetensors") == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and words in error
-
-
 def test_without_matplotlib_one_line_says_so_before_any_work(models, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert run(models["a"], "--figure", tmp_path / "f.svg") == 1
