@@ -73,8 +73,6 @@ EXPERTS = {"q": LLAMA["q"], "ln1": LLAMA["ln1"],
            "router": "block_sparse_moe.gate.weight",
            "expert 0": "block_sparse_moe.experts.0.w1.weight",
            "expert 1": "block_sparse_moe.experts.1.w1.weight"}
-# Idefics2's resampler is made of Llama's layers, but for the norms before attention
-RESAMPLER = {"q": LLAMA["q"], "up": LLAMA["up"], "in": "input_latents_norm.weight"}
 
 
 def llama(lead="model.", head="lm_head.weight", layers=3, parts=LLAMA):
@@ -115,10 +113,6 @@ def wrapped(names, lead="", inside=""):
             for meaning, name in names.items()}
 
 
-MTP = {f"mtp {part}": f"model.layers.3.{name}" for part, name in LLAMA.items()} | {
-    "mtp eh": "model.layers.3.eh_proj.weight"}
-MEDUSA = {"medusa": "medusa_head.0.0.linear.weight", "and": "medusa_head.0.1.weight"}
-DRAFT = {f"draft {m}": f"draft.{name}" for m, name in llama(layers=1).items()}
 MASKS = GPT2 | {"mask": "attn.bias", "minus": "attn.masked_bias"}
 TOWER = clip_vision("vision_tower.vision_model.")
 LLAVA_OLD = llama("language_model.model.", "language_model.lm_head.weight") | TOWER | {
@@ -127,8 +121,6 @@ LLAVA_NEW = llama("model.language_model.") | wrapped(TOWER, "model.") | {
     "projector": "model.multi_modal_projector.linear_1.weight"}
 QWEN_OLD = qwen_vl("model.", "visual.")
 QWEN_NEW = qwen_vl("model.language_model.", "model.visual.")
-IDEFICS = llama("model.text_model.") | clip_vision("model.vision_model.") | stack(
-    "resampler", "model.connector.perceiver_resampler.layers", RESAMPLER)
 T5_ENCODER = {"embed": "shared.weight", "norm": "encoder.final_layer_norm.weight"} | (
     stack("encoder", "encoder.block", T5))
 T5_BOTH = T5_ENCODER | stack("decoder", "decoder.block", T5_DECODER) | {
@@ -141,15 +133,10 @@ CLIP = CLIP_TEXT | clip_vision("vision_model.") | {"scale": "logit_scale"}
 NAMES = {
     "Llama, itself": (llama(), llama()),
     "the bare model": (llama(), llama("", None)),
-    "another head": (llama(), llama(head=None) | {"score": "score.weight"}),
-    "a layer for multi-token prediction": (llama(), llama() | MTP),
-    "Medusa's heads": (llama(), llama() | MEDUSA),
-    "a draft model beside it": (llama(), llama() | DRAFT),
     "LLaVA and a text model": (LLAVA_OLD, llama()),
     "LLaVA of today and a text model": (LLAVA_NEW, llama()),
     "LLaVA, old and new": (LLAVA_OLD, LLAVA_NEW),
     "LLaVA and its tower": (LLAVA_OLD, clip_vision("vision_model.")),
-    "Idefics2 and a text model": (llama(), IDEFICS),
     "Qwen2-VL, old, and a text model": (QWEN_OLD, llama()),
     "Qwen2-VL, new, and a text model": (QWEN_NEW, llama()),
     "Qwen2-VL, old and new": (QWEN_OLD, QWEN_NEW),
@@ -176,23 +163,16 @@ NAMES = {
 }
 
 
-def paired(mine, theirs, **options):
+def paired(mine, theirs):
     return align.pair_names(ck.parse_names(mine.values()),
-                            ck.parse_names(theirs.values()), **options)
-
-
-def by_index(mine, theirs):
-    return {layer: layer for layer in mine.keys() & theirs.keys()}
+                            ck.parse_names(theirs.values()))
 
 
 @pytest.mark.parametrize("case", NAMES)
 def test_who_meets_whom_both_ways(case):
-    options = {}
-    if "prediction" in case:    # merge.py pairs the layers of relatives by index
-        options = dict(partners_of=by_index)
     for mine, theirs in (NAMES[case], NAMES[case][::-1]):
         expected = {mine[m]: theirs[m] for m in mine.keys() & theirs.keys()}
-        assert paired(mine, theirs, **options) == expected
+        assert paired(mine, theirs) == expected
 
 
 ROLES = {"q", "o", "up", "down"}
@@ -224,13 +204,6 @@ def test_what_is_ambiguous_meets_nobody():
     assert align.best_pairs({("a", "x"): 2, ("a", "y"): 1, ("b", "y"): 1}) == {
         "a": "x", "b": "y"}
     assert align.best_pairs({("a", "x"): 1, ("a", "y"): 1, ("b", "x"): 1}) == {}
-
-
-def test_layers_of_other_depth_meet_by_depth():
-    deep = paired(llama(layers=3), llama(layers=6))
-    met = {ck.parse_name(t).layer: ck.parse_name(s).layer for t, s in deep.items()
-           if "layers" in t}
-    assert met == {0: 0, 1: 3, 2: 5}
 
 
 def test_layers_pair_by_depth():
@@ -267,10 +240,8 @@ def overlap_matrix(n_s, n_t):
     return P
 
 
-def test_projection_by_hand_and_identity():
-    z0, z1, z2 = z = cloud(3, 4)
-    expected = torch.stack([(2 * z0 + z1) / 3, (z1 + 2 * z2) / 3])
-    close(align.project(z, 2), expected, atol=1e-14)
+def test_projection_to_the_same_size_is_the_identity():
+    z = cloud(3, 4)
     z[0, 0] = -0.0
     same = align.project(z, 3, 4)
     assert same.numpy().tobytes() == z.numpy().tobytes()        # -0.0 too
@@ -280,7 +251,6 @@ def test_projection_of_columns_between_two_latent_sizes():
     z = cloud(6, 5)
     expected = overlap_matrix(6, 4) @ z @ overlap_matrix(5, 8).T
     close(align.project(z, 4, 8), expected, atol=1e-13)
-    assert align.project(cloud(6, 1), 6, 40).shape == (6, 40)
 
 
 @pytest.mark.parametrize("n_s, n_t", SIZES + [(200, 37), (37, 200)])
@@ -322,16 +292,6 @@ def lp_cost(cost, a, b):
     return result.fun
 
 
-def test_two_by_two_by_hand():
-    """K = [[1, 1/e], [1/e, 1]] is doubly stochastic up to one factor."""
-    cost = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    solution = align.sinkhorn(cost, epsilon=1.0, tolerance=1e-12)
-    p = 1 / (2 + 2 / math.e)
-    expected = torch.tensor([[p, p / math.e], [p / math.e, p]], dtype=torch.float64)
-    close(solution.plan_IJ, expected, atol=1e-12)
-    assert round(p, 4) == 0.3655
-
-
 @pytest.mark.parametrize("n, m", [(1, 1), (1, 7), (7, 1), (12, 9), (9, 14), (15, 15)])
 @pytest.mark.parametrize("epsilon", [0.1, 0.01])
 def test_cost_against_the_linear_programme(n, m, epsilon):
@@ -348,19 +308,6 @@ def test_cost_against_the_linear_programme(n, m, epsilon):
     # marginals off by 1e-9 can undercut the optimum by that much
     assert reached >= optimum - 1e-8 * cost.max()
     assert reached <= optimum + epsilon * cost.max().item() * entropy + 1e-8
-
-
-def test_planted_permutation_is_recovered_like_the_assignment():
-    z = cloud(60, 8)
-    order = torch.randperm(60, generator=generator(5))
-    cost = align.squared_cost(z, z[order] + 0.05 * cloud(60, 8, 9))
-    solution = align.sinkhorn(cost, epsilon=0.002)
-    rows, columns = scipy.optimize.linear_sum_assignment(cost.numpy())
-    assert solution.plan_IJ.argmax(0).tolist() == order.tolist()
-    assert [columns[i] for i in order] == list(range(60))
-    assert (rows == np.arange(60)).all()
-    # nearly a permutation
-    assert solution.plan_IJ[order, torch.arange(60)].sum() > 0.9
 
 
 @pytest.mark.parametrize("kind", ["isotropic", "anisotropic", "heavy"])
