@@ -1,19 +1,16 @@
 """experiments/tools/match.py: against brute force, planted orders, known relatives."""
 import itertools
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-TOOLS = Path(__file__).resolve().parents[1] / "experiments/tools"
-MODELS = TOOLS.parent / "models"
-sys.path.insert(0, str(TOOLS))
 import match
 from chunking import Checkpoint, CheckpointError, StateDict
+from conftest import ROOT, assert_equal
 
+MODELS = ROOT / "experiments/models"
 SIZE = 8        # rows of a head in the models made here: small for testing
 EVERY = match.Positions(torch.arange(48), torch.arange(48))     # of their streams
 
@@ -116,7 +113,7 @@ def files(tmp_path):
 
 
 def run(*argv):
-    return match.main([*map(str, argv), "--quiet"])
+    return match.main([str(argument) for argument in argv])
 
 
 def refused(*argv):
@@ -146,13 +143,6 @@ def test_assignment_is_the_best_of_all_injections(J, I):
         for slack in (0.3, 0.6, 1.0):
             found = match.assign(match.keep_above(cosine, slack), slack)
             assert found.tolist() == list(best_injection(cosine, slack))
-
-
-def test_assignment_by_hand():
-    cosine = torch.tensor([[0.9, 0.8], [0.7, 0.1]])
-    for slack, expected in ((0.3, [1, 0]), (0.75, [0, -1]), (0.95, [-1, -1])):
-        found = match.assign(match.keep_above(cosine, slack), slack)
-        assert found.tolist() == expected
 
 
 def test_strong_cosines_in_blocks(monkeypatch):
@@ -257,13 +247,9 @@ def test_a_permuted_copy_comes_back_bit_for_bit(files, groups, more):
     paths = files(target=target, source=source)
     out = paths["target"].with_name("out.safetensors")
     assert not run(paths["target"], paths["source"], "-o", out)
-    result = load_file(out)
-    assert result.keys() == target.keys()
     still = [name for name in target if source[name].bfloat16().equal(target[name])]
     assert len(still) < 0.2 * len(target)
-    for name, tensor in target.items():
-        assert result[name].dtype == tensor.dtype, name
-        assert torch.equal(result[name], tensor), name
+    assert_equal(load_file(out), target)
 
 
 def test_a_cut_relative_is_found_exactly_both_ways():
@@ -322,23 +308,6 @@ def test_heads_stay_with_their_group():
                                 match.SLACK)
     assert rows["groups"][::SIZE].tolist() == [0, 8, 16]
     assert rows["heads"][::SIZE].tolist() == [0, -1, -1, 24, 32, 40]
-
-
-def test_all_heads_count_that_can_have_a_partner():
-    """One of two heads in each group is left: it matches as well as its keys do,
-    whichever side has fewer."""
-    target = made(7, layers=1)
-    few = dict(target)
-    rows = rows_of(torch.tensor([1, 2, 5]))
-    q, o = (f"model.layers.0.self_attn.{role}_proj.weight" for role in "qo")
-    few[q] = target[q][rows]
-    few[o] = target[o][:, rows]
-    for one, other, heads in ((target, few, [-1, 0, 8, -1, -1, 16]),
-                              (few, target, [8, 16, 40])):
-        found, score = match.match_heads(attention_of(one), attention_of(other), EVERY,
-                                         SIZE, match.SLACK)
-        assert score == pytest.approx(1, abs=1e-5)          # float32 algebra
-        assert found["heads"][::SIZE].tolist() == heads
 
 
 def test_groups_of_equal_keys_and_values_are_told_apart_by_their_heads():
@@ -413,8 +382,7 @@ def test_what_the_source_lacks_is_the_targets(files):
             expected[f"{name}.bias"][known[row]] = mark[f"{theirs}.bias"]
         name = f"model.layers.{layer}.self_attn.k_norm.weight"      # of equal width
         expected[name] = mark[f"model.layers.{number}.self_attn.k_norm.weight"]
-    for name in large:
-        assert torch.equal(result[name], expected[name]), name
+    assert_equal(result, expected)
 
 
 def test_a_vision_tower_stays_the_targets(files):
@@ -431,9 +399,7 @@ def test_a_vision_tower_stays_the_targets(files):
     paths = files(**models)
     out = paths["target"].with_name("out.safetensors")
     assert not run(*paths.values(), "-o", out)
-    result = load_file(out)
-    for name, tensor in models["target"].items():
-        assert torch.equal(result[name].nan_to_num(7), tensor.nan_to_num(7)), name
+    assert_equal(load_file(out), models["target"])
 
 
 @pytest.mark.parametrize("source_head", [True, False])
@@ -449,21 +415,6 @@ def test_a_tied_head_stays_tied(files, source_head):
     result = load_file(out)
     assert torch.equal(result["lm_head.weight"], result["model.embed_tokens.weight"])
     assert not torch.equal(result["lm_head.weight"], target["lm_head.weight"])
-
-
-def test_a_relative_with_a_new_vocabulary(files):
-    """The layers say that it is one; embeddings and head have nothing in common."""
-    target = made(3)
-    source = noisy(target, 4, 0.1)
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        source[name] = made(5)[name]
-    paths = files(target=target, source=source)
-    out = paths["target"].with_name("out.safetensors")
-    assert not run(paths["target"], paths["source"], "-o", out)
-    result = load_file(out)
-    for name, tensor in result.items():
-        own = name in ("model.embed_tokens.weight", "lm_head.weight")
-        assert torch.equal(tensor, target[name] if own else source[name]), name
 
 
 # --- Relatives and strangers --------------------------------------------------------
@@ -483,16 +434,6 @@ def test_no_wrong_verdict_among_the_committed_models():
             assert max(kinship.similarity) < 1.5 * kinship.null, (one, other)
 
 
-def test_grown_is_matched_with_its_base():
-    """Against the places where make_models.py puts the parent's layers."""
-    pair = match.open_layers(Checkpoint(MODELS / "base.safetensors"),
-                             Checkpoint(MODELS / "grown.safetensors"))
-    kinship = match.find_kinship(*pair)
-    assert list(kinship.layers.values()) == [0, 1, 3, 4]
-    assert min(kinship.similarity) > 0.9
-    assert (kinship.stream_J >= 0).all()
-
-
 @pytest.mark.parametrize("common, related", [(1, False), (2, True)])
 def test_half_of_the_layers_make_a_relative(common, related):
     target, source = made(26, layers=4), made(27, layers=4)
@@ -507,29 +448,28 @@ def test_half_of_the_layers_make_a_relative(common, related):
 def test_strangers_are_refused_and_nothing_is_written(files, capsys):
     paths = files(target=made(1), source=made(2))
     here = paths["target"].parent
+    way = [*paths.values(), "-o", here / "out.safetensors"]
     before = sorted(here.iterdir())
-    found = refused(paths["target"], paths["source"], "-o", here / "out.safetensors",
-                    "--report", here / "report.json")
+    found = refused(*way, "--report", here / "report.json")
     assert found.startswith(str(paths["source"])) and "no relative" in found
     assert sorted(here.iterdir()) == before
     # the paternity test: the report is what was asked for
-    refused(paths["target"], paths["source"], "--report", here / "report.json")
+    refused(*paths.values(), "--report", here / "report.json")
     kinship, = json.loads((here / "report.json").read_text())["kinship"]
     assert kinship["related"] is False and kinship["layers"] == [None] * 3
     assert max(kinship["similarity"]) < 1.5 * kinship["null"]
     # --force writes all the same, and replaces what is there
     for _ in range(2):
-        assert not run(paths["target"], paths["source"], "-o", here / "out.safetensors",
-                       "--force")
-    assert torch.equal(load_file(here / "out.safetensors")["model.norm.weight"],
-                       made(2)["model.norm.weight"])
+        assert not run(*way, "--force")
+    result = load_file(here / "out.safetensors")
+    assert torch.equal(result["model.norm.weight"], made(2)["model.norm.weight"])
 
 
 def test_report_and_what_is_printed(files, capsys):
     small, _, _ = planted(made(5), 6, (0, 2), neurons=30)
     paths = files(target=made(5), source=small)
     report = paths["target"].with_name("report.json")
-    assert not run(paths["target"], paths["source"], "--report", report)
+    assert not run(*paths.values(), "--report", report)
     kinship, = json.loads(report.read_text())["kinship"]
     assert kinship["related"] is True and kinship["layers"] == [0, None, 1]
     assert kinship["similarity"][0] == pytest.approx(1, abs=1e-5)   # float32 algebra
@@ -594,31 +534,25 @@ def test_a_further_source_in_another_order_is_refused(files, capsys):
 
 
 # --- Files ----------------------------------------------------------------------------
-UP = "model.layers.1.mlp.up_proj.weight"
-
-
-def test_numbers_that_do_not_fit_the_targets_dtype(files, capsys):
+def test_numbers_that_do_not_fit_the_targets_dtype(files):
+    up = "model.layers.1.mlp.up_proj.weight"
     target = {name: tensor.half() for name, tensor in made(3).items()}
     source = made(3)
-    source[UP][:] *= 1e5
+    source[up] *= 1e5
     paths = files(target=target, source=source)
     out = paths["target"].with_name("out.safetensors")
-    found = refused(paths["target"], paths["source"], "-o", out)
-    assert found.startswith(str(paths["source"])) and UP in found and "float16" in found
-    assert not out.exists()
+    found = refused(*paths.values(), "-o", out)
+    assert found.startswith(str(paths["source"])) and up in found
+    assert "float16" in found and not out.exists()
 
 
-def test_a_folder_gets_the_targets_companions(files):
+def test_a_folder_gets_the_targets_companions(desk):
     target = made(3)
-    paths = files(source=planted(target, 4, (0, 1, 2))[0])
-    folder = paths["source"].with_name("model")
-    (folder / "1_Pooling").mkdir(parents=True)
-    save_file(target, folder / "model.safetensors")
-    (folder / "config.json").write_text("{}")
-    (folder / "1_Pooling/config.json").write_text("[]")
-    out = folder.with_name("out")
-    assert not run(folder, paths["source"], "-o", out)
-    assert (out / "config.json").read_text() == "{}"
+    folder = desk.model(target, **{"1_Pooling/config.json": "[]"})
+    source = desk.put(planted(target, 4, (0, 1, 2))[0], "source")
+    out = desk / "out"
+    code, _, error = desk.run(folder, source, "-o", out, main=match.main)
+    assert (code, error) == (0, "")
+    assert (out / "config.json").read_text() == (folder / "config.json").read_text()
     assert (out / "1_Pooling/config.json").read_text() == "[]"
-    result = load_file(out / "model.safetensors")
-    assert all(torch.equal(result[name], target[name]) for name in target)
+    assert_equal(load_file(out / "model.safetensors"), target)
