@@ -37,17 +37,6 @@ def test_chunks_and_windows_are_undone_bit_for_bit(L, dtype):
     assert torch.equal(back_L, flat_L) and back_L.dtype == dtype
 
 
-def test_worked_example_and_windows_of_latents():
-    chunks, real = ck.chunk(torch.arange(1, 8), C=4)
-    assert chunks.tolist() == [[1, 2, 3, 4], [5, 6, 7, 0]]
-    assert real.int().tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
-    z_NZ = noise(5, 2)
-    z_BTZ, real_BTZ = ck.to_windows(z_NZ, torch.ones(5, 2, dtype=torch.bool), T=3)
-    assert z_BTZ.shape == (2, 3, 2)
-    assert real_BTZ.any(-1).flatten().tolist() == [True] * 5 + [False]
-    assert torch.equal(ck.from_windows(z_BTZ, 5), z_NZ)
-
-
 @pytest.mark.parametrize("numel, step", [
     (1, 4), (4, 4), (9, 4), (2 ** 20 + 1, ck.PIECE)])
 def test_spans_tile_the_tensor(numel, step):
@@ -315,12 +304,3 @@ def test_a_result_appears_whole_or_not_at_all(tmp_path, folder):
         output.put("w", 0, torch.zeros(2))
     assert load_file(weights)["w"].tolist() == [0, 0, 1, 1]
     assert os.listdir(tmp_path) == ["x"]
-
-
-def test_no_file_stays_open(tmp_path):
-    count = len(os.listdir("/proc/self/fd"))
-    for _ in range(10):
-        ck.write_tensors(tmp_path / "x.safetensors", {"w": torch.ones(1)}, {},
-                         force=True)
-        ck.Checkpoint(tmp_path / "x.safetensors").read("w")
-    assert len(os.listdir("/proc/self/fd")) == count

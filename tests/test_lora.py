@@ -195,15 +195,6 @@ def test_names_that_do_not_meet(tmp_path, case):
         in_memory({f"{name}.weight": torch.ones(6, 6) for name in disk}, path)
 
 
-def test_of_two_names_the_shape_decides(tmp_path):
-    path, tensors = write_adapter(tmp_path / "x", shapes={f"model.{TEXT}": (6, 6)})
-    audio = f"model.audio_tower.{TEXT}.weight"
-    text = f"model.language_model.{TEXT}.weight"
-    got = in_memory({audio: torch.ones(5, 5), text: torch.zeros(6, 6)}, path)
-    assert torch.equal(got[audio], torch.ones(5, 5))
-    near(got[text].numpy(), product(tensors, f"model.{TEXT}"))
-
-
 HEAD = {"lm_head": (40, 64)}
 COPY = f"{P}lm_head.base_layer.weight"
 
@@ -283,16 +274,6 @@ def test_what_fold_notes(models, desk):
         _, said, _ = desk.run(*way, main=lora.main)
         assert words in said and absent not in said
         assert "nothing for 11 matrices" in said and "to 3 matrices" in said
-
-
-def test_a_sum_that_does_not_fit_is_refused(desk):
-    """float16 ends at 65504."""
-    base = llama_tensors(1, dtype=torch.float16)
-    base[Q + ".weight"][3, 5] = 6e4
-    path, _ = write_adapter(desk / "x", lora_alpha=8e6)
-    words = [repr(Q + ".weight"), "does not fit torch.float16"]
-    desk.refuse("fold", desk.put(base, "base"), path, "-o", desk / "m", words=words,
-                main=lora.main)
 
 
 # --- extract --------------------------------------------------------------------------

@@ -155,29 +155,6 @@ def test_strong_cosines_in_blocks(monkeypatch):
 
 
 # --- What is compared, against torch's own cosine -----------------------------------
-def test_products_of_unit_vectors_are_mean_cosines():
-    pair = match.open_layers(StateDict(made(1)), StateDict(made(2)))
-    target, source = pair
-    positions = match.Positions(torch.arange(0, 48, 2), torch.arange(48).roll(5)[::2])
-
-    def mean_cosine(axis, j, i, size):
-        values = []
-        mine, theirs = target.rows(0, axis), source.rows(0, axis)
-        for role in mine:
-            a = mine[role][j * size:(j + 1) * size, positions.target]
-            b = theirs[role][i * size:(i + 1) * size, positions.source]
-            values.append(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0))
-        return torch.stack(values).mean()
-
-    for axis, size, at in (("neurons", 1, (3, 17)), ("heads", SIZE, (4, 1)),
-                           ("groups", SIZE, (2, 0))):
-        roles = list(target.rows(0, axis))
-        mine = match.unit_vectors(target.rows(0, axis), positions.target, roles, size)
-        theirs = match.unit_vectors(source.rows(0, axis), positions.source, roles, size)
-        expected = mean_cosine(axis, *at, size)
-        torch.testing.assert_close((mine @ theirs.T)[at], expected)
-
-
 @pytest.mark.parametrize("neurons", [(32, 32), (32, 50), (50, 32)])
 def test_similarity_and_null_of_strangers(monkeypatch, neurons):
     """By brute force: the mean over all neurons of the smaller layer of their best
@@ -310,17 +287,6 @@ def test_heads_stay_with_their_group():
     assert rows["heads"][::SIZE].tolist() == [0, -1, -1, 24, 32, 40]
 
 
-def test_groups_of_equal_keys_and_values_are_told_apart_by_their_heads():
-    target = made(21, layers=1)
-    for role in "kv":
-        name = f"model.layers.0.self_attn.{role}_proj.weight"
-        target[name] = target[name][:SIZE].repeat(3, 1)
-    source, _, order = planted(target, 22, (0,))
-    _, units = matched(source, target)
-    assert torch.equal(units[0]["groups"], order[0][1]["groups"])
-    assert torch.equal(units[0]["heads"], order[0][1]["heads"])
-
-
 def test_of_sizes_that_match_the_largest_is_taken():
     """Heads of 16 rows whose halves are equal: a half could be taken for the other."""
     target = made(33, layers=1, groups=6)
@@ -343,16 +309,6 @@ def test_of_sizes_that_match_the_largest_is_taken():
 
 
 # --- What has no partner ------------------------------------------------------------
-def test_rows_by_hand():
-    brought = match.Brought("s", 1, torch.tensor([1, -1]), torch.tensor([0, -1]))
-    target = StateDict({"t": torch.tensor([[7.0, 8], [4, 5]])})
-    source = StateDict({"s": torch.tensor([[1.0], [2]])})
-    found = match.read_matched(target, source, "t", brought, 0, 2)
-    assert found.tolist() == [[2, 8], [4, 5]]
-    assert match.read_matched(target, source, "t", brought, 1, 2).tolist() == [[4, 5]]
-    assert target.tensors["t"].tolist() == [[7, 8], [4, 5]]     # not written into
-
-
 def test_what_the_source_lacks_is_the_targets(files):
     """Tensor by tensor against the planted order; with a vocabulary that the target
     extended, a mask of -inf, and whole numbers."""
@@ -465,20 +421,6 @@ def test_strangers_are_refused_and_nothing_is_written(files, capsys):
     assert torch.equal(result["model.norm.weight"], made(2)["model.norm.weight"])
 
 
-def test_report_and_what_is_printed(files, capsys):
-    small, _, _ = planted(made(5), 6, (0, 2), neurons=30)
-    paths = files(target=made(5), source=small)
-    report = paths["target"].with_name("report.json")
-    assert not run(*paths.values(), "--report", report)
-    kinship, = json.loads(report.read_text())["kinship"]
-    assert kinship["related"] is True and kinship["layers"] == [0, None, 1]
-    assert kinship["similarity"][0] == pytest.approx(1, abs=1e-5)   # float32 algebra
-    assert kinship["similarity"][1] < 2 * kinship["null"] < 1
-    printed = capsys.readouterr().out
-    assert "source is related to target: 2 of 3 layers" in printed
-    assert "layer 1 <- none" in printed and "layer 2 <- 1  1.000" in printed
-
-
 # --- Several sources by one match ---------------------------------------------------
 def test_one_match_serves_a_base_and_its_experts(files, capsys):
     """The expert stands in the base's order; its difference to the base is brought
@@ -534,18 +476,6 @@ def test_a_further_source_in_another_order_is_refused(files, capsys):
 
 
 # --- Files ----------------------------------------------------------------------------
-def test_numbers_that_do_not_fit_the_targets_dtype(files):
-    up = "model.layers.1.mlp.up_proj.weight"
-    target = {name: tensor.half() for name, tensor in made(3).items()}
-    source = made(3)
-    source[up] *= 1e5
-    paths = files(target=target, source=source)
-    out = paths["target"].with_name("out.safetensors")
-    found = refused(*paths.values(), "-o", out)
-    assert found.startswith(str(paths["source"])) and up in found
-    assert "float16" in found and not out.exists()
-
-
 def test_a_folder_gets_the_targets_companions(desk):
     target = made(3)
     folder = desk.model(target, **{"1_Pooling/config.json": "[]"})

@@ -41,87 +41,54 @@ merge.py                                                 | 2 | MODEL
 merge.py a b --lam=2                                     | 2 | --lam, at most 1
 merge.py a b --lam=-1                                    | 2 | --lam, 0 or more
 merge.py a b --lam=nan                                   | 2 | --lam
-merge.py a b --lam=x                                     | 2 | --lam, 'x'
 merge.py a b --lam=                                      | 2 | --lam
 merge.py a b --lam=0.1,0.2                               | 2 | 2 values
-merge.py a b c --lam=0.6,0.6                             | 2 | at most 1
-merge.py a b c --lam=0.5,0.5,0.5                         | 2 | 3 values
 merge.py a --lam=0.5                                     | 2 | drop --lam
-merge.py a --operator=soup                               | 2 | drop --operator
 merge.py a --space=weight                                | 2 | drop --space
-merge.py a --align=mean                                  | 2 | drop --align
-merge.py a --control=zero                                | 2 | drop --control
-merge.py a --source-vae=v                                | 2 | drop --source-vae
 merge.py a --base=x                                      | 2 | drop --base
 merge.py a --roundtrip --samples=3                       | 2 | drop --samples
 merge.py a b --roundtrip                                 | 2 | TARGET alone
 merge.py a b --bogus                                     | 2 | --bogus
 merge.py a b --lamb=0.9                                  | 2 | --lamb
-merge.py a b --op=soup                                   | 2 | --op
-merge.py a b --forc                                      | 2 | --forc
-merge.py a b --report=                                   | 2 | empty
 merge.py a b --vae=                                      | 2 | empty
-merge.py a b --source-vae=                               | 2 | empty
 merge.py a b --select=                                   | 2 | empty
-merge.py a b --base=                                     | 2 | empty
 merge.py a b -o ''                                       | 2 | empty
 merge.py a b --select='('                                | 2 | --select
-merge.py a b --select='(?i'                              | 2 | --select
 merge.py a b --select='a{99999999999}'                   | 2 | --select
 merge.py a b --select='3000 brackets'                    | 2 | --select
 merge.py a b --operator=mean                             | 2 | --operator
 merge.py a b --operator=soup --lam=0.5                   | 2 | drop --lam
 merge.py a b --operator=slerp --align=gaussian           | 2 | drop --align
 merge.py a b --operator=slerp --samples=2                | 2 | drop --samples
-merge.py a b --operator=slerp --control=zero             | 2 | drop --control
 merge.py a b c --operator=slerp                          | 2 | one SOURCE
 merge.py a b --operator=task-arithmetic                  | 2 | needs --base
-merge.py a b --operator=task-arithmetic --lam=2          | 2 | needs --base
 merge.py a b --operator=task-arithmetic --base=x --lam=10.1 | 2 | -10 to 10
 merge.py a b --base=x                                    | 2 | drop --base
 merge.py a b --space=weight --residual                   | 2 | drop --residual
-merge.py a b --space=weight --max-nmse=1                 | 2 | drop --max-nmse
 merge.py a b --space=weight --vae=exact                  | 2 | drop --vae
 merge.py a b --space=weight --dtype=bfloat16             | 2 | drop --dtype
-merge.py a b --space=weight --align=mean                 | 2 | drop --align
-merge.py a b --space=weight --samples=2                  | 2 | drop --samples
-merge.py a b --space=weight --control=zero               | 2 | drop --control
-merge.py a b --space=weight --init=random                | 2 | drop --init
 merge.py a b --space=weight --epsilon=1                  | 2 | drop --epsilon
 merge.py a b --max-nmse=0                                | 2 | --max-nmse
 merge.py a b --max-nmse=nan                              | 2 | --max-nmse
-merge.py a b --max-nmse=inf                              | 2 | --max-nmse
 merge.py a b --residual --max-nmse=1                     | 2 | drop --max-nmse
 merge.py a b --residual --samples=2                      | 2 | drop --samples
 merge.py a b --init=pca                                  | 2 | --init
 merge.py a b --init=random --vae=v                       | 2 | drop --vae
-merge.py a b --init=random --source-vae=v                | 2 | drop --source-vae
 merge.py a b --save-vae=w                                | 2 | drop --save-vae
 merge.py a b --dry-run --report=r                        | 2 | drop --report
 merge.py a b --dry-run --init=random --save-vae=v        | 2 | drop --save-vae
-merge.py a b --align=ot                                  | 2 | --align
-merge.py a b --align=units                               | 2 | --align
 merge.py a b --align=gaussian --epsilon=0.1              | 2 | drop --epsilon
 merge.py a b --align=sinkhorn --epsilon=0                | 2 | --epsilon
-merge.py a b --align=sinkhorn --epsilon=nan              | 2 | --epsilon
 merge.py a b --epsilon=0.1                               | 2 | drop --epsilon
-merge.py a b --control=mean                              | 2 | --control
 merge.py a b --control=zero --align=mean                 | 2 | drop --align
 merge.py a b --samples=-1                                | 2 | --samples
 merge.py a b --samples=4097                              | 2 | --samples
-merge.py a b --samples=1.5                               | 2 | --samples
-merge.py a b --device=tpu                                | 2 | --device
-merge.py a b --dtype=float16                             | 2 | --dtype
 merge.py a b --seed=-1                                   | 2 | --seed
-merge.py a b --seed=x                                    | 2 | --seed
 merge.py a b --seed=4294967296                           | 2 | --seed
 train.py a --ratio 0                                     | 2 | --ratio
-train.py a --ratio nan                                   | 2 | --ratio
 train.py a --ratio 65                                    | 2 | --ratio
 train.py a --chunk 0                                     | 2 | --chunk
-train.py a --heads 0                                     | 2 | --heads
 train.py a --heads 3                                     | 2 | twice --heads
-train.py a --width 100 --heads 8                         | 2 | twice --heads
 train.py a --width 32 --init pca                         | 2 | at least --chunk
 train.py a --blocks -1                                   | 2 | --blocks
 train.py a --batch 0                                     | 2 | --batch
@@ -131,37 +98,23 @@ train.py a --lr -1                                       | 2 | --lr
 train.py a --lr inf                                      | 2 | --lr
 train.py a --beta nan                                    | 2 | --beta
 train.py a --seed -1                                     | 2 | --seed
-train.py a --seed 4294967296                             | 2 | --seed
 train.py a --select '('                                  | 2 | --select
-train.py a --select 'a{99999999999}'                     | 2 | --select
-train.py a --select '3000 brackets'                      | 2 | --select
 train.py a --select ''                                   | 2 | empty
-train.py a --log ''                                      | 2 | empty
 train.py a --init ''                                     | 2 | empty
-train.py a --step 1                                      | 2 | --step
 train.py a --resume                                      | 2 | --resume
 train.py a --init vae --ratio 2                          | 2 | network
-train.py a --init vae --chunk 32                         | 2 | network
 train.py a --init vae --beta 0.5                         | 2 | network
-train.py a --init vae --width 256                        | 2 | network
 lsmerge.py a b c                                         | 2 | c
 lsmerge.py ''                                            | 2 | empty
 lora.py                                                  | 2 | -o
 lora.py merge a b -o new                                 | 2 | 'merge'
 lora.py fold a b                                         | 2 | -o
-lora.py fold a b -o                                      | 2 | -o
-lora.py fold a b --out new                               | 2 | -o
 lora.py fold '' b -o new                                 | 2 | empty
-lora.py fold a '' -o new                                 | 2 | empty
 lora.py fold a b -o ''                                   | 2 | empty
 lora.py fold a b -o new --rank 1                         | 2 | --rank
-lora.py fold a b -o new --for                            | 2 | --for
 lora.py extract a b -o new                               | 2 | --rank
 lora.py extract a b -o new --rank 0                      | 2 | --rank
-lora.py extract a b -o new --rank x                      | 2 | --rank
 lora.py extract a b -o new --rank ''                     | 2 | --rank
-lora.py extract a b -o new --ra 1                        | 2 | --ra
-lora.py extract '' b -o new --rank 1                     | 2 | empty
 match.py a                                               | 2 | SOURCE
 match.py a b --seed -1                                   | 2 | --seed
 match.py a b --force                                     | 2 | drop --force
@@ -174,8 +127,6 @@ greedy_soup.py --eval "'x" a b                           | 2 | --eval
 greedy_soup.py --eval true a                             | 2 | two or more
 greedy_soup.py --eval true --space weight a b            | 2 | two or more
 greedy_soup.py --eval true a b --lam 0.5                 | 2 | --lam
-greedy_soup.py --eval true a b --lambda=0.5              | 2 | --lambda
-greedy_soup.py --eval true a b --operator slerp          | 2 | --operator
 greedy_soup.py --eval true a b --init random             | 2 | --init
 greedy_soup.py --eval true a b --dry-run                 | 2 | --dry-run
 weight_statistics.py a --figure f.png                    | 2 | .svg
@@ -201,7 +152,6 @@ merge.py a b -o new --report old                         | 1 | another --report,
 merge.py a b -o new --report none/r                      | 1 | its folder
 merge.py a b -o new --report pipe --force                | 1 | pipe
 merge.py model b -o result --force --report result/model.safetensors | 1 | way
-merge.py model b -o result --force --report result/config.json       | 1 | way
 merge.py model b -o result --force --report inside/model.safetensors | 1 | way
 merge.py model b -o result --force --report result/../result/README.md | 1 | way
 merge.py a b -o vae --vae vae --force                    | 1 | vae, way
@@ -211,11 +161,9 @@ merge.py a b -o new --source-vae vae                     | 1 | --source-vae
 merge.py broken none -o new --vae b                      | 1 | b, VAE
 merge.py a b -o old --force --init random --save-vae a   | 1 | a, way
 merge.py a b -o old --force --init random --save-vae old | 1 | old, way
-merge.py a b -o new --force --init random --report a     | 1 | a, way
 merge.py a b -o old --force --init random --report old   | 1 | old, way
 merge.py a b -o new --init random --save-vae v --report v | 1 | v, way
 merge.py a org/name -o new                               | 1 | nothing is downloaded
-merge.py a a/x -o new                                    | 1 | a/x
 merge.py a /dev/zero -o new                              | 1 | regular
 merge.py a pipe -o new                                   | 1 | pipe
 merge.py a circle -o new                                 | 1 | circle
@@ -228,7 +176,6 @@ train.py a -o new --select zebra                         | 1 | --select
 train.py a -o a --force                                  | 1 | way
 train.py a -o none/new                                   | 1 | folder
 train.py a -o /dev/null --force                          | 1 | /dev/null
-train.py a -o pipe --force                               | 1 | pipe
 train.py a -o new --log new                              | 1 | new, way
 train.py a -o new --log a                                | 1 | a, way
 train.py a -o new --log alias                            | 1 | alias
@@ -244,10 +191,8 @@ lsmerge.py a zebra                                       | 1 | zebra
 lsmerge.py vae                                           | 1 | meets no tensor
 lsmerge.py model/config.json                             | 1 | config.json
 lora.py fold a adapter -o a --force                      | 1 | way
-lora.py fold a adapter -o adapter/adapter_model.safetensors --force | 1 | way
 lora.py fold a adapter -o adapter/adapter_config.json --force       | 1 | way
 lora.py fold a adapter -o new/                           | 1 | folder's name
-lora.py fold a adapter -o old                            | 1 | exists
 lora.py extract b a -o adapter --rank 2                  | 1 | exists
 lora.py extract b a -o foreign --rank 2 --force          | 1 | notes.txt
 match.py c.safetensors b -o c.safetensors                | 1 | way
@@ -530,7 +475,6 @@ BAD = {     # given as: {case: (its maker, words of the line)}
         "two files": (folder(a__safetensors="", b__safetensors=""), "2 .safetensors"),
         "an adapter alone": (adapter(), "adapter", "lora.py fold"),
         # Indexes.
-        "no JSON": (index(text="{"), INDEX),
         "no map": (index(text='{"weight_map": ["w"]}'), INDEX),
         "a nesting bomb": (index(text="[" * 200_000), INDEX),
         "a shard is no text": (index(UP, 5), INDEX),
@@ -542,36 +486,26 @@ BAD = {     # given as: {case: (its maker, words of the line)}
         "a missing shard": (index(EMBED, "missing.safetensors"), EMBED, "missing.saf"),
         "outside": (index("*", "../x/s.safetensors"), INDEX),
         "outside by a detour": (index("*", "sub/../../x/s.safetensors"), INDEX),
-        "an absolute path": (index("*", "/etc/x.safetensors"), INDEX),
-        "a folder above": (index("*", ".."), INDEX),
         "no name": (index("*", ""), INDEX),
         # Numbers.
         "NaN in a norm": (number(NAN, NORM, torch.ones(64), -1), NORM, "NaN"),
         "NaN in an embedding": (number(NAN, EMBED, torch.ones(40, 64)), EMBED),
         "NaN at the end": (number(NAN, UP, torch.ones(2 * ck.PIECE + 5, 1), -1), UP),
-        "float16 Inf": (number(math.inf, NORM, torch.ones(64).half()), NORM, "Inf"),
         "float8 NaN": (number(NAN, NORM, torch.ones(64).to(F8)), NORM, "NaN or Inf"),
         "float64 too large": (number(1e300, UP, torch.ones(96, 64).double()), UP),
         "an odd name": (number(NAN, "é\u2028\x1b[2J\n", torch.ones(2)), "é\\u2"),
         # Quantised: integers or float8 beside their scales.
         "scale_weight": (quantised(F8, ".weight", ".scale_weight"), "quantised"),
         "scale_inv": (quantised(F8, ".weight", ".weight_scale_inv"), "quantised"),
-        "weight_scale": (quantised(F8, ".weight", ".weight_scale"), "quantised"),
         "scale": (quantised(F8, ".weight", ".scale"), "quantised"),
         "GPTQ": (quantised(I32, ".qweight", ".qzeros", ".scales"), "quantised"),
-        "AWQ": (quantised(I32, ".qweight", ".scales"), "quantised"),
         "8 bits": (quantised(I8, ".weight", ".SCB"), "quantised"),
-        "4 bits": (quantised(U8, ".weight", ".weight.absmax"), "quantised"),
         "HQQ": (quantised(U8, ".W_q", ".scale", ".zero"), "quantised"),
-        "nvfp4": (quantised(U8, ".weight", ".weight_scale_2"), "quantised"),
         "mxfp4": (quantised(U8, "_blocks", "_scales"), "quantised"),
-        "packed": (quantised(I32, ".weight_packed", ".weight_scale"), "quantised"),
-        "EETQ": (quantised(I8, ".weight", ".weight_scales"), "quantised"),
         "quanto": (quantised(I8, ".weight._data", ".weight._scale"), "quantised"),
         "another kind": (quantised(I8, ".kernel", ".kernel_scale"), "quantised"),
         "its configuration": (configured(quantization_config=FP8), "quantised"),
         "of its text": (configured(text={"quantization_config": FP8}), "quantised"),
-        "an older word": (configured(compression_config=FP8), "quantised"),
         "ModelOpt": (configured("hf_quant_config.json", quantization=FP8), "quantised"),
     },
     "source": {
@@ -585,10 +519,7 @@ BAD = {     # given as: {case: (its maker, words of the line)}
         "another shape": (network({}, embed__weight=ONE), "[2, 2]"),
         "NaN in it": (network({}, embed__weight=NAN * torch.ones(16, 8)), "NaN"),
         "no configuration": (network("{}"), "train.py"),
-        "a configuration of null": (network("null"), "train.py"),
-        "half a configuration": (network('{"chunk": 8}'), "train.py"),
         "a wrong type": (network({"chunk": "8"}), "train.py"),
-        "half a chunk": (network({"chunk": 8.5}), "train.py"),
         "an impossible value": (network({"width": 4}), "width"),
         "an unknown start": (network({"init": "zeros"}), "init"),
         "an earlier version": (network({"places": ["a"]}), "train.py"),
@@ -599,31 +530,19 @@ BAD = {     # given as: {case: (its maker, words of the line)}
         # Adapters that are more than W + s B A, or less.
         "DoRA": (adapter(use_dora=True), "use_dora"),
         "LoKr": (adapter(peft_type="LOKR"), "LOKR"),
-        "biases": (adapter(bias="all"), "bias"),
-        "saved modules": (adapter(modules_to_save=["lm_head"]), "modules_to_save"),
-        "a later PEFT": (adapter(something_new=True), "something_new"),
         "PiSSA": (adapter(init_lora_weights="pissa_niter_4"), "pissa"),
         "a wrong rank": (adapter(r=5), "rank 5"),
         "a rank of text": (adapter(r="4"), "r '4'"),
-        "a huge rank": (adapter(r=HUGE), "rank 1000"),
-        "a rank of true": (adapter(r=True), "r True"),
         "no alpha": (adapter(lora_alpha=None), "lora_alpha None"),
         "alpha is NaN": (adapter(lora_alpha=math.nan), "lora_alpha nan"),
         "a huge alpha": (adapter(lora_alpha=HUGE), "lora_alpha 1000"),
-        "alpha out of bounds": (adapter(lora_alpha=1e30), "lora_alpha 1e+30"),
-        "a huge alpha of one": (adapter(alpha_pattern={"q_proj": -HUGE}), "-1000"),
         "alpha is a table": (adapter(alpha_pattern={"q_proj": {}}), "alpha {}"),
         "a list of patterns": (adapter(rank_pattern=["q_proj"]), "rank_pattern"),
         "a broken pattern": (adapter(alpha_pattern={"(": 4}), "alpha_pattern"),
-        "a huge repeat": (adapter(rank_pattern={"a{99999999999}": 4}), "rank_pat"),
         "an endless repeat": (adapter(rank_pattern={"(a?){4294967294}": 4}), "ever"),
-        "repeats of repeats": (adapter(rank_pattern={"((.+)+)+x": 4}), "for ever"),
-        "a nested set": (adapter(rank_pattern={"[[]x": 4}), "rank_pattern"),
         "deep brackets": (adapter(rank_pattern={"(" * 3000 + ")" * 3000: 4}), "patt"),
         "flags inside": (adapter(rank_pattern={"(?i)Q_PROJ": 4}), "rank_pattern"),
-        "a magnitude": (adapter(with_(f"{Q}.lora_magnitude_vector", ONE)), "magnitude"),
         "an embedding": (adapter(with_("embed.lora_embedding_A", ONE)), "embedding_A"),
-        "a bias tensor": (adapter(with_(f"{Q}.base_layer.bias", ONE)), "q_proj.bias"),
         "a convolution": (adapter(with_(QA, torch.ones(4, 64, 1, 1))), "convolution"),
         "one factor": (adapter(without(QB)), "other factor"),
         "a factor twice": (adapter(twice), "two names"),
@@ -634,8 +553,6 @@ BAD = {     # given as: {case: (its maker, words of the line)}
         "no adapter's configuration": (adapter_file(CONFIG), CONFIG),
         "its configuration is cut": (adapter_file(CONFIG, b"{"), "JSON"),
         "it is a list": (adapter_file(CONFIG, b"[]"), "JSON"),
-        "it is no text": (adapter_file(CONFIG, b'{"r": "\xff"}'), "JSON"),
-        "an endless number": (adapter_file(CONFIG, b'{"r": 1%05000d}' % 0), "JSON"),
         "no adapter's weights": (adapter_file(WEIGHTS), WEIGHTS),
         "a zip": (adapter_file(WEIGHTS, b"PK\3\4" + bytes(40)), "convert it"),
     },
@@ -652,11 +569,9 @@ BAD = {     # given as: {case: (its maker, words of the line)}
         # Models that match.py cannot match.
         "a narrow embedding": (hidden(with_(EMBED, torch.ones(300, 32))), EMBED),
         "an embedding of one dimension": (hidden(with_(EMBED, torch.ones(64))), EMBED),
-        "an embedding of one number": (hidden(with_(EMBED, torch.ones(()))), EMBED),
         "an embedding without rows": (hidden(with_(EMBED, torch.ones(0, 48))), EMBED),
         "no embedding": (hidden(renamed("embed_tokens", "words")), "no embedding"),
         "NaN in its embedding": (hidden(with_nan(EMBED)), EMBED),
-        "NaN in an MLP": (hidden(with_nan(UP)), UP),
         "infinity in a norm": (hidden(with_nan(LN, math.inf)), LN),
         "a fused projection": (hidden(renamed("q_proj", "qkv_proj")), "attn.qkv"),
         "experts": (hidden(renamed("mlp.", "mlp.experts.0.")), "0.mlp.experts.0."),

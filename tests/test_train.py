@@ -304,19 +304,6 @@ def test_it_goes_on_from_a_file(models, tmp_path):
     assert vae.config == start.config and not equal(vae, start)
 
 
-def test_it_says_when_merge_py_will_refuse_the_codec(models, tmp_path, capsys):
-    """And merge.py does."""
-    import merge
-    for ratio, refused in ((1, False), (4, True)):
-        path = tmp_path / f"v{ratio}"
-        flags = ["--init", "pca", "--ratio", ratio, *NONE]
-        assert run(models["a"], "-o", path, *flags) == 0
-        assert ("warning: merge.py refuses" in capsys.readouterr().err) == refused
-        flags = [models["a"], models["b"], "-o", tmp_path / f"m{ratio}", "--vae", path]
-        argv = [*map(str, flags), "--quiet"]
-        assert ck.command(lambda: merge.main(argv)) == refused
-
-
 def interrupted_after(stage, step, monkeypatch):
     """Ctrl-C in place of a step; the count of those that were taken."""
     real, count = train.train_step, {1: 0, 2: 0}
