@@ -484,18 +484,6 @@ def test_gaussian_map_is_finite_and_bounded(n, m, d, scale):
     close(mapped.mean(0), target.mean(0), atol=1e-4)    # A up to 1e6 times the rounding
 
 
-def test_constant_clouds_and_one_dimension():
-    z = cloud(50, 4)
-    flat = torch.full((50, 4), 3.0).double()
-    close(gaussian(flat, z)[1], z.mean(0).expand(50, 4), atol=1e-9)
-    close(gaussian(z, flat)[1], flat, atol=1e-9)
-    close(gaussian(flat, flat - 1)[1], flat - 1, atol=0)
-    x = 2 * cloud(60, 1, 1) + 1
-    y = cloud(80, 1, 2)
-    ratio = y.std(correction=0) / x.std(correction=0)
-    close(gaussian(x, y)[1], y.mean() + (x - x.mean()) * ratio, atol=1e-12)
-
-
 def test_wasserstein_against_sqrtm_and_one_dimension():
     source, target = mixed(300, 8, 1), mixed(200, 8, 2)
     S_s, S_t = covariances(source, target)

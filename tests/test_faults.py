@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 import chunking as ck
 import merge
 import train
-from conftest import (ROOT, assert_equal, check_line, ended, forked, llama_tensors,
-                      save, sharded, snapshot, two_processes)
+from conftest import (ROOT, assert_equal, check_line, ended, forked, save, sharded,
+                      snapshot, two_processes)
 
 NORM = "model.norm.weight"
 KINDS = pytest.mark.parametrize("kind", ["file", "folder"])
@@ -293,16 +293,6 @@ def test_a_process_of_its_own_in_a_poor_environment(box):
     (box / "mergé/README.md").read_text(encoding="utf-8")
 
 
-def test_a_result_whose_name_is_no_text(box):
-    target, source = merge_of(box, "folder")[:2]
-    out = os.fsdecode(os.path.join(os.fsencode(box.folder), b"o\xff"))
-    code, _, error = box.run(target, source, "-o", out)
-    assert code == 0, error
-    os.rename(out, box / "m")           # the library reads no such path
-    assert load_file(box / "m/model.safetensors")
-    (box / "m/README.md").read_text(encoding="utf-8")
-
-
 def test_integrity_rests_on_no_assert():
     """python -O drops them: a file that lacked pieces was once published."""
     for name in ("lsmerge", "chunking", "vae", "align", "train", "merge"):
@@ -332,28 +322,6 @@ def test_modes_links_and_other_names(box):
     assert stat.S_IMODE((box / "new").stat().st_mode) == 0o750
     assert (box / "link").is_symlink() and load_file(box.out)
     assert box.b.read_bytes() == source != (box / "alias").read_bytes()
-
-
-ODD = {"a\nb": torch.ones(2), "a\0b": torch.ones(1), "../../x": torch.ones(2),
-       "/etc/x": torch.tensor(3.5), "x" * 9_999: torch.ones(2).bfloat16(),
-       "ids": torch.arange(3), "empty": torch.zeros(0, 4),
-       "layers.0.empty": torch.zeros(4, 0), "wide": torch.ones([1] * 60)}
-
-
-@pytest.mark.parametrize("known", [True, False])
-def test_odd_tensors_pass_through(box, known):
-    """Names are never paths; scalars, empty tensors and integers keep name, shape and
-    dtype, in the source or not."""
-    target = box.put(load_file(box.a) | ODD, "t")
-    source = load_file(box.b)
-    if known:
-        source |= ODD
-    source = box.put(source, "s")
-    before = {*box.folder.parent.iterdir()}
-    got, _ = box.merged(target, source)
-    assert_equal({name: got[name] for name in ODD}, ODD)
-    assert got.keys() == load_file(target).keys()
-    assert {*box.folder.parent.iterdir()} == before
 
 
 def packed(header, data):

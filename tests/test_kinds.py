@@ -167,18 +167,6 @@ def test_names_that_differ(desk, case):
     check_siblings(desk, target, source, partner)
 
 
-def test_another_width_leaves_the_vision_tower_alone(desk):
-    paths = [desk.put(LLAVA, "a"), desk.put(llama(layers=1, hidden=24), "b")]
-    got, report = desk.merged(*paths)
-    assert report["kind"] == "cross-shape" and report["lambda"] == [0.1]
-    vision = [name for name in LLAVA if "vision" in name]
-    assert set(vision) <= set(report["unpaired"])
-    for name in vision:
-        assert torch.equal(got[name], LLAVA[name])
-    text = "language_model." + UP
-    assert not torch.equal(got[text], LLAVA[text])
-
-
 # --- Units: spreads that differ, constants. With the reference VAE --------------------
 DOWN = "model.layers.1.mlp.down_proj.weight"
 UNITS = {           # (a tensor of the target, of the source)
@@ -412,27 +400,6 @@ def test_distances_of_huge_and_tiny_weights(desk, scale):
     apart = (got[UP].double() - a[UP].double()) / scale
     true = (apart.norm() / (a[UP].double() / scale).norm()).item()
     assert report["distance"]["to_target"] in (None, pytest.approx(true, rel=1e-3))
-
-
-NO_LAYERS = {NORM: drawn(8), EMBED: drawn(8, 8)}
-NOTHING = {         # (target, source, --select)
-    "embeddings across shapes": (A, llama(hidden=24), "embed"),
-    "vectors only": (A, A, "norm"),
-    "no layers": (NO_LAYERS, NO_LAYERS, "."),
-    "whole numbers": ({"ids": torch.arange(4)}, {"ids": torch.arange(4)}, "."),
-}
-
-
-@pytest.mark.parametrize("case", NOTHING)
-def test_nothing_left_to_encode(desk, case):
-    """A plain result, or one line."""
-    a, b, pattern = NOTHING[case]
-    pair = [desk.put(a, "a"), desk.put(b, "b")]
-    code, _, error = desk.run(*pair, "--select", pattern, "-o", desk / "m")
-    if code == 0:
-        assert load_file(desk / "m").keys() == a.keys()
-    else:
-        assert code == 1 and error.startswith("error: ") and error.count("\n") == 1
 
 
 # --- What the user is told ------------------------------------------------------------

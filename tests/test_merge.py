@@ -97,27 +97,6 @@ def test_weight_space_is_exact_arithmetic(models, desk):
     assert report["codec"] == "none"
 
 
-def test_equal_shapes_share_pooled_statistics(models, desk):
-    """By hand with a lossy codec, whose result depends on the unit: numpy's mean and
-    deviation of both parents' weights together. So the parents may be exchanged."""
-    a = load_file(models["a"])
-    b = {name: 3 * w + 0.1 for name, w in load_file(models["b"]).items()}
-    other = desk.put(b, "b")
-    flags = ["--vae", models["lossy"], "--max-nmse", 2]
-    got, _ = desk.merged(models["a"], other, "--lam", 0.4, *flags)
-    mean, std = unit_of(a[NAME], b[NAME])
-    vae = Codec.load(models["lossy"]).vae
-    with torch.no_grad():
-        z = 0
-        for c, w in ((0.6, a[NAME]), (0.4, b[NAME])):
-            x_BTC = ((w.double() - mean) / std).float().reshape(-1, 16, 64)
-            z = z + c * vae.encode(x_BTC).mu_BTZ
-        check_tensor(got, vae.decode(z) * std + mean, rtol=1e-5)
-    mixed, _ = desk.merged(models["a"], other, *flags)
-    swapped, _ = desk.merged(other, models["a"], *flags)
-    assert_near(mixed, swapped, rtol=1e-5)
-
-
 @pytest.mark.parametrize("pattern, count", [
     ("mlp", 6), ("embed", 1), (r"layers\.1\..*_proj", 7), ("zebra", 0)])
 def test_select_leaves_everything_else_the_targets(models, desk, pattern, count):
@@ -459,8 +438,6 @@ def test_auto_aligns_only_what_has_another_shape(models, desk, lam):
     got, report = desk.merged(desk.put(narrow, "t"), models["b"], "--lam", 0.5)
     check_tensor(got, (narrow[NAME].double() + b) / 2, rtol=1e-5)
     assert {r["role"] for r in report["alignment"]} == {"k", "v"}
-    norm = "model.norm.weight"          # not encoded, so the target's across shapes
-    assert torch.equal(got[norm], narrow[norm])
 
 
 def test_sinkhorn_is_cut_into_problems_that_fit_the_memory(models, desk, monkeypatch):
@@ -504,19 +481,10 @@ def test_controls_hold_nothing_of_the_source(models, desk, kind):
     for name, tensor in load_file(models["a"]).items():
         if not is_encoded(name, tensor):
             assert torch.equal(found[name], tensor)
-    z_t, scale, mean = standardised(models["a"], NAME)
-    z = (((got[NAME].double() - mean) / scale).reshape(-1, 64) - 0.6 * z_t) / 0.4
-    if kind == "zero":
-        expected = z_t.mean(0).expand_as(z)
-        torch.testing.assert_close(z, expected, rtol=0, atol=1e-4)
-    elif kind == "shuffled":                    # the target's own chunks, each once
-        assert_near(found, got, rtol=1e-5)      # a pooled unit changes nothing
-        near = torch.cdist(z, z_t).min(1)
-        assert sorted(near.indices.tolist()) == list(range(len(z_t)))
-        assert near.values.max() < 1e-3
-    else:               # 96 x 64 numbers: five standard errors of a deviation
-        error = 5 / (2 * z.numel()) ** 0.5
-        assert z.std().item() == pytest.approx(z_t.std().item(), abs=error)
+    if kind == "zero":          # the others: test_align.py
+        z_t, scale, mean = standardised(models["a"], NAME)
+        z = 0.6 * z_t + 0.4 * z_t.mean(0)
+        check_tensor(got, z * scale + mean, rtol=1e-5)
     again, _ = desk.merged(models["a"], models["big"], *flags, "--seed", 1)
     assert torch.equal(again[NAME], got[NAME]) == (kind == "zero")
 
@@ -529,16 +497,12 @@ def encoded(vae, model, name):
 
 
 def test_two_vaes_of_different_latent_sizes(models, desk):
-    """Latents are projected in both directions, by hand; for every aligner."""
+    """Latents are projected in both directions, by hand."""
     flags = "--chunk 32 --width 64 --init pca --blocks 0 --steps1 0 --steps2 0"
     vae = desk / "v"
     desk.run(models["a"], "-o", vae, *flags.split(), main=train.main)
     before = load_file(models["a"])
     way = [models["a"], models["big"], "--vae", vae, "--source-vae", models["vae"]]
-    for method in ("gaussian", "sinkhorn"):
-        got, report = desk.merged(*way, "--align", method)
-        assert report["tensors"]["encoded"] == 14
-        assert not torch.equal(got[NAME], before[NAME])
     got, _ = desk.merged(*way, "--align", "none")
     codec, z_t = encoded(vae, models["a"], NAME)
     _, z_s = encoded(models["vae"], models["big"], PARTNER)

@@ -21,7 +21,7 @@ import train
 import vae
 import weight_statistics
 from conftest import INDEX, SHARDS, Desk, llama_tensors, relative, save, sharded
-from test_lora import QA, QB, Q, write_adapter
+from test_lora import QA, QB, write_adapter
 from test_match import made
 
 COMMANDS = {"merge.py": merge.main, "train.py": train.main, "lsmerge.py": lsmerge.tour,
@@ -182,6 +182,7 @@ train.py a -o new --log alias                            | 1 | alias
 train.py b -o new --log link                             | 1 | link
 train.py a -o new --log pipe                             | 1 | pipe
 train.py a -o new --log /dev/full                        | 1 | /dev/full
+train.py a -o new --lr 1e30 --steps1 20                  | 1 | lower --lr
 train.py a -o new --init foo                             | 1 | random\\, pca
 train.py a -o new --init b                               | 1 | VAE
 train.py a -o vae --init vae --force                     | 1 | vae, way

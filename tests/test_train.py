@@ -252,15 +252,6 @@ def test_the_rates_of_the_stages(models):
         assert [stage["lr"] for stage in stages] == pytest.approx(expected[1:])
 
 
-def test_a_loss_that_is_not_finite_ends_the_training_with_the_remedy(
-        models, tmp_path, capsys):
-    flags = ["--lr", 1e30, "--steps1", 20, *FLAGS]
-    assert run(models["a"], "-o", tmp_path / "v", *flags) == 1
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "lower --lr" in error
-    assert not list(tmp_path.iterdir())
-
-
 # --- The command ----------------------------------------------------------------------
 def test_command(models, tmp_path, capsys):
     """Two files, one VAE; the record and the log; same inputs and seed, same bytes."""
