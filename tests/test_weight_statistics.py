@@ -68,6 +68,7 @@ def test_a_picture_never_replaces_its_input(desk, models):
     odd = desk / "odd.svg"
     odd.write_bytes(models["a"].read_bytes())
     desk.refuse(odd, "--figure", odd, words=["another --figure"], main=ws.main)
-    desk.refuse(odd, "--figure", desk / "none/f.svg", words=["its folder"], main=ws.main)
+    nowhere = [odd, "--figure", desk / "none/f.svg"]
+    desk.refuse(*nowhere, words=["its folder"], main=ws.main)
     assert desk.run(odd, "--figure", desk / "f.svg", main=ws.main)[0] == 0
     assert "<svg" in (desk / "f.svg").read_text()
