@@ -4,7 +4,7 @@ Paper: Sec. 3.3, Algorithm 1. A row of latents is a chunk: I rows of the source,
 the target, Z numbers each. In the order of Algorithm 1:
 
     line 1   pair_names, pair_layers     names -> which tensor meets which
-    line 3   project                     latents z_IZ -> z_JZ, by overlap in order
+    line 3   project_rows                latents z_IZ -> z_JZ, by overlap in order
     line 4   gaussian_map                transport of moments: the paper's formula
              sinkhorn, barycentric_map   transport of points
              ALIGNERS                    name -> function; a fork adds one, and a line

@@ -328,8 +328,16 @@ class CheckpointError(ValueError):
     def __init__(self, file, what, fix, tensor=None):
         if tensor is not None:
             what = f"tensor '{tensor}': {what}"
-        # A name may hold line breaks and control characters: repr shows them as codes.
-        super().__init__(repr(f"{file}: {what}; fix: {fix}")[1:-1])
+        super().__init__(one_line(f"{file}: {what}; fix: {fix}"))
+
+
+def one_line(text):
+    """A text with codes for what would break its line, or command a terminal: names may
+    hold it.  Example: a line break becomes a backslash and an n"""
+    def code(found):
+        return repr(found[0])[1:-1]
+
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", code, text)
 
 
 # What to do, where several errors need the same.
@@ -361,6 +369,8 @@ MAGIC = [
     (b"<", "a web page or XML, not the weights", "download the file itself")]
 # Numbers that mean a weight only together with a scale. (int64 is for indices.)
 PACKED = {"I8", "U8", "I16", "I32", "U32", "F8_E4M3", "F8_E5M2"}
+# The roles that hold weights and never whole numbers.
+MATRICES = {"q", "k", "v", "o", "qkv", "gate", "up", "gate_up", "down"}
 # How their scales are called, in the last dotted part of a name.
 SCALES = r"(?i)(scale|absmax|quant|qzeros|\bscb\b)[^.]*$"
 
@@ -401,17 +411,19 @@ def read_header(path):
 
 def refuse_quantised(entries, folder):
     """Integers or float8 beside their scales are no weights, whatever their names: a
-    weight is their product, and an average of the integers alone would be noise.
+    weight is their product, and an average of the integers alone would be noise. Nor
+    are integers where attention and MLP have their matrices.
 
     Example:  'q_proj.weight' in float8 beside 'q_proj.weight_scale'; in bitsandbytes'
               files beside 'q_proj.weight.absmax', whose module is the weight itself
     """
     scaled = {name.rpartition(".")[0] for name in entries if re.search(SCALES, name)}
     for name, entry in entries.items():
-        packed = DTYPE_NAMES[entry.dtype] in PACKED and len(entry.shape) >= 2
-        beside = name in scaled or name.rpartition(".")[0] in scaled
-        need(not (packed and beside), entry.file,
-             f"is quantised: {entry.dtype} beside its scales", ORIGINAL, name)
+        if DTYPE_NAMES[entry.dtype] in PACKED and len(entry.shape) >= 2:
+            beside = name in scaled or name.rpartition(".")[0] in scaled
+            integers = entry.place.role in MATRICES and not entry.is_float
+            need(not beside and not integers, entry.file,
+                 f"is quantised: {entry.dtype}", ORIGINAL, name)
     # config.json and hf_quant_config.json say so as well. With {} or null they do not.
     for config in Path(folder).glob("*config.json"):
         said = re.search(rb'"(quantization|compression)(_config)?"\s*:\s*\{\s*"',
@@ -507,8 +519,8 @@ class Checkpoint:
             for name in names or held:      # the index decides what is read from where
                 need(name in held, shard, f"lacks what {file} says", AGAIN, name)
                 entries[name] = held[name]
-        refuse_quantised(entries, dirname(file))
         self.entries = in_order(entries)
+        refuse_quantised(self.entries, dirname(file))
         self.files = [file, *shards]
         # Opened once: what is read stays the same file, even if its name is given away.
         self._handles = {shard: open(shard, "rb") for shard in shards}
@@ -663,13 +675,13 @@ def rename(new, path, force):
 
 
 @contextlib.contextmanager
-def create(path, entries, metadata=(), folder=False, force=False):
-    """An Output that appears at `path`, complete and checked. folder: as the
-    model.safetensors of a folder, beside which others may put files (output.path)."""
+def create(path, entries, metadata=(), inside=None, force=False):
+    """An Output that appears at `path`, complete and checked. inside: its name in a
+    folder `path`, beside which others may put files (output.path)."""
     with appear(path, force) as file:
-        if folder:
+        if inside:
             os.mkdir(file)
-            file = join(file, "model.safetensors")
+            file = join(file, inside)
         make_file(file, entries, metadata)
         output = Output(file)
         yield output
@@ -719,17 +731,17 @@ def check_output(path, others, force, flag="-o", folder=None):
 class Parser(argparse.ArgumentParser):
     """argparse with this project's contract: one line on stderr, exit code 2."""
 
-    def read(self, argv):
-        """The arguments; options and files in any order.
+    def __init__(self, **settings):
+        # `--lam` must not change its meaning when `--lamp` is added.
+        super().__init__(allow_abbrev=False, **settings)
 
-        Nothing is abbreviated: `--lam` must not change its meaning when `--lamp` is
-        added. An empty value is an unset shell variable (`--vae "$VAE"`), and never
-        means "not given".
-        """
-        self.allow_abbrev = False
+    def read(self, argv):
+        """The arguments; options and files in any order. An empty value is an unset
+        shell variable (`--vae "$VAE"`), and never means "not given"."""
         found = self.parse_intermixed_args(argv)
-        if "" in vars(found).values():
-            self.error("a value is empty")
+        for value in vars(found).values():
+            if value == "" or isinstance(value, list) and "" in value:
+                self.error("a value is empty")
         return found
 
     def print_help(self, file=None):
@@ -737,7 +749,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         # argparse's own prints the usage as well.
-        self.exit(2, f"error: {self.prog}: {message}; fix: see --help\n")
+        self.exit(2, one_line(f"error: {self.prog}: {message}; fix: see --help") + "\n")
 
 
 def say(*lines, stream=None):
@@ -787,7 +799,7 @@ def command(run):
                                "check the path, permissions and free space")
     except (MemoryError, RuntimeError) as error:
         # torch's allocator for the CPU raises a plain RuntimeError, told by its text.
-        if not re.search("can't allocate|out of memory|^$", str(error)):
+        if not re.search("can't allocate|(out of|enough) memory|^$", str(error)):
             raise
         line = "out of memory; fix: set OMP_NUM_THREADS=1, or take a larger machine"
     except KeyboardInterrupt:

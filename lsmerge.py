@@ -20,7 +20,7 @@ Paper                       here                                      where
     lambda                      lam: weight of a SOURCE; 0: the target's round trip
     z_s, z_t, z~, z_lambda      z_source, z_target, z_aligned, z_merged
     r, the compression ratio    VAEConfig.ratio = C / Z
-    r of Algorithm 1, line 3    never formed: project takes both sizes
+    r of Algorithm 1, line 3    never formed: align.project_rows takes both sizes
     A and T* of Eq. 2           gaussian_map; sinkhorn, barycentric_map    align.py
     Algorithm 1                 line 1: align.pair_names; lines 2 to 6: ls_merge
 
@@ -28,6 +28,10 @@ Example: a q_proj of 128 x 128 has L = 16,384 weights, N = 256 chunks of C = 64,
 windows of T = 16, and Z = 64 at r = 1. A source of 192 x 192 has 576 chunks. Its 576
 latents are projected to 256, transported, merged with the target's 256, and decoded to
 16,384 weights.
+
+Larger tensors pass in pieces: a *piece* is what is read at a time (262,144 weights), a
+*batch* what the network takes of it (32 windows), a *window* what attention sees (T
+chunks).
 
 In this order: the method; E and D; operators; alignment; the tour. Not here: which
 tensors meet, the command line and files of a whole run (merge.py).
@@ -154,10 +158,11 @@ class Codec:
         chunks_NC, _ = chunk(standardise(flat_L.to(self.device), stats), self.C)
         parts = []                                          # (B, T, Z) each
         for number, (x_BTC, real_BT) in enumerate(self.batches(chunks_NC), first):
-            posterior = self.net.encode(x_BTC, real_BT)     # q(z | w)
-            z_BTZ = posterior.mu_BTZ
             if samples:
+                posterior = self.net.encode(x_BTC, real_BT)             # q(z | w)
                 z_BTZ = self_merge(posterior, samples, generator_for(*seed, number))
+            else:
+                z_BTZ = self.net.encode_mean(x_BTC, real_BT)
             parts.append(z_BTZ)
         # (B, T, Z) of all windows -> (N, Z), without the chunks of padding
         return from_windows(torch.cat(parts), len(chunks_NC)).float()
@@ -433,12 +438,12 @@ def show_encoding(parent):
     w_L = parent.read(0, stats.numel)
     chunks_NC, real_NC = chunk(standardise(w_L, stats), parent.codec.C)
     z_NZ = parent.latents(0, parent.N)
-    show("line 2  w         L      chunking.measure", w_L)
+    show("line 2  w         L      chunking.Checkpoint", w_L)
     show("        X         N x C  chunking.chunk", chunks_NC)
     show("        real: 1   N x C  padding: 0", real_NC)
     show("        z = E(X)  N x Z  lsmerge.Codec.encode", z_NZ)
     lost_L = parent.codec_error(0, parent.N)
-    show("        w - D(z)  L      lsmerge.Codec.decode", lost_L)
+    show("        w - D(z)  L      lsmerge.Parent", lost_L)
 
 
 def tour(argv=None):

@@ -33,7 +33,8 @@ them (run.lam, run.operator, ...), and what was found since:
 
     run.models  Checkpoints: the target, the sources, and the base of a task arithmetic
     run.codecs  the target's Codec, and that of sources of other shapes; or none
-    run.along   the files beside the weights of a result folder; None for a file
+    run.inside  the name of the weights in a result folder; None for a result file
+    run.along   the files beside them
     run.kind    self, same-shape or cross-shape
     run.tasks   a Task for each tensor of the target, in its order
     run.sink    the Output that is written to
@@ -49,6 +50,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -57,8 +59,8 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from os.path import (abspath, basename, dirname, isfile, join, normpath, realpath,
-                     relpath)
+from os.path import (abspath, basename, dirname, isfile, islink, join, normpath,
+                     realpath, relpath)
 
 import numpy as np
 import torch
@@ -75,11 +77,14 @@ from train import MAX_NMSE, gather, pick_device, rank_and_size, start_parser
 VERSION = "3.0"
 REFERENCE = join(dirname(abspath(__file__)), "experiments/models/vae.safetensors")
 SAMPLES = 8             # draws of a self-merge: their noise shrinks by sqrt(8)
-RELATED = 0.1           # cosine of weights: trained apart 0.00, experts of one base 0.9
-GLANCE = 1 << 12        # weights of a tensor for that cosine, then right to 0.02
+RELATED = 0.5           # cosine of weights: trained apart 0.00, experts of one base 0.9
+STRIP = 256             # weights in a strip of a tensor, of which that cosine is taken,
+STRIPS = 11             # and their number: 2,816 weights tell it to 0.02
 FAR = 0.8               # distance of two parents over the target's norm; strangers: 1.4
 SHARE = 1 << 12         # source weights for each of the target's, at most: a piece
 GATE_WEIGHTS = 1 << 16  # of a tensor, in windows evenly spread: the gate takes seconds
+# The names of PEFT, kohya and LyCORIS for what is added to weights.
+ADAPTER = r"lora_|lora\.(up|down)|hada_w|lokr_w|ia3_l|base_layer\."
 MATCH = "if they are relatives, run python experiments/tools/match.py first"
 HARM = ("Merging unrelated models does harm: +0.09 bits per byte and more in our "
         "measurements (experiments/RESULTS.md, Table 5)")
@@ -94,6 +99,10 @@ def main(argv=None):
     run.codecs = load_codecs(run)
     run.models = [Checkpoint(path) for path in run.paths]
     for model in run.models:
+        for name in model.entries:
+            need(not re.search(ADAPTER, name), model.path, "belongs to an adapter: its "
+                 "factors cannot be merged, but their product can",
+                 "python experiments/tools/lora.py fold BASE ADAPTER -o EXPERT", name)
         single = join(model.path, "model.safetensors")
         if isfile(single) and single not in model.files:    # people may expect either
             say(f"note: {single} is not used: the index names other files")
@@ -139,7 +148,7 @@ def merge(run):
     with contextlib.ExitStack() as stack:
         if rank_and_size()[0] == 0:
             output = stack.enter_context(create(run.output, entries, header,
-                                                run.along is not None, run.force))
+                                                run.inside, run.force))
             put_companions(run, dirname(output.path))
             gather(output.path)             # the others wait for it
         else:
@@ -198,6 +207,7 @@ class Task:
     entry: Entry
     number: int                 # its position in the target: part of every seed
     parents: dict
+    # Set by `decide`; `plan`, `measure_task` and `tie` may turn it into a copy.
     action: str = "averaged"    # or "encoded", or "copied"
     why: str = ""               # it is copied
     tied: tuple = ()            # names of tensors that are to stay equal to this one
@@ -217,6 +227,7 @@ def plan(run):
     ours:     equal shapes: 1 / (N + 1), the uniform average of target and N sources
     """
     target, *sources = run.models
+    warnings = []
     run.tasks = []
     for number, entry in enumerate(target.entries.values()):
         run.tasks.append(Task(entry, number, {0: entry}))
@@ -226,6 +237,7 @@ def plan(run):
         for task in run.tasks:
             if task.entry.name in pairs:
                 task.parents[k] = source.entries[pairs[task.entry.name]]
+        warnings += left_out(source, pairs.values()) + contradictions(target, source)
     run.kind = "self"
     if sources:
         run.kind = "same-shape"
@@ -237,9 +249,13 @@ def plan(run):
     for task in run.tasks:
         if task.action == "averaged" and not plain:
             task.copy("not encoded")
+    why = Counter(task.why for task in run.tasks if task.action == "copied")
+    reasons = ", ".join(f"{n} {reason}" for reason, n in why.items())
+    need(why.total() < len(run.tasks), target.path, f"nothing would be merged: of its "
+         f"tensors {reasons}", "check --select, and that these models belong together")
     need(run.kind == "cross-shape" or not run.source_vae, run.source_vae,
          "is not needed: equal shapes share one VAE", "drop --source-vae")
-    warnings = strangers(run)
+    warnings += strangers(run)
     n = len(sources) - bool(run.base)               # sources proper
     share = 1 / (n + 1)
     if run.kind == "cross-shape":
@@ -260,6 +276,7 @@ def decide(run, task):
     """
     entry = task.entry
     met = task.parents
+    base = len(run.models) - 1              # with --base: the last model
     alike = {k: other for k, other in met.items() if other.shape == entry.shape}
     if is_selected(entry, run.select):
         task.action = "encoded"
@@ -274,8 +291,8 @@ def decide(run, task):
         task.copy("met nobody")
     elif len(task.parents) == 1 < len(met):
         task.copy("met another shape")
-    elif run.base and len(task.parents) < len(run.models):
-        task.copy("not in every model")     # there is no task vector without a base
+    elif run.base and not (base in task.parents and len(task.parents) > 2):
+        task.copy("no task vector")         # that is between a source and the base
 
 
 def check_shapes(run, task):
@@ -295,8 +312,13 @@ def check_shapes(run, task):
 
 
 def float_places(model):
-    """{name: Place} of all that can be merged: whole numbers meet nobody."""
-    return {name: e.place for name, e in model.entries.items() if e.is_float}
+    """{name: Place} of all that can be merged: whole numbers meet nobody, nor do
+    tensors without a weight."""
+    places = {}
+    for name, entry in model.entries.items():
+        if entry.is_float and entry.numel > 0:
+            places[name] = entry.place
+    return places
 
 
 def layer_partners(target, source, mine, theirs):
@@ -304,24 +326,33 @@ def layer_partners(target, source, mine, theirs):
 
     By depth, which for equal numbers of layers is by index. But if nearly all layers of
     the same number are alike, one model only has layers of its own (for multi-token
-    prediction, or of a draft model): then by index too, and those layers meet nobody.
+    prediction, or of a draft model): then those that are alike meet by index, and the
+    others meet nobody.
     Example:  62 layers and 61, of which 61 are alike: the 62nd stays the target's
+    Example:  32 layers and 31, as the 30th was removed: the first 29 meet. Layer 30 of
+              the one is 31 of the other: they are not alike at the same number, and
+              stay the target's
     """
     if len(mine) == len(theirs):
         return ot.partners_by_depth(mine, theirs)       # no weight need be read
     common = mine.keys() & theirs.keys()
-    alike = 0
+    alike = {}
     for layer in common:
         pairs = ot.pair_within_layer(mine[layer], theirs[layer])
-        alike += mean_cosine(target, source, pairs.items()) > RELATED
-    if alike >= 0.9 * len(common) > 0:
-        return {layer: layer for layer in common}
+        if mean_cosine(target, source, pairs.items()) > RELATED:
+            alike[layer] = layer
+    if len(alike) >= 0.9 * len(common) > 0:
+        return alike
     return ot.partners_by_depth(mine, theirs)
 
 
 def mean_cosine(target, source, pairs):
     """The mean cosine of two models' weights: 0.00 for models trained apart, 0.9 for
-    experts of one base. The first weights of each tensor are enough to tell.
+    experts of one base.
+
+    Some strips of each tensor are enough to tell. They are spread over all of it, as a
+    model whose rows stand in another order may have its first row in place; their
+    number divides no number of heads, as each head may begin with such a row.
 
     Args:     pairs: (target name, source name); only encoded pairs of one shape count
     Returns:  NaN, which is neither small nor large, if there is nothing to compare
@@ -330,33 +361,84 @@ def mean_cosine(target, source, pairs):
     for mine, theirs in pairs:
         entry = target.entries[mine]
         if is_selected(entry) and entry.shape == source.entries[theirs].shape:
-            mine_L = target.read(mine, 0, GLANCE).double()
-            theirs_L = source.read(theirs, 0, GLANCE).double()
+            starts = range(0, entry.numel, max(STRIP, entry.numel // STRIPS))
+            mine_L = torch.cat([target.read(mine, i, i + STRIP) for i in starts])
+            theirs_L = torch.cat([source.read(theirs, i, i + STRIP) for i in starts])
+            mine_L = mine_L.double()
+            theirs_L = theirs_L.double()
             # Zero has no direction: 0 / 0 is NaN, which the mean leaves out.
             cosines.append(mine_L.dot(theirs_L) / (mine_L.norm() * theirs_L.norm()))
     return torch.tensor(cosines).nanmean().item()
 
 
 def strangers(run):
-    """Warnings of models that are no relatives of the target, judged role by role.
+    """Warnings of models that are no relatives of the target, judged tensor by tensor
+    and told by role.
 
     One role in another order is enough to ruin a merge, and the mean over all hides it:
     a copy whose MLP neurons are permuted computes the same, has cosine 1 in attention
-    and 0 in gate, up and down, and its average with the target is noise.
+    and 0 in gate, up and down, and its average with the target is noise. So do q and k
+    whose rows are in the order of another library.
     """
-    pairs = defaultdict(list)
+    apart = defaultdict(Counter)
     for task in run.tasks:
-        if task.action == "encoded":
-            for k, other in task.parents.items():
-                if k > 0:
-                    names = (task.entry.name, other.name)
-                    pairs[k, task.entry.place.role].append(names)
-    apart = defaultdict(list)
-    for (k, role), names in pairs.items():
-        if mean_cosine(run.models[0], run.models[k], names) < RELATED:
-            apart[run.models[k].path].append(role)
-    return [f"{path} and the target are strangers in {', '.join(roles)}. {HARM}; "
-            f"{MATCH}" for path, roles in apart.items()]
+        for k, other in task.parents.items():
+            if k > 0 and task.action == "encoded":
+                pair = (task.entry.name, other.name)
+                if mean_cosine(run.models[0], run.models[k], [pair]) < RELATED:
+                    apart[run.models[k].path][task.entry.place.role] += 1
+    warnings = []
+    for path, roles in apart.items():
+        counts = ", ".join(f"{role} ({n})" for role, n in roles.items())
+        warnings.append(f"{path} and the target are strangers in {counts}. {HARM}; "
+                        f"{MATCH}")
+    return warnings
+
+
+def left_out(source, met):
+    """A warning of what a source has and the target has no place for: a part of a layer
+    that met one of the target's, or a head. The source computes with it, the result
+    does not.  Example: the biases of q, k and v, where the target has none
+
+    met:  names of the source's tensors that met one of the target's
+    """
+    layers = {source.entries[name].place[:2] for name in met}       # (stack, layer)
+    lost = []
+    for name in float_places(source).keys() - met:
+        place = source.entries[name].place
+        if place[:2] in layers and place.layer is not None or place.role == "head":
+            lost.append(name)
+    if not lost:
+        return []
+    return [f"{len(lost)} tensors of {source.path} have no place in the target and are "
+            f"left out, {min(lost)} for one"]
+
+
+# What config.json says of the weights' meaning: the same numbers compute something else
+# under another of these.
+MEANING = (rb'"((?:num_)?(?:attention|key_value)_heads|n_head|head_dim|rope_theta|'
+           rb'hidden_act|hidden_activation|activation_function)"\s*:\s*([^\s,}]+)')
+
+
+def contradictions(target, source):
+    """A warning if two models' config.json tell the meaning of their weights apart.
+
+    Example:  equal shapes, 32 heads of 128 and 64 of 64: no weight of q is in place
+    """
+    said = []
+    for model in (target, source):
+        path = join(model.folder or "", "config.json")
+        if model.folder is None or not isfile(path):
+            return []
+        with open(path, "rb") as file:
+            said.append(dict(re.findall(MEANING, file.read())))
+    mine, theirs = said
+    apart = [key.decode() for key in mine.keys() & theirs.keys()
+             if mine[key] != theirs[key]]
+    if not apart:
+        return []
+    return [f"config.json of {source.path} differs in {', '.join(sorted(apart))}: its "
+            "weights mean something else"]
 
 
 # --- Statistics and ties --------------------------------------------------------------
@@ -365,7 +447,9 @@ def measure_task(run, task):
     here, so that NaN and Inf are refused before any work. What is only copied may hold
     them, as may a mask of -inf that is equal in all models."""
     if task.action == "averaged":
-        found = {digest(run.models[k], entry) for k, entry in task.parents.items()}
+        found = set()
+        for k, entry in task.parents.items():
+            found.add(digest(run.models[k], entry, task.entry.dtype))
         if len(found) == 1:
             task.copy("equal in all")
     if task.action == "copied":
@@ -381,28 +465,38 @@ def measure_task(run, task):
     return task
 
 
-def digest(model, entry):
-    """A fingerprint of a tensor: equal for tensors that are equal, bit for bit."""
-    found = hashlib.sha256(f"{entry.dtype} {entry.shape}".encode())
+def digest(model, entry, dtype=None):
+    """A fingerprint of a tensor: equal for tensors that are equal, bit for bit, in this
+    dtype (its own)."""
+    dtype = dtype or entry.dtype
+    found = hashlib.sha256(f"{dtype} {entry.shape}".encode())
     for start, stop in spans(entry.numel):
-        found.update(model.read(entry.name, start, stop).view(torch.uint8).numpy())
+        piece_L = model.read(entry.name, start, stop).to(dtype)
+        found.update(piece_L.view(torch.uint8).numpy())
     return found.digest()
 
 
 def tie(run):
     """A matrix outside the layers that the target holds twice (an embedding and its
     redundant head) is merged once: the other is a copy of the result, so that both stay
-    equal. What is merged leads what is copied, the embedding its head. Constants are
-    equal by accident."""
+    equal. What is merged leads what is copied, the embedding its head.
+
+    Two that have partners of their own may be equal by accident (a model and its moving
+    average, at the start): they are merged each for itself. So are constants.
+    """
     def last(task):
         return task.action == "copied", task.entry.place.role != "embed"
 
     leaders = {}
     for task in sorted(run.tasks, key=last):
-        if task.entry.place.layer is None and len(task.entry.shape) > 1:
-            leader = leaders.setdefault(digest(run.models[0], task.entry), task)
-            if leader is not task and not leader.why and not leader.parents[0].constant:
-                leader.tied += (task.entry.name,)
+        entry = task.entry
+        if entry.place.layer is None and len(entry.shape) > 1 and entry.numel > 0:
+            leader = leaders.setdefault(digest(run.models[0], entry), task)
+            alone = task.why in ("met nobody", "not encoded")
+            follows = alone or entry.place.role == "head"
+            merged = leader is not task and not leader.why
+            if merged and follows and not leader.parents[0].constant:
+                leader.tied += (entry.name,)
                 task.copy("tied to another")
 
 
@@ -445,8 +539,9 @@ def parents_of(run, task):
     parents = []
     for k, stats in task.parents.items():
         read = partial(run.models[k].read, stats.name)
-        other = stats.shape != task.entry.shape
-        codec = run.codecs[other]               # 0: the target's, 1: of other shapes
+        codec, of_other_shapes = run.codecs
+        if stats.shape != task.entry.shape:
+            codec = of_other_shapes
         seed = (run.seed, task.number, k)
         parents.append(ls.Parent(read, stats, codec, run.samples, seed))
     return ls.share_statistics(parents)
@@ -459,13 +554,17 @@ def round_trip(run, task):
     With x the standardised weights and e = D(E(x)) - x:
 
         NMSE            mean(e^2), as x has variance 1
-        typical error   (median(e^2) + noise) / median(x^2)
+        typical error   c^2 (median(e^2) + noise) / c^2 median((x - its mean)^2)
 
     NMSE weighs variance, not weights: beside one outlier of 1e4 standard deviations all
     others may be lost at an NMSE of 3e-4. The typical error is that of a weight in the
-    middle. median(x^2) is the largest of all parents': a target near zero has no unit
-    of its own. The noise is that of K draws, each with the posterior's variance, near
+    middle, as it enters the result, by the parent's share c; over the largest spread
+    that enters it: a target near zero is no unit for a source that is not, unless
+    lambda is 0. The noise is that of K draws, each with the posterior's variance, near
     beta.
+
+    Example:  spreads 1e-8 and 0.45. At lambda 0.5 the unit is 0.45; at lambda 0 it is
+              1e-8, and a median(e^2) of 1e-7 is refused
     """
     if task.action != "encoded" or not run.codecs:
         return []
@@ -473,7 +572,7 @@ def round_trip(run, task):
     if run.samples:
         noise = run.codecs[0].vae.config.beta / run.samples
     errors = []
-    squares = []
+    spreads = []
     for parent in parents_of(run, task):
         stats = parent.stats
         width = parent.codec.C * parent.codec.T             # weights of a window
@@ -484,10 +583,15 @@ def round_trip(run, task):
         decoded_L = parent.codec.decode(z_NZ, stats, len(flat_L)).cpu()
         x_L = standardise(flat_L, stats).double()
         errors.append((standardise(decoded_L, stats) - x_L).square())
-        squares.append(x_L[x_L != 0].square().median())     # 0: pruned weights
+        # Without zeros, which are pruned weights. NaN if nothing else is there.
+        x_L = x_L[flat_L != 0]
+        spreads.append((x_L - x_L.mean()).square().median().nan_to_num())
+    shares = torch.tensor(shares_of(run, task)).square()
+    # At least 1e-9 of the variance, 1: float32 itself loses 1e-14 of it.
+    unit = max((shares * torch.stack(spreads)).max(), 1e-9)
     rows = []
-    for error, stats in zip(errors, task.parents.values()):
-        typical = (error.median() + noise) / max(squares)
+    for share, error, stats in zip(shares, errors, task.parents.values()):
+        typical = share * (error.median() + noise) / unit
         rows.append((error.mean().item(), typical.item(), stats.numel, stats.name))
     return rows
 
@@ -506,6 +610,9 @@ def check_codec(run):
     for task, rows in zip(run.tasks, parallel_map(round_trip, run, "codec")):
         for k, row in zip(task.parents, rows):
             found[k].append(row)
+    fix = "--residual, --vae exact, or a VAE trained for longer or at a lower ratio"
+    if run.vae == "exact":
+        fix = "--residual, or --space weight"
     trip = {"nmse": None, "worst": {"name": None, "nmse": None}}
     gates = []
     for k, rows in enumerate(found):
@@ -523,8 +630,7 @@ def check_codec(run):
                                   ("typical error", *max(zip(typicals, names)))):
             need(value <= run.max_nmse, run.models[k].path, "the codec would lose too "
                  f"much ({what} {value:.2g} > {run.max_nmse:g}); nothing was merged",
-                 "--residual, --vae exact, or a VAE trained for longer or at a lower "
-                 "ratio", name)
+                 fix, name)
             gates.append({"name": f"{what}, {names_of(run)[k]}", "passed": True,
                           "value": value, "bound": run.max_nmse})
     return gates, trip
@@ -575,20 +681,28 @@ def merge_tensor(run, task):
     return squares, records
 
 
-def coefficients_of(run, task, vectors, steps):
-    """c_k of the parents, z_lambda = sum_k c_k z_k; the same for raw weights.
+def shares_of(run, task):
+    """c_k of the parents, z_lambda = sum_k c_k z_k, from lambda alone.
 
     A source without a partner leaves its share to the target.
-    vectors: the parents' weights or latents, read in steps: slerp asks for the angle
-    between two of them, over the whole tensor.
     Example:  lambda 0.3, 0.2 and a tensor that only the second source has: 0.8, 0.2
     """
-    if run.operator == "slerp" and task.action == "encoded":
-        pieces = ([vector(*step) for vector in vectors] for step in steps)
-        return ls.slerp_coefficients(run.lam[0], *ls.inner(pieces))
-    if run.base and len(task.parents) > 1:
-        return ls.task_coefficients(run.lam)
-    return ls.convex_coefficients([run.lam[k - 1] for k in task.parents if k > 0])
+    lam = []                                    # of the sources: the base has none
+    for k in task.parents:
+        if 0 < k <= len(run.lam):
+            lam.append(run.lam[k - 1])
+    if run.base and lam:
+        return ls.task_coefficients(lam)
+    return ls.convex_coefficients(lam)
+
+
+def coefficients_of(run, task, vectors, steps):
+    """The same for every operator. Slerp asks for the angle between two vectors, over
+    the whole tensor: the parents' weights or latents, read in these steps."""
+    if run.operator != "slerp" or task.action != "encoded":
+        return shares_of(run, task)
+    pieces = ([vector(*step) for vector in vectors] for step in steps)
+    return ls.slerp_coefficients(run.lam[0], *ls.inner(pieces))
 
 
 def distances(run, task, readers, coefficients, start, piece_L):
@@ -787,13 +901,24 @@ def companions(folder):
         sub = relpath(where, folder)
         part = sub[0].isdigit()
         own = sub != "." and any(name.endswith(WEIGHTS) for name in names)
-        for name in sorted(names):
+        # os.walk does not enter links to folders: they are named among the files.
+        links = [name for name in folders if islink(join(where, name))]
+        for name in sorted(names + links):
             path = normpath(join(sub, name))
-            if not part and (own or name.endswith(WEIGHTS)):
+            weights = not part and (own or name.endswith(WEIGHTS))
+            if weights or not isfile(join(where, name)):
                 behind.append(path)
             elif name[0] != "." and path != "README.md":
                 along.append(path)
     return along, behind
+
+
+def weights_name(model):
+    """What the weights are called in a result folder: as transformers looks for them,
+    or diffusers, if the model comes from there."""
+    if "diffusion_pytorch_model." in basename(model.files[0]):
+        return "diffusion_pytorch_model.safetensors"
+    return "model.safetensors"
 
 
 def check_outputs(run):
@@ -803,27 +928,28 @@ def check_outputs(run):
     others = []             # what must not be overwritten
     for each in (*run.models, *run.codecs):
         others += each.files
-    run.along = None
-    inside = None
+    run.inside = None
+    held = None             # the files of a result folder
     name = "merged.safetensors"
     if target.folder and not (run.output or "").endswith(".safetensors"):
+        run.inside = weights_name(target)
         run.along, behind = companions(target.folder)
-        inside = ["model.safetensors", "README.md", *run.along]
+        held = [run.inside, "README.md", *run.along]
         name = "merged"
         behind = [path for path in behind if join(target.folder, path) not in others]
         say(f"{len(run.along)} companions; not taken along: "
             f"{', '.join(behind) or 'none'}")
     run.output = run.output or name
-    need(run.along is not None or not run.output.endswith(os.sep), run.output, "is a "
-         f"folder's name, and {target.path} is a file", "give -o the name of a file")
+    need(run.inside or run.output.endswith(".safetensors"), run.output, "of a file, as "
+         f"{target.path}, the result is a file", "let its name end in .safetensors")
     if run.dry_run:
         return
     for flag, path in (("-o", run.output), ("--save-vae", run.save_vae),
                        ("--report", run.report)):
         if path:
-            check_output(path, others, run.force, flag, inside)
+            check_output(path, others, run.force, flag, held)
             others.append(path)
-            inside = None           # only the result may be a folder
+            held = None             # only the result may be a folder
     litter = join(glob.escape(dirname(realpath(run.output))), ".lsmerge-*")
     for left in glob.glob(litter):
         number = left.split("-")[-2]
@@ -833,7 +959,7 @@ def check_outputs(run):
 def put_companions(run, folder):
     """What a result folder holds beside the weights, and a model card in the Hub's
     format. JSON escapes what is no plain text in a name."""
-    if run.along is None:
+    if not run.inside:
         return
     for file in run.along:
         os.makedirs(dirname(join(folder, file)), exist_ok=True)
@@ -857,8 +983,8 @@ def parse(argv):
         "source, 0 to 1; 0: the target's round trip (1/(N+1) each of N; across shapes "
         "0.1 in all)")
     add("--operator", choices=("lerp", "slerp", "soup", "task-arithmetic"),
-        default="lerp", help="soup: uniform; task-arithmetic: z_target + sum of lambda "
-        "(z_i - z_base)")
+        default="lerp", help="lerp by default; soup: uniform; task-arithmetic: "
+        "z_target + sum of lambda (z_i - z_base)")
     add("--base", metavar="MODEL", help="the sources' ancestor, for task arithmetic")
     add("--space", choices=("latent", "weight"), default="latent",
         help="weight: the same operator without a codec")
@@ -867,7 +993,7 @@ def parse(argv):
     add("--align", choices=("auto", *ot.ALIGNERS), default="auto",
         help="auto: none for equal shapes, gaussian for others")
     add("--epsilon", type=float, default=ot.EPSILON,
-        help="Sinkhorn's regularisation, over the largest cost")
+        help="Sinkhorn's regularisation, over the largest cost (%(default)s)")
     add("--control", choices=ot.CONTROLS, help="a null control in the sources' place")
     add("--residual", action="store_true", help="add back what the codec lost")
     add("--vae", metavar="FILE|exact", help="a trained VAE (the reference VAE); exact: "
@@ -875,7 +1001,8 @@ def parse(argv):
     add("--init", choices=("random",), help="train the paper's VAE on the inputs first")
     add("--save-vae", metavar="FILE", help="and keep it")
     add("--source-vae", metavar="FILE", help="a VAE for sources of other shapes")
-    add("--max-nmse", type=float, default=MAX_NMSE, help="refuse a lossier codec")
+    add("--max-nmse", type=float, default=MAX_NMSE,
+        help="refuse a lossier codec (%(default)s)")
     add("--roundtrip", action="store_true", help="encode and decode the target only")
     add("--dry-run", action="store_true", help="print the plan, write nothing")
     add("--report", metavar="FILE", help="a JSON report")
@@ -955,11 +1082,15 @@ def merge_state_dicts(target, *sources, **flags):
     """What the command does, for state dicts: {name: tensor}, all of them new, by way
     of temporary files. Flags by their names; what the command prints is not printed.
     Example:  merge_state_dicts(a, b, lam=0.3, vae="exact")
+    Raises:   CheckpointError; ValueError for what would be a usage error
     """
     with tempfile.TemporaryDirectory() as folder:
         argv = ["--quiet", f"--output={folder}/merged.safetensors"]
         for name, value in flags.items():
             flag = f"--{name.replace('_', '-')}"
+            if isinstance(value, dict):         # the base
+                write_tensors(join(folder, name), value, {})
+                value = join(folder, name)
             if isinstance(value, (list, tuple)):
                 value = ",".join(map(str, value))
             if value is True:
@@ -969,8 +1100,11 @@ def merge_state_dicts(target, *sources, **flags):
         for k, tensors in enumerate((target, *sources)):
             argv.append(join(folder, f"{k}.safetensors"))
             write_tensors(argv[-1], tensors, {})
-        with contextlib.redirect_stdout(io.StringIO()):
-            main(argv)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                main(argv)
+        except SystemExit:
+            raise ValueError("wrong flags: see the line on stderr") from None
         merged = Checkpoint(join(folder, "merged.safetensors"))
         return {name: merged.read_tensor(name) for name in target}
 

@@ -135,7 +135,7 @@ def check(a, models, options):
     inside = None
     if parents[0].folder and not (output or "").endswith(".safetensors"):
         along, _ = merge.companions(parents[0].folder)
-        inside = ["model.safetensors", "README.md", *along]
+        inside = [merge.weights_name(parents[0]), "README.md", *along]
         output = output or "merged"
     output = output or "merged.safetensors"
     check_output(output, inputs, a.force, folder=inside)

@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from chunking import (AGAIN, PIECE, Checkpoint, CheckpointError, Entry, Parser, appear,
                       check_output, command, create, is_selected, need, parse_name, say,
                       spans, write_tensors)
-from merge import companions
+from merge import companions, weights_name
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -572,7 +572,9 @@ def folded_tensors(base, adapter):
     plan = Fold(base, adapter)
     tensors = {}
     for name, entry in plan.base.entries.items():
-        pieces = [piece for _, piece, _ in folded(plan, name)]
+        pieces = [torch.empty(0, dtype=entry.dtype)]        # of an empty tensor the only
+        for _, piece_L, _ in folded(plan, name):
+            pieces.append(piece_L)
         tensors[name] = torch.cat(pieces).reshape(entry.shape)
     return tensors
 
@@ -590,9 +592,11 @@ def fold(base, adapter, output, force=False, quiet=True):
     output = os.fspath(output)
     along = []          # files that go into a result folder, relative to the base's
     inside = None       # all files of that folder; None: the result is a file
+    within = None       # the name of the weights in it
     if base.folder and not output.endswith(".safetensors"):
         along, _ = companions(base.folder)
-        inside = ["model.safetensors", "README.md", *along]
+        within = weights_name(base)
+        inside = [within, "README.md", *along]
     need(inside or not output.endswith(os.sep), output, "is a folder's name, and "
          f"{base.path} is a file", "give -o the name of a file")
     inputs = [os.path.join(base.folder, path) for path in along]
@@ -601,7 +605,7 @@ def fold(base, adapter, output, force=False, quiet=True):
     facts = {"lsmerge.base": called(base.path), "lsmerge.adapter": called(adapter)}
     rounding = 0.0
     added = 0.0
-    with create(output, base.entries.values(), facts, bool(inside), force) as file:
+    with create(output, base.entries.values(), facts, within, force) as file:
         if inside:
             folder = Path(file.path).parent
             for path in along:

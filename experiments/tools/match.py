@@ -69,7 +69,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from align import pair_names, pair_stacks, stacks_of
 from chunking import (PIECE, Checkpoint, Parser, appear, check_output, command,
                       create, need, say, spans, wide)
-from merge import RELATED, companions, digest, mean_cosine
+from merge import RELATED, companions, digest, mean_cosine, weights_name
 
 VERSION = 1             # of the report
 
@@ -1021,7 +1021,7 @@ def check_outputs(a, target, sources):
         held = [f"{stem(source.path)}.safetensors" for source in sources]
     elif a.output and target.folder and not a.output.endswith(".safetensors"):
         along, _ = companions(target.folder)
-        held = ["model.safetensors", *along]
+        held = [weights_name(target), *along]
     elif a.output:
         # A file without an ending would be written gladly, and found by nobody.
         need(a.output.endswith(".safetensors"), a.output, "is no .safetensors file, "
@@ -1132,7 +1132,10 @@ def write_all(a, along, pairs, plans, progress):
     # One source: a file, or a folder in which the target's companions lie beside it.
     source = pairs[0][1].checkpoint
     brought, _ = plans[0]
-    with create(a.output, entries, folder=along is not None, force=a.force) as output:
+    inside = None
+    if along is not None:
+        inside = weights_name(target)
+    with create(a.output, entries, inside=inside, force=a.force) as output:
         for file in along or []:
             copy = os.path.join(os.path.dirname(output.path), file)
             os.makedirs(os.path.dirname(copy), exist_ok=True)

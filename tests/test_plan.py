@@ -1,0 +1,344 @@
+"""Models that look alike and are not, and what only one of them has: every such merge is
+right, says so on stderr, or is refused. What is right is computed here, in float64."""
+import json
+import os
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import chunking
+import merge
+import train
+from conftest import llama_tensors, relative, save
+
+REFERENCE = merge.REFERENCE     # before the fixture `exact` puts another in its place
+Q = "model.layers.0.self_attn.q_proj.weight"
+EMBED = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+
+@pytest.fixture
+def merged(tmp_path, capsys):
+    """merged(target, source, ..., *flags) -> (exit code, result, stderr)."""
+    def run(*inputs):
+        argv = ["-o", str(tmp_path / "out.safetensors"), "--quiet", "--force"]
+        for k, each in enumerate(inputs):
+            if isinstance(each, dict):
+                path = tmp_path / f"{k}.safetensors"
+                save(path, {name: t.contiguous() for name, t in each.items()})
+                each = path
+            argv.append(str(each))
+        capsys.readouterr()
+        code = chunking.command(lambda: merge.main(argv))
+        errors = capsys.readouterr().err
+        out = tmp_path / "out.safetensors"
+        result = None
+        if code == 0:
+            result = load_file(out)
+        return code, result, errors
+    return run
+
+
+def is_average(result, *tensors):
+    mean = sum(t.double() for t in tensors) / len(tensors)
+    scale = mean.abs().max()
+    return bool((result.double() - mean).abs().max() < 1e-5 * scale)
+
+
+# --- Another order --------------------------------------------------------------------
+def pairs_to_halves(tensor, heads):
+    """Rows of q or k from the order of RoPE over neighbours (Meta) to that over halves
+    (Hugging Face)."""
+    rows, columns = tensor.shape
+    by_pair = tensor.view(heads, rows // heads // 2, 2, columns)
+    return by_pair.transpose(1, 2).reshape(rows, columns)
+
+
+@pytest.mark.parametrize("hidden, heads", [(64, 4), (128, 4), (256, 8)])
+def test_rows_in_the_order_of_another_library_are_told(merged, hidden, heads):
+    a = llama_tensors(1, hidden=hidden)
+    b = relative(a, 2, part=0.1)
+    for name in b:
+        if "q_proj" in name or "k_proj" in name:
+            b[name] = pairs_to_halves(b[name], heads)
+    _, _, errors = merged(a, b)
+    assert "strangers in" in errors and "q (2)" in errors and "k (2)" in errors
+    assert "v (" not in errors and "up (" not in errors
+
+
+def test_a_wide_matrix_is_looked_at_all_over(merged):
+    """2,816 weights would be a third of its first row."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(64, 8192, generator=g)
+    other = torch.cat([w[:1], w[1:].flip(0)])
+    _, _, errors = merged({name: w}, {name: other})
+    assert "strangers in q (1)" in errors
+    _, _, errors = merged({name: w}, {name: w + 0.5 * torch.randn(64, 8192, generator=g)})
+    assert not errors
+
+
+@pytest.mark.parametrize("gone", [29, 30, 31])
+def test_a_layer_that_was_removed(merged, gone):
+    """Layers before it are averaged; those behind it meet no wrong one."""
+    a = llama_tensors(1, hidden=16, layers=32, mlp=24)
+    moved = relative(a, 2)
+    b = {}
+    for name, tensor in moved.items():
+        found = re.match(r"model\.layers\.(\d+)\.(.*)", name)
+        if found and int(found[1]) == gone:
+            continue
+        if found and int(found[1]) > gone:
+            name = f"model.layers.{int(found[1]) - 1}.{found[2]}"
+        b[name] = tensor
+    code, result, _ = merged(a, b)
+    assert code == 0
+    for layer in range(32):
+        name = f"model.layers.{layer}.mlp.up_proj.weight"
+        if layer < gone:
+            assert is_average(result[name], a[name], b[name])
+        else:
+            assert torch.equal(result[name], a[name])
+
+
+# --- What one of them lacks -----------------------------------------------------------
+@pytest.mark.parametrize("rest, shape", [("self_attn.q_proj.bias", [64]),
+                                         ("self_attn.q_norm.weight", [16]),
+                                         ("mlp.extra_proj.weight", [64, 64])])
+def test_what_only_the_source_has_in_a_layer_is_told(merged, rest, shape):
+    a = llama_tensors(1)
+    b = relative(a, 2) | {f"model.layers.{i}.{rest}": torch.ones(shape) for i in (0, 1)}
+    _, _, errors = merged(a, b)
+    assert "2 tensors of" in errors and "left out" in errors
+    assert f"model.layers.0.{rest}" in errors
+
+
+def test_a_whole_tower_or_layer_of_the_source_is_no_warning(merged):
+    a = llama_tensors(1)
+    b = relative(a, 2) | {"vision.layers.0.self_attn.q_proj.weight": torch.ones(8, 8),
+                          "model.layers.2.eh_proj.weight": torch.ones(8, 8)}
+    code, _, errors = merged(a, b)
+    assert code == 0 and not errors
+
+
+def test_a_head_without_a_place_is_told(merged):
+    a = llama_tensors(1)
+    _, _, errors = merged(a, relative(a, 2) | {HEAD: torch.ones(40, 64)})
+    assert "left out" in errors and HEAD in errors
+
+
+def test_a_task_vector_of_those_that_have_it(merged, tmp_path):
+    """W_t + sum over the sources that have the tensor of lambda (W_i - W_base)."""
+    base = llama_tensors(1)
+    target = relative(base, 2)
+    first = relative(base, 3)
+    second = relative(base, 4)
+    only = "model.layers.1.mlp.up_proj.weight"
+    del second[only]
+    path = save(tmp_path / "base.safetensors", base)
+    code, result, _ = merged(target, first, second, "--operator", "task-arithmetic",
+                             "--base", path, "--lam", "0.5,0.25", "--vae", "exact")
+    assert code == 0
+    want = target[only].double() + 0.5 * (first[only].double() - base[only].double())
+    assert (result[only].double() - want).abs().max() < 1e-5
+    want = (target[Q].double() + 0.5 * (first[Q].double() - base[Q].double())
+            + 0.25 * (second[Q].double() - base[Q].double()))
+    assert (result[Q].double() - want).abs().max() < 1e-5
+
+
+# --- Nothing to merge -----------------------------------------------------------------
+NOTHING = {
+    "no name in common": ({"x.0.a.weight": torch.ones(8, 8)},
+                          {"y.0.b.weight": torch.zeros(8, 8)}),
+    "whole numbers": ({"x.0.a": torch.ones(8, 8, dtype=torch.int64)},) * 2,
+    "empty tensors": ({"x.0.a.weight": torch.ones(0, 8)},) * 2}
+
+
+@pytest.mark.parametrize("case", NOTHING)
+def test_nothing_to_merge_is_an_error(merged, case):
+    code, _, errors = merged(*NOTHING[case])
+    assert code == 1 and "nothing would be merged" in errors
+
+
+@pytest.mark.parametrize("flags", [["--space", "weight"], ["--vae", "exact"]])
+def test_a_selection_that_finds_nothing(merged, flags):
+    a = llama_tensors(1)
+    code, _, errors = merged(a, relative(a, 2), "--select", "nosuch", *flags)
+    assert code == 1 and "nothing would be merged" in errors
+
+
+def test_a_source_without_a_weight_is_met_by_nobody(merged):
+    a = llama_tensors(1)
+    b = relative(a, 2) | {Q: torch.ones(0, 64)}
+    code, result, _ = merged(a, b)
+    assert code == 0 and torch.equal(result[Q], a[Q])
+
+
+ADAPTERS = [
+    "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+    "model.layers.0.self_attn.q_proj.lora_B.default.weight",
+    "lora_unet_down_blocks_0_attentions_0_to_q.lora_up.weight",
+    "unet.down_blocks.0.attentions.0.to_q.lora.down.weight",
+    "lycoris_layers_0_q_proj.hada_w1_a", "layers.0.q_proj.lokr_w1",
+    "model.layers.0.self_attn.q_proj.base_layer.weight"]
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_the_factors_of_an_adapter_are_refused(merged, name):
+    g = torch.Generator().manual_seed(0)
+    files = [{name: torch.randn(8, 64, generator=g)} for _ in range(2)]
+    code, _, errors = merged(*files)
+    assert code == 1 and "adapter" in errors and "lora.py fold" in errors
+
+
+@pytest.mark.parametrize("scale", ["q_proj_s", "q_proj.s", "q_proj.weight.d"])
+def test_whole_numbers_for_a_matrix_are_quantised(merged, scale):
+    a = llama_tensors(1)
+    a[Q] = torch.ones(64, 64, dtype=torch.int8)
+    a[f"model.layers.0.self_attn.{scale}"] = torch.ones(64)
+    code, _, errors = merged(a, a)
+    assert code == 1 and "quantised" in errors
+
+
+def test_masks_of_bytes_are_no_quantised_weights(merged):
+    a = {f"h.{i}.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8) for i in (0, 1)}
+    a["h.0.attn.c_attn.weight"] = torch.randn(32, 96)
+    code, _, _ = merged(a, relative({"h.0.attn.c_attn.weight":
+                                     a["h.0.attn.c_attn.weight"]}, 2))
+    assert code == 0
+
+
+# --- Ties and masks -------------------------------------------------------------------
+def test_equal_by_accident_is_not_tied(merged):
+    """A model and its moving average are equal at the start. In a source they are
+    not."""
+    start = torch.randn(40, 64)
+    a = llama_tensors(1) | {"net.table": start, "ema.table": start.clone()}
+    b = relative(a, 2)
+    code, result, _ = merged(a, b)
+    assert code == 0
+    for name in ("net.table", "ema.table"):
+        assert is_average(result[name], a[name], b[name])
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_redundant_head_stays_tied(merged, has):
+    a = llama_tensors(1)
+    a[HEAD] = a[EMBED].clone()
+    b = relative(a, 2)
+    b[HEAD] = b[EMBED].clone()
+    if not has:
+        del b[HEAD]
+    code, result, _ = merged(a, b)
+    assert code == 0 and torch.equal(result[HEAD], result[EMBED])
+    assert is_average(result[EMBED], a[EMBED], b[EMBED])
+
+
+def test_a_mask_of_minus_infinity_in_two_dtypes(merged):
+    mask = torch.full((8, 8), float("-inf")).triu(1)
+    a = llama_tensors(1) | {"model.mask": mask}
+    b = relative(llama_tensors(1), 2) | {"model.mask": mask.bfloat16()}
+    code, result, _ = merged(a, b)
+    assert code == 0 and torch.equal(result["model.mask"], mask)
+
+
+# --- Numbers --------------------------------------------------------------------------
+def test_a_target_too_small_for_its_unit_is_refused_at_lambda_0(merged):
+    """At lambda 0 the result is the target: an error of 1e-4 of the source is all of
+    it. At lambda 0.5 it is nothing."""
+    a = llama_tensors(1)
+    b = relative(a, 2)
+    a[Q] = 1e-5 * a[Q]
+    code, _, errors = merged(a, b, "--lam", "0", "--vae", REFERENCE)
+    assert code == 1 and "typical error" in errors and Q in errors
+    code, result, _ = merged(a, b, "--lam", "0.5", "--vae", REFERENCE)
+    mean = (a[Q].double() + b[Q].double()) / 2
+    assert code == 0
+    assert (result[Q].double() - mean).norm() < 2e-3 * mean.norm()
+    code, result, _ = merged(a, b, "--lam", "0", "--vae", REFERENCE, "--residual")
+    assert code == 0 and torch.equal(result[Q], a[Q])
+
+
+# --- Folders --------------------------------------------------------------------------
+def folder(path, tensors, config, name="model.safetensors"):
+    path.mkdir()
+    save_file(tensors, path / name, {"format": "pt"})
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("key, mine, theirs", [
+    ("num_attention_heads", 4, 8), ("rope_theta", 1e4, 1e6), ("n_head", 2, 4),
+    ("hidden_act", "silu", "gelu"), ("num_key_value_heads", 4, 2)])
+def test_configs_that_contradict_each_other_are_told(merged, tmp_path, key, mine, theirs):
+    a = llama_tensors(1)
+    one = folder(tmp_path / "one", a, {"text_config": {key: mine}})
+    two = folder(tmp_path / "two", relative(a, 2), {key: theirs})
+    _, _, errors = merged(one, two)
+    assert "config.json" in errors and key in errors
+    same = folder(tmp_path / "same", relative(a, 2), {key: mine})
+    _, _, errors = merged(one, same)
+    assert not errors
+
+
+def test_a_folder_of_diffusers_keeps_its_name(tmp_path, capsys):
+    name = "diffusion_pytorch_model.safetensors"
+    a = {"blocks.0.to_q.weight": torch.randn(64, 64)}
+    one = folder(tmp_path / "one", a, {}, name)
+    two = folder(tmp_path / "two", relative(a, 2), {}, name)
+    merge.main([str(one), str(two), "-o", str(tmp_path / "out"), "--quiet"])
+    assert (tmp_path / "out" / name).is_file()
+
+
+def test_links_to_folders_and_pipes_are_named_and_stay(tmp_path, capsys):
+    one = folder(tmp_path / "one", llama_tensors(1), {})
+    (tmp_path / "elsewhere").mkdir()
+    os.symlink(tmp_path / "elsewhere", one / "assets")
+    os.mkfifo(one / "pipe")
+    merge.main([str(one), "-o", str(tmp_path / "out"), "--quiet"])
+    said = capsys.readouterr().out
+    assert "assets" in said and "pipe" in said
+    assert not (tmp_path / "out/pipe").exists()
+
+
+@pytest.mark.parametrize("name", ["out.bin", "out", "out.safetensors.bak"])
+def test_the_result_of_a_file_is_a_safetensors_file(models, tmp_path, capsys, name):
+    argv = [str(models["a"]), str(models["b"]), "-o", str(tmp_path / name)]
+    assert chunking.command(lambda: merge.main(argv)) == 1
+    assert ".safetensors" in capsys.readouterr().err
+    assert not (tmp_path / name).exists()
+
+
+# --- From Python, and from a launcher -------------------------------------------------
+def test_merge_state_dicts_with_a_base_and_with_a_wrong_flag():
+    base = llama_tensors(1)
+    a = relative(base, 2)
+    b = relative(base, 3)
+    result = merge.merge_state_dicts(a, b, base=base, operator="task-arithmetic",
+                                     lam=0.5, vae="exact")
+    want = a[Q].double() + 0.5 * (b[Q].double() - base[Q].double())
+    assert (result[Q].double() - want).abs().max() < 1e-5
+    with pytest.raises(ValueError):
+        merge.merge_state_dicts(a, b, lam=2)
+
+
+@pytest.mark.parametrize("rank, size", [("0", "0"), ("3", "2"), ("-1", "2"), ("x", "2")])
+def test_a_launchers_environment_that_means_nothing(monkeypatch, rank, size):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    assert train.rank_and_size() == (0, 1)
+
+
+def test_a_pattern_that_python_reads_otherwise(models, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        merge.main([str(models["a"]), "--select", "[[:alpha:]]"])
+    assert leaving.value.code == 2
+    assert "is no pattern" in capsys.readouterr().err
+
+
+def test_an_argument_with_a_line_break_makes_one_line(capsys):
+    with pytest.raises(SystemExit):
+        merge.main(["a", "--operator", "one\ntwo"])
+    assert capsys.readouterr().err.count("\n") == 1
