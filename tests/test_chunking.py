@@ -238,9 +238,12 @@ def test_a_header_takes_any_text(tmp_path):
 @pytest.mark.parametrize("folder", [False, True])
 def test_a_result_appears_whole_or_not_at_all(tmp_path, folder):
     path = tmp_path / "x"
-    weights = path / "model.safetensors" if folder else path
+    weights = path
+    inside = None
     if folder:
         path.mkdir()
+        inside = "model.safetensors"
+        weights = path / inside
     weights.write_bytes(b"old")
 
     def half_way(output):
@@ -260,15 +263,15 @@ def test_a_result_appears_whole_or_not_at_all(tmp_path, folder):
             file.write(b"\xff" * 8)
     for work in (half_way, forgets_two, writes_twice, spoils_the_header):
         with pytest.raises(Exception), ck.create(
-                path, [ENTRY], folder=folder, force=True) as output:
+                path, [ENTRY], inside=inside, force=True) as output:
             work(output)
         assert weights.read_bytes() == b"old" and os.listdir(tmp_path) == ["x"]
     with pytest.raises(ck.CheckpointError, match="made by another"), ck.create(
             # without force: taken meanwhile
-            path, [ENTRY], folder=folder) as output:
+            path, [ENTRY], inside=inside) as output:
         output.put("w", 0, torch.ones(4))
     assert weights.read_bytes() == b"old" and os.listdir(tmp_path) == ["x"]
-    with ck.create(path, [ENTRY], folder=folder, force=True) as output:
+    with ck.create(path, [ENTRY], inside=inside, force=True) as output:
         output.put("w", 2, torch.ones(2))
         output.put("w", 0, torch.zeros(2))
     assert load_file(weights)["w"].tolist() == [0, 0, 1, 1]

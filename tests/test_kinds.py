@@ -140,6 +140,9 @@ def test_several_sources_of_which_each_lacks_something(desk):
     got, report = desk.merged(*paths)
     check_average(got, A, [b, c])
     assert report["kind"] == "same-shape" and report["unpaired"] == []
+    got, _ = desk.merged(*paths, "--lam", "0.3,0.2")
+    wanted = 0.7 * A[UP].double() + 0.3 * b[UP].double()        # c's share: the target's
+    assert_near({UP: got[UP]}, {UP: wanted}, rtol=1e-5)
 
 
 def test_strangers_of_other_depth_meet_by_depth(desk):
@@ -452,8 +455,8 @@ def test_a_codec_coarser_than_the_difference_is_said(desk):
 def test_the_plan_says_the_sum_first_and_what_met_nobody_last(desk):
     extra = layer_as(A, 0, "model.layers.2.")
     pair = [desk.put(A | extra, "a"), desk.put(prefixed(tuned(A), "module."), "b")]
-    code, out, _ = desk.run(*pair, "-o", desk / "m", "--vae", "exact", "--dry-run")
-    assert code == 0 and not (desk / "m").exists()
+    code, out, _ = desk.run(*pair, "--vae", "exact", "--dry-run")
+    assert code == 0 and not (desk / "merged.safetensors").exists()
     lines = out.splitlines()
     head = "\n".join(lines[:6])
     for word in ("same-shape", "lerp", "0.5", "exact", "14 ", "bytes"):

@@ -98,7 +98,7 @@ def test_weight_space_is_exact_arithmetic(models, desk):
 
 
 @pytest.mark.parametrize("pattern, count", [
-    ("mlp", 6), ("embed", 1), (r"layers\.1\..*_proj", 7), ("zebra", 0)])
+    ("mlp", 6), ("embed", 1), (r"layers\.1\..*_proj", 7)])
 def test_select_leaves_everything_else_the_targets(models, desk, pattern, count):
     got, report = desk.merged(models["a"], models["b"], "--select", pattern)
     assert report["tensors"]["encoded"] == count
@@ -159,7 +159,7 @@ def test_residual_across_shapes_keeps_the_targets_share(models, desk, monkeypatc
     way = [models["a"], models["big"], *lossy, "--align", "gaussian", "--lam", 0.2]
     without, _ = desk.merged(*way, "--max-nmse", 2)
     trip, _ = desk.merged(models["a"], "--roundtrip", *lossy, "--max-nmse", 2)
-    desk.refuse(*way, "--residual", "-o", desk / "x", words=["big", "NMSE"])
+    desk.refuse(*way, "--residual", "-o", desk / "x.safetensors", words=["big", "NMSE"])
     desk.merged(*way, "--residual", "--source-vae", "exact")
     monkeypatch.setattr(merge, "MAX_NMSE", 2)
     got, _ = desk.merged(*way, "--residual")
@@ -234,7 +234,7 @@ def test_the_gate_minds_the_typical_weight(models, desk):
     w[3, 4] = 5000 * w.std()
     path = desk.put({NAME: w}, "t")
     way = [path, "--roundtrip", "--vae", pca_vae(desk, path, 1.1)]
-    desk.refuse(*way, "-o", desk / "m", words=["typical error", repr(NAME)])
+    desk.refuse(*way, "-o", desk / "m.safetensors", words=["typical error", repr(NAME)])
     got, report = desk.merged(*way, "--max-nmse", 9)
     lost = (got[NAME] - w).double().square().median()
     typical = (w.double() - w.double().mean()).square().median()
@@ -287,13 +287,15 @@ def test_same_command_same_bytes_whatever_the_threads(models, desk, monkeypatch,
         assert torch.get_num_threads() == 1
         return real(*arguments)
     monkeypatch.setattr(merge, "merge_tensor", merge_tensor)
+    found = []
     try:
-        for name, count in (("x", 1), ("y", 3)):
+        for count in (1, 3):
             torch.set_num_threads(count)
-            got, _ = desk.merged(*way, out=name)
+            got, _ = desk.merged(*way)
+            found.append((desk / "m.safetensors").read_bytes())
     finally:
         torch.set_num_threads(threads)
-    assert (desk / "x").read_bytes() == (desk / "y").read_bytes()
+    assert found[0] == found[1]
     other, _ = desk.merged(*way, "--seed", 1)
     assert torch.equal(got[NAME], other[NAME]) == (case not in ("draws", "noise"))
 
@@ -327,19 +329,21 @@ def test_init_random_trains_on_the_inputs_and_may_keep_it(models, desk, monkeypa
     monkeypatch.setattr(train, "Schedule", Short)
     inputs = [models["a"], models["b"]]
     way = [*inputs, "--init", "random"]
-    desk.merged(*way, "--max-nmse", 9, "--save-vae", desk / "v", out="x")
+    desk.merged(*way, "--max-nmse", 9, "--save-vae", desk / "v")
     assert "stage 1: 4 steps" in desk.said and "stage 2: 2 steps" in desk.said
-    got, _ = desk.merged(*way, "--max-nmse", 9, out="y")
-    assert (desk / "x").read_bytes() == (desk / "y").read_bytes()
+    first = (desk / "m.safetensors").read_bytes()
+    got, _ = desk.merged(*way, "--max-nmse", 9)
+    assert (desk / "m.safetensors").read_bytes() == first
     again, _ = desk.merged(*inputs, "--max-nmse", 9, "--vae", desk / "v")
     assert_equal(got, again)
     kept = Codec.load(desk / "v")
     assert kept.vae.config.init == "random"
     assert kept.record["trained_on"] == ["a.safetensors", "b.safetensors"]
-    desk.refuse(*way, "-o", desk / "n", words=["NMSE"])         # hardly trained
+    way += ["-o", desk / "n.safetensors"]
+    desk.refuse(*way, words=["NMSE"])                           # hardly trained
     monkeypatch.setattr(train, "train_step",
                         lambda *_: signal.raise_signal(signal.SIGINT))
-    desk.refuse(*way, "-o", desk / "n", code=130)
+    desk.refuse(*way, code=130)
 
 
 # --- Different shapes -----------------------------------------------------------------

@@ -132,46 +132,46 @@ greedy_soup.py --eval true a b --dry-run                 | 2 | --dry-run
 weight_statistics.py a --figure f.png                    | 2 | .svg
 """
 PATHS = """
-merge.py a b -o a --force                                | 1 | way
-merge.py a b -o empty/..//b --force                      | 1 | way
-merge.py a b -o link --force                             | 1 | link, way
-merge.py a link -o b --force                             | 1 | way
+merge.py c.safetensors b -o c.safetensors --force        | 1 | way
+merge.py b c.safetensors -o empty/..//c.safetensors --force | 1 | way
+merge.py c.safetensors b -o link.safetensors --force                 | 1 | link, way
+merge.py a link.safetensors -o c.safetensors --force     | 1 | way
 merge.py links b -o links --force                        | 1 | links, way
 merge.py model b -o model --force                        | 1 | way
 merge.py model b -o ./ --force                           | 1 | way
-merge.py a b -o none/new                                 | 1 | its folder
-merge.py a b -o a/new                                    | 1 | a/new
+merge.py a b -o none/new.safetensors                     | 1 | its folder
+merge.py a b -o a/new.safetensors                        | 1 | a/new
 merge.py a b -o new/                                     | 1 | is a file
-merge.py a b -o empty --force                            | 1 | does not replace
-merge.py a b -o pipe --force                             | 1 | pipe
+merge.py a b -o folder.safetensors --force               | 1 | does not replace
+merge.py a b -o pipe.safetensors --force                 | 1 | pipe
 merge.py model b -o empty/../old/ --force                | 1 | old
 merge.py model b -o foreign --force                      | 1 | notes.txt, precious
-merge.py a b -o old                                      | 1 | exists, --force
+merge.py a b -o old.safetensors                          | 1 | exists, --force
 merge.py model b -o result                               | 1 | exists, --force
-merge.py a b -o new --report old                         | 1 | another --report, --force
-merge.py a b -o new --report none/r                      | 1 | its folder
-merge.py a b -o new --report pipe --force                | 1 | pipe
+merge.py a b -o new.safetensors --report old             | 1 | another --report, --force
+merge.py a b -o new.safetensors --report none/r          | 1 | its folder
+merge.py a b -o new.safetensors --report pipe --force    | 1 | pipe
 merge.py model b -o result --force --report result/model.safetensors | 1 | way
 merge.py model b -o result --force --report inside/model.safetensors | 1 | way
 merge.py model b -o result --force --report result/../result/README.md | 1 | way
-merge.py a b -o vae --vae vae --force                    | 1 | vae, way
-merge.py a b -o new --vae none                           | 1 | none
-merge.py a b -o new --vae b                              | 1 | b, VAE
-merge.py a b -o new --source-vae vae                     | 1 | --source-vae
-merge.py broken none -o new --vae b                      | 1 | b, VAE
-merge.py a b -o old --force --init random --save-vae a   | 1 | a, way
-merge.py a b -o old --force --init random --save-vae old | 1 | old, way
-merge.py a b -o old --force --init random --report old   | 1 | old, way
-merge.py a b -o new --init random --save-vae v --report v | 1 | v, way
-merge.py a org/name -o new                               | 1 | nothing is downloaded
-merge.py a /dev/zero -o new                              | 1 | regular
-merge.py a pipe -o new                                   | 1 | pipe
-merge.py a circle -o new                                 | 1 | circle
-merge.py a empty -o new                                  | 1 | no, .safetensors
-merge.py tiny huge -o new                                | 1 | huge, layers.0, 4096
-merge.py a wide -o new --operator slerp                  | 1 | wide, layers.0.mlp.down
-merge.py a wide -o new --space weight                    | 1 | [64\\, 96], [96\\, 160]
-merge.py a wide -o new --operator task-arithmetic --base a | 1 | wide, match.py
+merge.py a b -o vaes/vae.safetensors --vae vaes --force  | 1 | vae, way
+merge.py a b -o new.safetensors --vae none               | 1 | none
+merge.py a b -o new.safetensors --vae b                  | 1 | b, VAE
+merge.py a b -o new.safetensors --source-vae vae         | 1 | --source-vae
+merge.py broken none -o new.safetensors --vae b          | 1 | b, VAE
+merge.py a b -o old.safetensors --force --init random --save-vae a | 1 | a, way
+merge.py a b -o old.safetensors --force --init random --save-vae old.safetensors | 1 | old, way
+merge.py a b -o old.safetensors --force --init random --report old.safetensors | 1 | old, way
+merge.py a b -o new.safetensors --init random --save-vae v --report v | 1 | v, way
+merge.py a org/name -o new.safetensors                   | 1 | nothing is downloaded
+merge.py a /dev/zero -o new.safetensors                  | 1 | regular
+merge.py a pipe -o new.safetensors                       | 1 | pipe
+merge.py a circle -o new.safetensors                     | 1 | circle
+merge.py a empty -o new.safetensors                      | 1 | no, .safetensors
+merge.py tiny huge -o new.safetensors                    | 1 | huge, layers.0, 4096
+merge.py a wide -o new.safetensors --operator slerp      | 1 | wide, layers.0.mlp.down
+merge.py a wide -o new.safetensors --space weight        | 1 | [64\\, 96], [96\\, 160]
+merge.py a wide -o new.safetensors --operator task-arithmetic --base a | 1 | wide, match.py
 train.py a -o new --select zebra                         | 1 | --select
 train.py a -o a --force                                  | 1 | way
 train.py a -o none/new                                   | 1 | folder
@@ -204,7 +204,7 @@ greedy_soup.py --eval true a b -o old                    | 1 | exists
 greedy_soup.py --eval true a b -o b --force              | 1 | way
 greedy_soup.py --eval true a b -o new --report old       | 1 | exists
 greedy_soup.py --eval true a b none -o new               | 1 | none
-greedy_soup.py --eval /no/such/program a b -o new        | 1 | /no/such/program
+greedy_soup.py --eval /no/such/program a b -o new.safetensors | 1 | /no/such/program
 greedy_soup.py --eval true a b wide -o new --space weight | 1 | wide
 weight_statistics.py none                                | 1 | none
 weight_statistics.py flat                                | 1 | no matrix
@@ -220,7 +220,7 @@ def place(models, tmp_path_factory):
     a = ck.Checkpoint(models["a"])
     tensors = {name: a.read_tensor(name) for name in a.entries}
     for name, model in (("a", "a"), ("b", "b"), ("vae", "vae"), ("wide", "big"),
-                        ("c.safetensors", "a")):
+                        ("c.safetensors", "a"), ("old.safetensors", "b")):
         (folder / name).write_bytes(models[model].read_bytes())
     os.utime(folder / "a", (1e9, 1e9))
     save(folder / "broken", tensors | {UP: torch.full((96, 64), math.nan)})
@@ -240,8 +240,11 @@ def place(models, tmp_path_factory):
     (folder / "foreign/notes.txt").write_text("notes")
     (folder / "foreign/data/precious").write_text("precious")
     (folder / "empty").mkdir()
+    (folder / "folder.safetensors").mkdir()
     os.mkfifo(folder / "pipe")
+    os.mkfifo(folder / "pipe.safetensors")
     os.symlink("b", folder / "link")
+    os.symlink("c.safetensors", folder / "link.safetensors")
     os.symlink("circle", folder / "circle")
     os.symlink("result", folder / "inside")
     os.link(folder / "a", folder / "alias")
@@ -452,10 +455,10 @@ WEIGHTS = "adapter_model.safetensors"
 
 # How each kind of file is given to a command; BAD is its path.
 LINES = {
-    "model": ["merge.py BAD good.safetensors -o new",
-              "merge.py good.safetensors BAD -o new"],
-    "source": ["merge.py half.safetensors BAD -o new"],
-    "VAE": ["merge.py a.safetensors good.safetensors -o new --vae BAD"],
+    "model": ["merge.py BAD good.safetensors -o new.safetensors",
+              "merge.py good.safetensors BAD -o new.safetensors"],
+    "source": ["merge.py half.safetensors BAD -o new.safetensors"],
+    "VAE": ["merge.py a.safetensors good.safetensors -o new.safetensors --vae BAD"],
     "adapter": ["lora.py fold a.safetensors BAD -o new"],
     "expert": ["lora.py extract BAD a.safetensors -o new --rank 2"],
     "pair": ["match.py BAD good.safetensors", "match.py good.safetensors BAD"],
