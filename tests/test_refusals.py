@@ -134,7 +134,7 @@ weight_statistics.py a --figure f.png                    | 2 | .svg
 PATHS = """
 merge.py c.safetensors b -o c.safetensors --force        | 1 | way
 merge.py b c.safetensors -o empty/..//c.safetensors --force | 1 | way
-merge.py c.safetensors b -o link.safetensors --force                 | 1 | link, way
+merge.py c.safetensors b -o link.safetensors --force     | 1 | link, way
 merge.py a link.safetensors -o c.safetensors --force     | 1 | way
 merge.py links b -o links --force                        | 1 | links, way
 merge.py model b -o model --force                        | 1 | way
@@ -146,32 +146,32 @@ merge.py a b -o folder.safetensors --force               | 1 | does not replace
 merge.py a b -o pipe.safetensors --force                 | 1 | pipe
 merge.py model b -o empty/../old/ --force                | 1 | old
 merge.py model b -o foreign --force                      | 1 | notes.txt, precious
-merge.py a b -o old.safetensors                          | 1 | exists, --force
+merge.py a b -o o.safetensors                            | 1 | exists, --force
 merge.py model b -o result                               | 1 | exists, --force
-merge.py a b -o new.safetensors --report old             | 1 | another --report, --force
-merge.py a b -o new.safetensors --report none/r          | 1 | its folder
-merge.py a b -o new.safetensors --report pipe --force    | 1 | pipe
+merge.py a b --report old                                | 1 | another --report, --force
+merge.py a b --report none/r                             | 1 | its folder
+merge.py a b --report pipe --force                       | 1 | pipe
 merge.py model b -o result --force --report result/model.safetensors | 1 | way
 merge.py model b -o result --force --report inside/model.safetensors | 1 | way
 merge.py model b -o result --force --report result/../result/README.md | 1 | way
 merge.py a b -o vaes/vae.safetensors --vae vaes --force  | 1 | vae, way
-merge.py a b -o new.safetensors --vae none               | 1 | none
-merge.py a b -o new.safetensors --vae b                  | 1 | b, VAE
-merge.py a b -o new.safetensors --source-vae vae         | 1 | --source-vae
-merge.py broken none -o new.safetensors --vae b          | 1 | b, VAE
-merge.py a b -o old.safetensors --force --init random --save-vae a | 1 | a, way
-merge.py a b -o old.safetensors --force --init random --save-vae old.safetensors | 1 | old, way
-merge.py a b -o old.safetensors --force --init random --report old.safetensors | 1 | old, way
-merge.py a b -o new.safetensors --init random --save-vae v --report v | 1 | v, way
-merge.py a org/name -o new.safetensors                   | 1 | nothing is downloaded
-merge.py a /dev/zero -o new.safetensors                  | 1 | regular
-merge.py a pipe -o new.safetensors                       | 1 | pipe
-merge.py a circle -o new.safetensors                     | 1 | circle
-merge.py a empty -o new.safetensors                      | 1 | no, .safetensors
-merge.py tiny huge -o new.safetensors                    | 1 | huge, layers.0, 4096
-merge.py a wide -o new.safetensors --operator slerp      | 1 | wide, layers.0.mlp.down
-merge.py a wide -o new.safetensors --space weight        | 1 | [64\\, 96], [96\\, 160]
-merge.py a wide -o new.safetensors --operator task-arithmetic --base a | 1 | wide, match.py
+merge.py a b --vae none                                  | 1 | none
+merge.py a b --vae b                                     | 1 | b, VAE
+merge.py a b --source-vae vae                            | 1 | --source-vae
+merge.py broken none --vae b                             | 1 | b, VAE
+merge.py a b -o o.safetensors --force --init random --save-vae a | 1 | a, way
+merge.py a b -o o.safetensors --force --init random --save-vae o.safetensors | 1 | way
+merge.py a b -o o.safetensors --force --init random --report o.safetensors | 1 | way
+merge.py a b --init random --save-vae v --report v       | 1 | v, way
+merge.py a org/name                                      | 1 | nothing is downloaded
+merge.py a /dev/zero                                     | 1 | regular
+merge.py a pipe                                          | 1 | pipe
+merge.py a circle                                        | 1 | circle
+merge.py a empty                                         | 1 | no, .safetensors
+merge.py tiny huge                                       | 1 | huge, layers.0, 4096
+merge.py a wide --operator slerp                         | 1 | wide, layers.0.mlp.down
+merge.py a wide --space weight                           | 1 | [64\\, 96], [96\\, 160]
+merge.py a wide --operator task-arithmetic --base a      | 1 | wide, match.py
 train.py a -o new --select zebra                         | 1 | --select
 train.py a -o a --force                                  | 1 | way
 train.py a -o none/new                                   | 1 | folder
@@ -192,7 +192,7 @@ lsmerge.py a zebra                                       | 1 | zebra
 lsmerge.py vae                                           | 1 | meets no tensor
 lsmerge.py model/config.json                             | 1 | config.json
 lora.py fold a adapter -o a --force                      | 1 | way
-lora.py fold a adapter -o adapter/adapter_config.json --force       | 1 | way
+lora.py fold a adapter -o adapter/adapter_config.json --force | 1 | way
 lora.py fold a adapter -o new/                           | 1 | folder's name
 lora.py extract b a -o adapter --rank 2                  | 1 | exists
 lora.py extract b a -o foreign --rank 2 --force          | 1 | notes.txt
@@ -220,7 +220,7 @@ def place(models, tmp_path_factory):
     a = ck.Checkpoint(models["a"])
     tensors = {name: a.read_tensor(name) for name in a.entries}
     for name, model in (("a", "a"), ("b", "b"), ("vae", "vae"), ("wide", "big"),
-                        ("c.safetensors", "a"), ("old.safetensors", "b")):
+                        ("c.safetensors", "a"), ("o.safetensors", "b")):
         (folder / name).write_bytes(models[model].read_bytes())
     os.utime(folder / "a", (1e9, 1e9))
     save(folder / "broken", tensors | {UP: torch.full((96, 64), math.nan)})
