@@ -214,7 +214,7 @@ class Task:
     why: str = ""               # why it is copied; "" if it is not
     tied: tuple = ()            # names of tensors that are to stay equal to this one
 
-    def copy(self, why):
+    def keep(self, why):
         """The tensor stays the target's own."""
         self.action = "copied"
         self.why = why
@@ -246,12 +246,14 @@ def plan(run):
         run.kind = "same-shape"
     for task in run.tasks:
         decide(run, task)
-    # Norms and embeddings are averaged in a plain merge of one shape only.
-    plain = run.kind == "same-shape" and run.align in ("auto", "none")
-    plain = plain and not run.control and not run.select
+    # What is not encoded has no latents: nothing can align it, or be a control of it,
+    # and --select asks for certain tensors. So norms and embeddings are averaged with
+    # their partners in a merge of one shape only, where nothing of that was asked for.
+    whole = run.kind == "same-shape" and run.align in ("auto", "none")
+    whole = whole and not run.control and not run.select
     for task in run.tasks:
-        if task.action == "averaged" and not plain:
-            task.copy("not encoded")
+        if task.action == "averaged" and not whole:
+            task.keep("not encoded")
     why = Counter(task.why for task in run.tasks if task.action == "copied")
     reasons = ", ".join(f"{n} {reason}" for reason, n in why.items())
     need(why.total() < len(run.tasks), target.path, f"nothing would be merged: of its "
@@ -279,7 +281,6 @@ def decide(run, task):
     """
     entry = task.entry
     met = task.parents
-    base = len(run.models) - 1              # with --base: the last model
     alike = {k: other for k, other in met.items() if other.shape == entry.shape}
     if is_selected(entry, run.select):
         task.action = "encoded"
@@ -288,14 +289,19 @@ def decide(run, task):
             check_shapes(run, task)
     else:
         task.parents = alike
+    # Without a source the target is merged with itself, and meets nobody rightly.
+    merged_with_itself = len(run.models) == 1
     if not entry.is_float:
-        task.copy("whole numbers")
-    elif len(met) == 1 and len(run.models) > 1:
-        task.copy("met nobody")
-    elif len(task.parents) == 1 < len(met):
-        task.copy("met another shape")
-    elif run.base and not (base in task.parents and len(task.parents) > 2):
-        task.copy("no task vector")         # that is between a source and the base
+        task.keep("whole numbers")
+    elif len(met) == 1 and not merged_with_itself:
+        task.keep("met nobody")
+    elif len(task.parents) == 1 and not merged_with_itself:
+        task.keep("met another shape")
+    elif run.base:
+        # A task vector is between a source and the base, which is the last model.
+        base = len(run.models) - 1
+        if base not in task.parents or len(task.parents) < 3:
+            task.keep("no task vector")
 
 
 def check_shapes(run, task):
@@ -463,7 +469,7 @@ def measure_task(run, task):
         for k, entry in task.parents.items():
             found.add(digest(run.models[k], entry, task.entry.dtype))
         if len(found) == 1:
-            task.copy("equal in all")
+            task.keep("equal in all")
     if task.action == "copied":
         return task
     for k, entry in task.parents.items():
@@ -471,7 +477,7 @@ def measure_task(run, task):
     parents = task.parents.values()
     if task.action == "encoded" and task.parents[0].constant:
         if any(stats.shape != task.entry.shape for stats in parents):
-            task.copy("constant")
+            task.keep("constant")
         elif all(stats.constant for stats in parents):
             task.action = "averaged"                # there is no pattern for a codec
     return task
@@ -509,7 +515,7 @@ def tie(run):
             merged = leader is not task and not leader.why
             if merged and follows and not leader.parents[0].constant:
                 leader.tied += (entry.name,)
-                task.copy("tied to another")
+                task.keep("tied to another")
 
 
 # --- The codec, and whether it can carry these weights --------------------------------
@@ -674,14 +680,16 @@ def merge_tensor(run, task):
     for k, each in task.parents.items():
         readers.append(partial(run.models[k].read, each.name))
     encoded = task.action == "encoded"
-    plain = coefficients_of(run, task, readers, spans(entry.numel))
+    # Of the weights themselves: for what is averaged, and for the distance to that.
+    of_weights = coefficients_of(run, task, readers, spans(entry.numel))
     # Only the target is left, and what the codec loses comes back: it is the target.
-    nothing_lost = run.residual and not any(plain[1:])
+    nothing_lost = run.residual and not any(of_weights[1:])
     if not encoded or not run.codecs or nothing_lost:
-        pieces = ls.weight_merge(readers, plain, entry)
+        pieces = ls.weight_merge(readers, of_weights, entry)
         sources = []
     else:
         target, *sources = parents_of(run, task)
+        # Slerp's angle is between latents here, above between weights.
         latents = [parent.latents for parent in (target, *sources)]
         steps = spans(target.N, target.per_piece)
         coefficients = coefficients_of(run, task, latents, steps)
@@ -694,7 +702,7 @@ def merge_tensor(run, task):
         for name in (entry.name, *task.tied):
             run.sink.put(name, start, piece_L)
         if encoded:
-            squares.update(distances(run, task, readers, plain, start, piece_L))
+            squares.update(distances(run, task, readers, of_weights, start, piece_L))
     for source in sources:
         if isinstance(source, ls.Transport):
             records.append(source.report())

@@ -1,10 +1,13 @@
-"""Tiny checkpoints with Llama's names, written by the safetensors library itself (an
-independent writer). Small for testing."""
+"""What the tests share: tiny checkpoints with Llama's names, written by the safetensors
+library itself (an independent writer); a desk, on which commands run in this process;
+and processes, for what only a process can show."""
+import json
 import os
 import signal
 import socket
 import time
 import traceback
+import zlib
 
 # Before torch: neither a pool of threads nor MKL's record of who owns which memory
 # would survive a fork.
@@ -14,11 +17,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments"), str(ROOT / "experiments/tools")]
 torch.set_num_threads(1)    # the matrices here are tiny: a second thread only waits
+
+
+INDEX = "model.safetensors.index.json"
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
 
 def generator(seed=0):
@@ -61,8 +68,46 @@ def relative(tensors, seed, part=0.3):
 
 
 def save(path, tensors):
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, {"format": "pt"})
     return path
+
+
+def sharded(folder, tensors, changes=(), where=""):
+    """A model folder of two shards and their index; `changes` to its map."""
+    names = sorted(tensors)
+    table = {}
+    for k, shard in enumerate(SHARDS):
+        part = {name: tensors[name] for name in names[k::2]}
+        save(folder / where / shard, part)
+        table |= dict.fromkeys(part, where + shard)
+    text = json.dumps({"metadata": {}, "weight_map": table | dict(changes)})
+    (folder / INDEX).write_text(text)
+    (folder / "config.json").write_text('{"num_hidden_layers": 2}\n')
+    return folder
+
+
+def assert_equal(got, expected):
+    """Two models hold the same tensors, bit for bit (NaN too)."""
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert got[name].dtype == tensor.dtype and got[name].shape == tensor.shape, name
+        mine = got[name].reshape(-1).view(torch.uint8)
+        assert torch.equal(mine, tensor.reshape(-1).view(torch.uint8)), name
+
+
+def assert_near(got, expected, rtol=1e-6):
+    """Relative to each tensor's largest weight: float32 algebra of some 20 steps.
+    Narrower dtypes are rounded once more, by half a step at most."""
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if not tensor.is_floating_point():
+            assert torch.equal(got[name], tensor), name
+            continue
+        wide = tensor.double()
+        most = max(rtol, torch.finfo(got[name].dtype).eps / 2)
+        error = (got[name].double() - wide).abs().max()
+        assert error <= most * wide.abs().max(), f"{name}: {error}"
 
 
 MODELS = {"a": dict(seed=1), "half": dict(seed=3, dtype=torch.bfloat16),
@@ -99,6 +144,97 @@ def exact(monkeypatch, models):
     monkeypatch.setattr(merge, "REFERENCE", str(models["vae"]))
 
 
+# --- Commands in this process ---------------------------------------------------------
+def snapshot(folder):
+    """All below a folder: kind and mode; of what is no folder also time, size, names
+    and contents."""
+    state = {}
+    for path in folder.rglob("*"):
+        info = path.lstat()
+        facts = [info.st_mode]
+        if path.is_symlink():
+            facts.append(os.readlink(path))
+        elif not path.is_dir():
+            facts += [info.st_mtime_ns, info.st_size, info.st_nlink]
+        if path.is_file():
+            facts.append(zlib.crc32(path.read_bytes()))
+        state[str(path)] = facts
+    return state
+
+
+def check_line(error, words=()):
+    """What stderr says is one line, which names its culprit and a remedy."""
+    assert error.startswith("error: ") and error.count("\n") == 1, error[:2000]
+    assert "; fix: " in error and error[:-1].isprintable(), error[:500]
+    for word in words:
+        assert str(word) in error, (word, error[:500])
+
+
+class Desk:
+    """A folder to work in: tensors go in, a command runs, its result comes out."""
+
+    def __init__(self, folder, capsys):
+        self.folder = folder
+        self.capsys = capsys
+
+    def __truediv__(self, name):
+        return self.folder / name
+
+    def put(self, tensors, name):
+        """Write a state dict; its path."""
+        held = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        return save(self.folder / f"{name}.safetensors", held)
+
+    def model(self, tensors, name="T", **texts):
+        """A model folder, with companions: name -> text."""
+        save(self.folder / name / "model.safetensors", tensors)
+        for file, text in {"config.json": '{"model_type": "x"}', **texts}.items():
+            path = self.folder / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return self.folder / name
+
+    def run(self, *arguments, main=None):
+        """(exit code, stdout, stderr) of merge.py, or of another main."""
+        import chunking
+        import merge
+        self.capsys.readouterr()
+        argv = [str(argument) for argument in arguments]
+        try:
+            code = chunking.command(lambda: (main or merge.main)(argv))
+        except SystemExit as ended:
+            code = ended.code
+        said = self.capsys.readouterr()
+        return code, said.out, said.err
+
+    def merged(self, *arguments, out="m.safetensors"):
+        """(tensors, report) of a merge that must succeed, as the library reads them;
+        what it said is in desk.said and desk.err."""
+        path = self.folder / out
+        report = self.folder / "report.json"
+        argv = [*arguments, "-o", path, "--report", report, "--force"]
+        code, self.said, self.err = self.run(*argv)
+        assert code == 0, self.err
+        if path.is_dir():
+            path = path / "model.safetensors"
+        return load_file(path), json.loads(report.read_text())
+
+    def refuse(self, *arguments, words=(), code=1, main=None):
+        """Refused in one line that holds the words; nothing on the disk has changed."""
+        before = snapshot(self.folder)
+        found, _, error = self.run(*arguments, main=main)
+        assert found == code, (found, error)
+        *warnings, line = error.splitlines(keepends=True)
+        assert all(each.startswith("warning: ") for each in warnings), error
+        check_line(line, words)
+        assert snapshot(self.folder) == before
+
+
+@pytest.fixture
+def desk(tmp_path, capsys):
+    return Desk(tmp_path, capsys)
+
+
 # --- Commands in processes of their own: forked, so that nothing is imported anew -----
 def forked(log, arguments, prepare=lambda: None, main=None):
     """Start merge.py, or another main; its process number. stdout and stderr go to
@@ -112,7 +248,7 @@ def forked(log, arguments, prepare=lambda: None, main=None):
         sys.stdout = open(f"{log}.out", "w", encoding="utf-8")
         sys.stderr = open(f"{log}.err", "w", encoding="utf-8")
         prepare()
-        argv = [*map(str, arguments), "--quiet"]
+        argv = [str(argument) for argument in arguments]
         code = chunking.command(lambda: (main or merge.main)(argv))
     except SystemExit as leaving:
         code = leaving.code

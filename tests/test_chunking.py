@@ -4,13 +4,12 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import chunking as ck
-from conftest import generator, llama_tensors, save
+from conftest import generator, save
 
 
 def noise(*shape, seed=0):
@@ -37,27 +36,6 @@ def test_chunks_and_windows_are_undone_bit_for_bit(L, dtype):
     assert torch.equal(back_L, flat_L) and back_L.dtype == dtype
 
 
-def test_worked_example_and_windows_of_latents():
-    chunks, real = ck.chunk(torch.arange(1, 8), C=4)
-    assert chunks.tolist() == [[1, 2, 3, 4], [5, 6, 7, 0]]
-    assert real.int().tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
-    z_NZ = noise(5, 2)
-    z_BTZ, real_BTZ = ck.to_windows(z_NZ, torch.ones(5, 2, dtype=torch.bool), T=3)
-    assert z_BTZ.shape == (2, 3, 2)
-    assert real_BTZ.any(-1).flatten().tolist() == [True] * 5 + [False]
-    assert torch.equal(ck.from_windows(z_BTZ, 5), z_NZ)
-
-
-@pytest.mark.parametrize("numel, step", [
-    (1, 4), (4, 4), (9, 4), (2 ** 20 + 1, ck.PIECE)])
-def test_spans_tile_the_tensor(numel, step):
-    pieces = ck.spans(numel, step)
-    assert [pieces[0][0], pieces[-1][1]] == [0, numel] and ck.spans(0, step) == []
-    assert all(stop - start == step for start, stop in pieces[:-1])
-    assert 0 < numel - pieces[-1][0] <= step
-    assert all(stop == start for (_, stop), (start, _) in zip(pieces, pieces[1:]))
-
-
 # --- Statistics -----------------------------------------------------------------------
 VALUES = {"small spread, large mean": noise(5000) * 1e-4 + 1000,
           "normal": noise(1000) * 0.02,
@@ -65,6 +43,8 @@ VALUES = {"small spread, large mean": noise(5000) * 1e-4 + 1000,
           "one number": torch.tensor([3.0]), "constant": torch.full((300,), 2.5),
           "constant to rounding": torch.full((300,), 0.1),
           "zeros": torch.zeros(98), "empty": torch.zeros(0),
+          "float16": noise(500).half(), "bfloat16": noise(500).bfloat16(),
+          "float8": noise(500).to(torch.float8_e4m3fn),
           "float64, std 1e-9 of its mean": 1 + 1e-9 * noise(500).double()}
 
 
@@ -86,17 +66,6 @@ def test_measure_equals_numpy_however_the_tensor_is_cut(tmp_path, monkeypatch, c
         assert stats.scale == pytest.approx(1.0 if constant else wide.std(), rel=1e-6)
         assert (stats.shape, stats.dtype) == (tuple(values.shape), values.dtype)
     assert torch.equal(values, before)
-
-
-def test_measure_equals_numpy_for_every_float_dtype(tmp_path):
-    dtypes = [d for d in ck.DTYPE_NAMES if d.is_floating_point]
-    assert len(dtypes) == 6
-    path = save(tmp_path / "x.safetensors",
-                {str(d): (noise(40, 50) * 0.05).to(d) for d in dtypes})
-    for name, tensor in load_file(path).items():
-        stats, wide = ck.measure(ck.Checkpoint(path), name), tensor.double().numpy()
-        assert stats.mean == pytest.approx(wide.mean(), rel=1e-12)
-        assert stats.std == pytest.approx(wide.std(), rel=1e-12)
 
 
 @pytest.mark.parametrize("values, stored, bound", [
@@ -121,30 +90,14 @@ def test_standardised_weights_and_back(values, stored, bound):
     assert apart <= bound * wide.std()
 
 
-def test_pooled_statistics_are_those_of_all_parents_weights_together():
-    """The law of total variance: as many weights from each, so numpy may join them."""
-    tensors = [noise(40, 5, seed=i) * std + mean
-               for i, (std, mean) in enumerate([(1, 0), (1e-8, 0), (0.1, 2)])]
-    parents = [ck.measure(ck.StateDict({"w": w}), "w") for w in tensors]
-    for some in (parents, parents[:2], parents[:1]):
-        joined = np.concatenate([w.double().numpy() for w in tensors[:len(some)]])
-        mean, std = ck.pool(some)
-        assert mean == pytest.approx(joined.mean(), rel=1e-12)
-        assert std == pytest.approx(joined.std(), rel=1e-12)
-    assert ck.pool(parents) == pytest.approx(ck.pool(parents[::-1]), rel=1e-15)
-
-
 # --- Names ----------------------------------------------------------------------------
 L, B, T = "model.layers.", "bert.encoder.layer.2.", "decoder.block.4.layer."
 PLACES = {          # name -> (stack, layer, role)
     L + "3.self_attn.q_proj.weight": ("model.layers", 3, "q"),
-    L + "11.mlp.gate_proj.weight": ("model.layers", 11, "gate"),
     L + "0.self_attn.q_proj.bias": ("model.layers", 0, "q.bias"),
     L + "0.self_attn.q_norm.weight": ("model.layers", 0, "norm"),
-    L + "1.self_attn.o_proj.weight": ("model.layers", 1, "o"),
     L + "4.self_attn.qkv_proj.weight": ("model.layers", 4, "qkv"),
     L + "4.mlp.gate_up_proj.weight": ("model.layers", 4, "gate_up"),
-    L + "2.input_layernorm.weight": ("model.layers", 2, "norm"),
     L + "2.block_sparse_moe.gate.weight": ("model.layers", 2, "router"),
     L + "2.block_sparse_moe.experts.3.w1.weight": ("model.layers", 2, "gate.3"),
     L + "2.mlp.experts.6.up_proj.weight": ("model.layers", 2, "up.6"),
@@ -156,21 +109,17 @@ PLACES = {          # name -> (stack, layer, role)
     "h.5.attn.c_proj.weight": ("h", 5, "o"), "h.5.mlp.c_proj.weight": ("h", 5, "down"),
     "h.5.mlp.c_fc.weight": ("h", 5, "up"), "h.5.ln_1.weight": ("h", 5, "norm"),
     "transformer.wte.weight": ("", None, "embed"),
-    B + "attention.self.key.weight": ("bert.encoder.layer", 2, "k"),
     B + "attention.self.value.bias": ("bert.encoder.layer", 2, "v.bias"),
     B + "attention.output.dense.weight": ("bert.encoder.layer", 2, "o"),
     B + "output.dense.weight": ("bert.encoder.layer", 2, "down"),
     B + "intermediate.dense.weight": ("bert.encoder.layer", 2, "up"),
-    B + "attention.output.LayerNorm.weight": ("bert.encoder.layer", 2, "norm"),
     T + "0.SelfAttention.q.weight": ("decoder.block", 4, "q.0"),
     T + "1.EncDecAttention.o.weight": ("decoder.block", 4, "o.1.encdec"),
     T + "2.DenseReluDense.wo.weight": ("decoder.block", 4, "down.2"),
     T + "2.DenseReluDense.wi_0.weight": ("decoder.block", 4, "gate.2"),
     "shared.weight": ("", None, "embed"), "embed_out.weight": ("", None, "head"),
     "gpt_neox.layers.5.attention.query_key_value.weight": ("gpt_neox.layers", 5, "qkv"),
-    "gpt_neox.layers.5.mlp.dense_h_to_4h.weight": ("gpt_neox.layers", 5, "up"),
     "blocks.3.attn.proj.weight": ("blocks", 3, "o"),
-    "blocks.3.mlp.fc2.weight": ("blocks", 3, "down"),
     "model.embed_tokens.weight": ("", None, "embed"),
     "lm_head.weight": ("", None, "head"),
     "score.weight": ("", None, "head"), "model.norm.weight": ("", None, "norm"),
@@ -199,16 +148,6 @@ def test_a_leading_number_is_a_layer_only_where_nothing_else_is():
     assert [place.layer for place in other.values()] == [None, 3]
 
 
-def test_entries_stand_in_the_order_of_depth(tmp_path):
-    """The library sorts names as text: layers.10 before layers.2."""
-    tensors = llama_tensors(0, hidden=8, layers=12, mlp=8, vocab=8)
-    file = ck.Checkpoint(save(tmp_path / "x.safetensors", tensors))
-    layers = [entry.place.layer for entry in file.entries.values()]
-    numbered = [layer for layer in layers if layer is not None]
-    assert layers[:2] == [None, None] and numbered == sorted(numbered)
-    assert list(ck.StateDict(tensors).entries) == list(file.entries)
-
-
 def test_selection(models):
     entries = ck.Checkpoint(models["a"]).entries.values()
     default = {e.name for e in entries if ck.is_selected(e)}
@@ -232,6 +171,7 @@ def test_selection(models):
 ODD = {"scalar": torch.tensor(1.5), "empty": torch.zeros(0, 4), "ids": torch.arange(3),
        "mask": torch.tensor([True, False]), "half": noise(3, 3).half(),
        "layer 10/é": torch.ones(2), "layers.10.w": noise(2), "layers.2.w": noise(3),
+       "../../x": torch.ones(2), "a\0\nb": torch.ones(1), "x" * 9_999: noise(2),
        **{str(d): torch.arange(3).to(d) for d in ck.DTYPE_NAMES}}
 
 
@@ -241,6 +181,8 @@ def test_reading_agrees_with_the_library(tmp_path):
     save_file(ODD, path, {"format": "pt", "note": "ü"})
     file, memory = ck.Checkpoint(path), ck.StateDict(ODD)
     assert set(file.entries) == set(ODD) and list(file.entries) == list(memory.entries)
+    # layer by layer; the library sorts names as text
+    assert [*file.entries][-2:] == ["layers.2.w", "layers.10.w"]
     assert file.metadata == {"format": "pt", "note": "ü"}
     for name, tensor in load_file(path).items():
         for source in (file, memory):
@@ -251,14 +193,6 @@ def test_reading_agrees_with_the_library(tmp_path):
     assert len(file.read("half", 7, 99)) == 2 and len(file.read("half", 9, 12)) == 0
     view = noise(4, 6).T
     assert torch.equal(ck.StateDict({"w": view}).read_tensor("w"), view)
-
-
-def test_what_was_read_belongs_to_the_reader(tmp_path):
-    """Work in place on a piece must not reach the user's tensors."""
-    for dtype in (torch.float32, torch.float64):
-        tensors = {"w": torch.ones(4, dtype=dtype)}
-        ck.StateDict(tensors).read("w").zero_()
-        assert tensors["w"].tolist() == [1] * 4
 
 
 def test_threads_read_one_file_without_disturbing_each_other(tmp_path):
@@ -304,9 +238,12 @@ def test_a_header_takes_any_text(tmp_path):
 @pytest.mark.parametrize("folder", [False, True])
 def test_a_result_appears_whole_or_not_at_all(tmp_path, folder):
     path = tmp_path / "x"
-    weights = path / "model.safetensors" if folder else path
+    weights = path
+    inside = None
     if folder:
         path.mkdir()
+        inside = "model.safetensors"
+        weights = path / inside
     weights.write_bytes(b"old")
 
     def half_way(output):
@@ -326,31 +263,16 @@ def test_a_result_appears_whole_or_not_at_all(tmp_path, folder):
             file.write(b"\xff" * 8)
     for work in (half_way, forgets_two, writes_twice, spoils_the_header):
         with pytest.raises(Exception), ck.create(
-                path, [ENTRY], folder=folder, force=True) as output:
+                path, [ENTRY], inside=inside, force=True) as output:
             work(output)
         assert weights.read_bytes() == b"old" and os.listdir(tmp_path) == ["x"]
     with pytest.raises(ck.CheckpointError, match="made by another"), ck.create(
             # without force: taken meanwhile
-            path, [ENTRY], folder=folder) as output:
+            path, [ENTRY], inside=inside) as output:
         output.put("w", 0, torch.ones(4))
     assert weights.read_bytes() == b"old" and os.listdir(tmp_path) == ["x"]
-    with ck.create(path, [ENTRY], folder=folder, force=True) as output:
+    with ck.create(path, [ENTRY], inside=inside, force=True) as output:
         output.put("w", 2, torch.ones(2))
         output.put("w", 0, torch.zeros(2))
     assert load_file(weights)["w"].tolist() == [0, 0, 1, 1]
     assert os.listdir(tmp_path) == ["x"]
-
-
-def test_no_file_stays_open(tmp_path):
-    count = len(os.listdir("/proc/self/fd"))
-    for _ in range(10):
-        ck.write_tensors(tmp_path / "x.safetensors", {"w": torch.ones(1)}, {},
-                         force=True)
-        ck.Checkpoint(tmp_path / "x.safetensors").read("w")
-    assert len(os.listdir("/proc/self/fd")) == count
-
-
-def test_an_error_is_one_line():
-    error = str(ck.CheckpointError("a\nb", "is\x1b[2J wrong", "do\u2028it", "\ud800\0"))
-    assert error.isprintable() and error.startswith("a\\nb: tensor ")
-    assert "; fix: do" in error

@@ -1,158 +1,101 @@
-"""experiments/tools/greedy_soup.py. Oracles: the definition of the recipe, means by torch, a known
-best soup."""
-import json
-import shlex
+"""experiments/tools/greedy_soup.py. Oracles: the definition of the recipe, means by
+torch, a known best soup."""
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import chunking
 import greedy_soup as gs
-from conftest import ROOT, llama_tensors, relative
-
-
-def run(*arguments):
-    return chunking.command(lambda: gs.main([*map(str, arguments), "--quiet"]))
+from conftest import ROOT, assert_equal, assert_near, llama_tensors, relative
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_greedy_soup_by_its_definition(seed):
     values = np.random.default_rng(seed).normal(size=(5, 3))
+    calls = []
 
     def score(kept):
+        calls.append(kept)
         return -np.abs(values[list(kept)].mean(axis=0)).sum()
-    order = sorted(range(5), key=lambda i: -score([i]))
-    kept = [order[0]]
-    for index in order[1:]:
-        kept += [index] if score(kept + [index]) > score(kept) else []
-    calls = []
-    assert gs.greedy_soup(5, lambda k: calls.append(k) or score(k)) == sorted(kept)
+    found = gs.greedy_soup(5, score)
     assert len(calls) == 9 and all(call == sorted(call) for call in calls)
-    assert gs.greedy_soup(3, lambda kept: 1.0) == [0]       # an equal score is not better
+    order = sorted(range(5), key=lambda i: -score([i]))
+    kept = order[:1]
+    for index in order[1:]:
+        if score(kept + [index]) > score(kept):
+            kept.append(index)
+    assert found == sorted(kept)
+    assert gs.greedy_soup(3, lambda kept: 1.0) == [0]   # an equal score is not better
 
 
-@pytest.mark.parametrize("kept, expected", [
-    ([0], "a b --lam 0.0"), ([1], "a b --lam 1.0"), ([2], "a c --lam 1.0"),
-    ([0, 2], "a c --lam 0.5"), ([1, 3], "a b d --lam 0.5,0.5"),
-    ([0, 1, 2, 3], "a b c d --lam 0.25,0.25,0.25")])
-def test_what_merge_is_told(kept, expected):
-    assert gs.merge_arguments(["a", "b", "c", "d"], kept) == expected.split()
-
-
-@pytest.fixture
-def soup(tmp_path, monkeypatch):
-    """(paths of three relatives, the mean of the last two): a judge who wants that mean."""
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize("flags", [["--space", "weight"], ["--vae", "exact"]])
+def test_the_soup_keeps_what_helps(desk, monkeypatch, flags, folder):
+    """A judge who wants the mean of the last two. The target is not among those kept:
+    it still gives the names, and a folder its companions."""
     first = llama_tensors(11, hidden=32, mlp=32)
-    tensors = [first, relative(first, 12), relative(first, 13)]
-    paths = [tmp_path / f"{name}.safetensors" for name in "abc"]
-    for path, model in zip(paths, tensors):
-        save_file(model, path)
-    wanted = {name: (tensors[1][name] + tensors[2][name]) / 2 for name in tensors[0]}
+    second = relative(first, 12)
+    third = relative(first, 13)
+    paths = [desk.put(first, "a"), desk.put(second, "b"), desk.put(third, "c")]
+    result = desk / "m.safetensors"
+    weights = result
+    if folder:
+        paths[0] = desk.model(first)
+        result = desk / "m"
+        weights = result / "model.safetensors"
+    wanted = {name: (second[name] + third[name]) / 2 for name in first}
 
     def judge(line, path):
-        found = load_file(path if path.endswith(".safetensors") else f"{path}/model.safetensors")
-        return -sum((found[name] - wanted[name]).square().sum().item() for name in wanted)
+        found = load_file(f"{path}/model.safetensors" if folder else path)
+        return -sum((found[name] - wanted[name]).square().sum() for name in wanted)
     monkeypatch.setattr(gs, "evaluate", judge)
-    return paths, wanted
-
-
-@pytest.mark.parametrize("flags", [["--space", "weight"], ["--vae", "exact"]])
-def test_the_soup_keeps_what_helps(soup, tmp_path, capsys, flags):
-    """The target is not among those kept: it still gives the names."""
-    paths, wanted = soup
-    before = set(tmp_path.iterdir())
-    result, report = tmp_path / "m.safetensors", tmp_path / "r.json"
-    assert run("--eval", "x", *paths, *flags, "-o", result, "--report", report) == 0
-    out, got = capsys.readouterr().out, load_file(result)
-    assert out.count("soup of") == 5 and out.count("wrote") == 1    # one report: the last merge's
+    way = ["--eval", "x", *paths, *flags, "-o", result]
+    code, out, error = desk.run(*way, main=gs.main)
+    assert code == 0, error
+    assert out.count("soup of") == 5 and out.count("wrote") == 1
     assert f"kept 2 of 3: {paths[1]}, {paths[2]}\n" in out
-    assert set(got) == set(wanted)
-    for name, tensor in wanted.items():        # an exact codec rounds once more, in float32
-        torch.testing.assert_close(got[name], tensor, rtol=1e-5, atol=1e-6)
-    assert json.loads(report.read_text())["lambda"] == [0.5, 0.5]
-    assert set(tmp_path.iterdir()) == before | {result, report}
+    assert_near(load_file(weights), wanted, rtol=1e-5)
+    assert folder == (desk / "m/config.json").exists()
+    desk.refuse(*way, words=["exists"], main=gs.main)
+    assert desk.run(*way, "--force", main=gs.main)[0] == 0
 
 
-def test_a_folder_gives_a_folder_and_force_replaces_it(soup, tmp_path):
-    paths, wanted = soup
-    (folder := tmp_path / "model").mkdir()
-    (folder / "config.json").write_text('{"num_hidden_layers": 2}\n')
-    paths[0].rename(folder / "model.safetensors")
-    line = ["--eval", "x", folder, *paths[1:], "-o", tmp_path / "m", "--space", "weight"]
-    assert run(*line) == 0 and run(*line) == 1 and run(*line, "--force") == 0
-    assert (tmp_path / "m/config.json").read_bytes() == (folder / "config.json").read_bytes()
-    got = load_file(tmp_path / "m/model.safetensors")
-    torch.testing.assert_close(got["model.norm.weight"], wanted["model.norm.weight"])
-
-
-def test_a_command_of_ones_own(tmp_path):
-    """The script, from another folder, with a judge who wants the second model: it comes back, bit
-    for bit in weight space. A judge who fails is one line."""
+def test_a_command_of_ones_own(desk):
+    """The script, from another folder, with a judge who wants the second model: it
+    comes back, bit for bit in weight space."""
     first = llama_tensors(11, hidden=32, mlp=32)
-    for name, tensors in (("a", first), ("b", relative(first, 12))):
-        save_file(tensors, tmp_path / f"{name}.safetensors")
-    judge = tmp_path / "judge.py"
-    judge.write_text("import sys, hashlib\n"
-                     "mine, other = (open(p, 'rb').read()[-4000:] for p in sys.argv[1:])\n"
-                     "print('scores: 7', float(mine == other))")
-    command = [sys.executable, ROOT / "experiments/tools/greedy_soup.py", "a.safetensors",
-               "b.safetensors", "--space", "weight", "-o", "m.safetensors", "--eval"]
-    done = subprocess.run([*command, f"{sys.executable} judge.py b.safetensors"], cwd=tmp_path,
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and "kept 1 of 2: b.safetensors" in done.stdout, done.stderr
-    got, wanted = load_file(tmp_path / "m.safetensors"), load_file(tmp_path / "b.safetensors")
-    assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
+    desk.put(first, "a")
+    desk.put(relative(first, 12), "b")
+    (desk / "judge.py").write_text(
+        "import sys\n"
+        "mine, other = (open(path, 'rb').read()[-4000:] for path in sys.argv[1:])\n"
+        "print('scores: 7', float(mine == other))\n")
+    script = ROOT / "experiments/tools/greedy_soup.py"
+    line = "a.safetensors b.safetensors --space weight -o m.safetensors --eval"
+    judge = f"{sys.executable} judge.py b.safetensors"
+    done = subprocess.run([sys.executable, script, *line.split(), judge],
+                          cwd=desk.folder, capture_output=True, text=True)
+    assert done.returncode == 0 and "kept 1 of 2: b.safetensors" in done.stdout
+    assert_equal(load_file(desk / "m.safetensors"), load_file(desk / "b.safetensors"))
 
 
 @pytest.mark.parametrize("command, words", [
     ("false", "exit code 1"), ("echo no score", "no number"),
-    ("printf '12 docs loss nan %.0s'", "no number"), (r"printf '\377 %.0s'", "no number")])
+    ("printf '12 docs loss nan %.0s'", "no number"),
+    (r"printf '\377 %.0s'", "no number")])
 def test_an_evaluation_that_fails_says_why(command, words):
     with pytest.raises(chunking.CheckpointError, match=words):
         gs.evaluate(command, "x")
 
 
 @pytest.mark.parametrize("words, score", [
-    ("loaded 12 docs\\nscore=0.5", 0.5), ("7 (accuracy: 81.5%%)", 81.5), ("-1e-3", -0.001),
-    ("[3, .5]", 0.5), ("0.5 after the 3rd", 0.5)])
+    ("loaded 12 docs\\nscore=0.5", 0.5), ("7 (accuracy: 81.5%%)", 81.5),
+    ("-1e-3", -0.001), ("[3, .5]", 0.5), ("0.5 after the 3rd", 0.5)])
 def test_the_last_number_is_the_score(words, score):
-    """A good command does not print the path that comes last; if it does, no digit is a score."""
-    assert gs.evaluate(f"printf '{words}\\n%s'", "/a/1/b_2.safetensors") == score
-
-
-@pytest.mark.parametrize("case", ["output exists", "output is an input", "report exists",
-                                  "no such model", "no such program", "another shape"])
-def test_what_is_refused_is_one_line_and_nothing_stays(soup, tmp_path, capsys, monkeypatch, case):
-    paths, _ = soup
-    (old := tmp_path / "old.safetensors").write_text("old")
-    new = tmp_path / "m.safetensors"
-    flags = {"output exists": ["-o", old], "output is an input": ["-o", paths[1], "--force"],
-             "report exists": ["-o", new, "--report", old]}.get(case, ["-o", new])
-    if case == "no such model":
-        paths = [*paths, tmp_path / "none.safetensors"]
-    if case == "another shape":
-        save_file(llama_tensors(1, hidden=64, mlp=32), other := tmp_path / "d.safetensors")
-        paths = [*paths, other]
-    if case == "no such program":
-        monkeypatch.undo()
-    before = {path: path.stat().st_mtime for path in tmp_path.iterdir()}
-    assert run("--eval", "/no/such/program", *paths, "--space", "weight", *flags) == 1
-    out, error = capsys.readouterr()
-    assert error.startswith("error: ") and error.count("\n") == 1 and "soup of" not in out
-    assert {path: path.stat().st_mtime for path in tmp_path.iterdir()} == before
-
-
-@pytest.mark.parametrize("line", [
-    "a b", "--eval true a", "--eval \"echo 'x\" a b", "--eval '' a b",
-    "--eval true --space weight a b", "--eval true a b --lam 0.5", "--eval true a b --lambda=0.5",
-    "--eval true a b --operator slerp", "--eval true a b --init random",
-    "--eval true a b --dry-run"])
-def test_usage(line, capsys):
-    with pytest.raises(SystemExit) as caught:
-        gs.main(shlex.split(line))
-    error = capsys.readouterr().err
-    assert caught.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    """A good command does not print the path that comes last; if it does, no digit is a
+    score."""
+    found = gs.evaluate(f"printf '{words}\\n%s'", "/a/1/b_2.safetensors")
+    assert found == score

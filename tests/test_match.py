@@ -1,19 +1,16 @@
 """experiments/tools/match.py: against brute force, planted orders, known relatives."""
 import itertools
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-TOOLS = Path(__file__).resolve().parents[1] / "experiments/tools"
-MODELS = TOOLS.parent / "models"
-sys.path.insert(0, str(TOOLS))
 import match
 from chunking import Checkpoint, CheckpointError, StateDict
+from conftest import ROOT, assert_equal
 
+MODELS = ROOT / "experiments/models"
 SIZE = 8        # rows of a head in the models made here: small for testing
 EVERY = match.Positions(torch.arange(48), torch.arange(48))     # of their streams
 
@@ -116,7 +113,15 @@ def files(tmp_path):
 
 
 def run(*argv):
-    return match.main([*map(str, argv), "--quiet"])
+    return match.main([str(argument) for argument in argv])
+
+
+def brought(files, target, source):
+    """The source as match.py writes it for the target."""
+    paths = files(target=target, source=source)
+    out = paths["target"].with_name("out.safetensors")
+    assert not run(*paths.values(), "-o", out)
+    return load_file(out)
 
 
 def refused(*argv):
@@ -148,16 +153,10 @@ def test_assignment_is_the_best_of_all_injections(J, I):
             assert found.tolist() == list(best_injection(cosine, slack))
 
 
-def test_assignment_by_hand():
-    cosine = torch.tensor([[0.9, 0.8], [0.7, 0.1]])
-    for slack, expected in ((0.3, [1, 0]), (0.75, [0, -1]), (0.95, [-1, -1])):
-        found = match.assign(match.keep_above(cosine, slack), slack)
-        assert found.tolist() == expected
-
-
 def test_strong_cosines_in_blocks(monkeypatch):
     g = torch.Generator().manual_seed(0)
-    one, other = normal(g, 7, 5), normal(g, 4, 5)
+    one = normal(g, 7, 5)
+    other = normal(g, 4, 5)
     monkeypatch.setattr(match, "BLOCK", 3)
     product = one @ other.T
     found = torch.from_numpy(match.strong_cosines(one, other, 0.5).toarray())
@@ -165,29 +164,6 @@ def test_strong_cosines_in_blocks(monkeypatch):
 
 
 # --- What is compared, against torch's own cosine -----------------------------------
-def test_products_of_unit_vectors_are_mean_cosines():
-    pair = match.open_layers(StateDict(made(1)), StateDict(made(2)))
-    target, source = pair
-    positions = match.Positions(torch.arange(0, 48, 2), torch.arange(48).roll(5)[::2])
-
-    def mean_cosine(axis, j, i, size):
-        values = []
-        mine, theirs = target.rows(0, axis), source.rows(0, axis)
-        for role in mine:
-            a = mine[role][j * size:(j + 1) * size, positions.target]
-            b = theirs[role][i * size:(i + 1) * size, positions.source]
-            values.append(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0))
-        return torch.stack(values).mean()
-
-    for axis, size, at in (("neurons", 1, (3, 17)), ("heads", SIZE, (4, 1)),
-                           ("groups", SIZE, (2, 0))):
-        roles = list(target.rows(0, axis))
-        mine = match.unit_vectors(target.rows(0, axis), positions.target, roles, size)
-        theirs = match.unit_vectors(source.rows(0, axis), positions.source, roles, size)
-        expected = mean_cosine(axis, *at, size)
-        torch.testing.assert_close((mine @ theirs.T)[at], expected)
-
-
 @pytest.mark.parametrize("neurons", [(32, 32), (32, 50), (50, 32)])
 def test_similarity_and_null_of_strangers(monkeypatch, neurons):
     """By brute force: the mean over all neurons of the smaller layer of their best
@@ -254,16 +230,9 @@ def test_a_permuted_copy_comes_back_bit_for_bit(files, groups, more):
     target = {name: t.bfloat16() for name, t in made(3, groups=groups, **more).items()}
     source, _, _ = planted(target, 4, (0, 1, 2))
     source = {name: tensor.float() for name, tensor in source.items()}
-    paths = files(target=target, source=source)
-    out = paths["target"].with_name("out.safetensors")
-    assert not run(paths["target"], paths["source"], "-o", out)
-    result = load_file(out)
-    assert result.keys() == target.keys()
     still = [name for name in target if source[name].bfloat16().equal(target[name])]
     assert len(still) < 0.2 * len(target)
-    for name, tensor in target.items():
-        assert result[name].dtype == tensor.dtype, name
-        assert torch.equal(result[name], tensor), name
+    assert_equal(brought(files, target, source), target)
 
 
 def test_a_cut_relative_is_found_exactly_both_ways():
@@ -324,34 +293,6 @@ def test_heads_stay_with_their_group():
     assert rows["heads"][::SIZE].tolist() == [0, -1, -1, 24, 32, 40]
 
 
-def test_all_heads_count_that_can_have_a_partner():
-    """One of two heads in each group is left: it matches as well as its keys do,
-    whichever side has fewer."""
-    target = made(7, layers=1)
-    few = dict(target)
-    rows = rows_of(torch.tensor([1, 2, 5]))
-    q, o = (f"model.layers.0.self_attn.{role}_proj.weight" for role in "qo")
-    few[q] = target[q][rows]
-    few[o] = target[o][:, rows]
-    for one, other, heads in ((target, few, [-1, 0, 8, -1, -1, 16]),
-                              (few, target, [8, 16, 40])):
-        found, score = match.match_heads(attention_of(one), attention_of(other), EVERY,
-                                         SIZE, match.SLACK)
-        assert score == pytest.approx(1, abs=1e-5)          # float32 algebra
-        assert found["heads"][::SIZE].tolist() == heads
-
-
-def test_groups_of_equal_keys_and_values_are_told_apart_by_their_heads():
-    target = made(21, layers=1)
-    for role in "kv":
-        name = f"model.layers.0.self_attn.{role}_proj.weight"
-        target[name] = target[name][:SIZE].repeat(3, 1)
-    source, _, order = planted(target, 22, (0,))
-    _, units = matched(source, target)
-    assert torch.equal(units[0]["groups"], order[0][1]["groups"])
-    assert torch.equal(units[0]["heads"], order[0][1]["heads"])
-
-
 def test_of_sizes_that_match_the_largest_is_taken():
     """Heads of 16 rows whose halves are equal: a half could be taken for the other."""
     target = made(33, layers=1, groups=6)
@@ -374,16 +315,6 @@ def test_of_sizes_that_match_the_largest_is_taken():
 
 
 # --- What has no partner ------------------------------------------------------------
-def test_rows_by_hand():
-    brought = match.Brought("s", 1, torch.tensor([1, -1]), torch.tensor([0, -1]))
-    target = StateDict({"t": torch.tensor([[7.0, 8], [4, 5]])})
-    source = StateDict({"s": torch.tensor([[1.0], [2]])})
-    found = match.read_matched(target, source, "t", brought, 0, 2)
-    assert found.tolist() == [[2, 8], [4, 5]]
-    assert match.read_matched(target, source, "t", brought, 1, 2).tolist() == [[4, 5]]
-    assert target.tensors["t"].tolist() == [[7, 8], [4, 5]]     # not written into
-
-
 def test_what_the_source_lacks_is_the_targets(files):
     """Tensor by tensor against the planted order; with a vocabulary that the target
     extended, a mask of -inf, and whole numbers."""
@@ -394,11 +325,6 @@ def test_what_the_source_lacks_is_the_targets(files):
     large["model.layers.0.attention.masked_bias"] = torch.tensor(-torch.inf)
     large["model.steps"] = torch.tensor([1, 2, 3])
     mark = noisy(small, 7, 0.1)             # numbers that are told from the target's
-    paths = files(large=large, small=mark)
-    out = paths["large"].with_name("out.safetensors")
-    assert not run(paths["large"], paths["small"], "-o", out)
-    result = load_file(out)
-
     expected = {name: tensor.clone() for name, tensor in large.items()}
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         expected[name][:250, stream] = mark[name]
@@ -413,8 +339,7 @@ def test_what_the_source_lacks_is_the_targets(files):
             expected[f"{name}.bias"][known[row]] = mark[f"{theirs}.bias"]
         name = f"model.layers.{layer}.self_attn.k_norm.weight"      # of equal width
         expected[name] = mark[f"model.layers.{number}.self_attn.k_norm.weight"]
-    for name in large:
-        assert torch.equal(result[name], expected[name]), name
+    assert_equal(brought(files, large, mark), expected)
 
 
 def test_a_vision_tower_stays_the_targets(files):
@@ -428,12 +353,7 @@ def test_a_vision_tower_stays_the_targets(files):
             tensors[f"model.visual.{name}"] = normal(g, *shape)
             tensors[f"model.visual.{name}"][0] = torch.nan
         tensors["model.embed_tokens.scale"] = torch.tensor(1.0 + seed)
-    paths = files(**models)
-    out = paths["target"].with_name("out.safetensors")
-    assert not run(*paths.values(), "-o", out)
-    result = load_file(out)
-    for name, tensor in models["target"].items():
-        assert torch.equal(result[name].nan_to_num(7), tensor.nan_to_num(7)), name
+    assert_equal(brought(files, **models), models["target"])
 
 
 @pytest.mark.parametrize("source_head", [True, False])
@@ -443,27 +363,9 @@ def test_a_tied_head_stays_tied(files, source_head):
     source = noisy(planted(target, 4, (0, 1, 2))[0], 5, 0.1)
     if not source_head:
         del source["lm_head.weight"]
-    paths = files(target=target, source=source)
-    out = paths["target"].with_name("out.safetensors")
-    assert not run(paths["target"], paths["source"], "-o", out)
-    result = load_file(out)
+    result = brought(files, target, source)
     assert torch.equal(result["lm_head.weight"], result["model.embed_tokens.weight"])
     assert not torch.equal(result["lm_head.weight"], target["lm_head.weight"])
-
-
-def test_a_relative_with_a_new_vocabulary(files):
-    """The layers say that it is one; embeddings and head have nothing in common."""
-    target = made(3)
-    source = noisy(target, 4, 0.1)
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        source[name] = made(5)[name]
-    paths = files(target=target, source=source)
-    out = paths["target"].with_name("out.safetensors")
-    assert not run(paths["target"], paths["source"], "-o", out)
-    result = load_file(out)
-    for name, tensor in result.items():
-        own = name in ("model.embed_tokens.weight", "lm_head.weight")
-        assert torch.equal(tensor, target[name] if own else source[name]), name
 
 
 # --- Relatives and strangers --------------------------------------------------------
@@ -483,19 +385,10 @@ def test_no_wrong_verdict_among_the_committed_models():
             assert max(kinship.similarity) < 1.5 * kinship.null, (one, other)
 
 
-def test_grown_is_matched_with_its_base():
-    """Against the places where make_models.py puts the parent's layers."""
-    pair = match.open_layers(Checkpoint(MODELS / "base.safetensors"),
-                             Checkpoint(MODELS / "grown.safetensors"))
-    kinship = match.find_kinship(*pair)
-    assert list(kinship.layers.values()) == [0, 1, 3, 4]
-    assert min(kinship.similarity) > 0.9
-    assert (kinship.stream_J >= 0).all()
-
-
 @pytest.mark.parametrize("common, related", [(1, False), (2, True)])
 def test_half_of_the_layers_make_a_relative(common, related):
-    target, source = made(26, layers=4), made(27, layers=4)
+    target = made(26, layers=4)
+    source = made(27, layers=4)
     for name in target:
         if ".layers." not in name or int(name.split(".")[2]) < common:
             source[name] = target[name]
@@ -504,43 +397,28 @@ def test_half_of_the_layers_make_a_relative(common, related):
     assert list(kinship.layers.values()) == [*range(common)] + [None] * (4 - common)
 
 
-def test_strangers_are_refused_and_nothing_is_written(files, capsys):
+def test_strangers_are_refused_and_nothing_is_written(files):
     paths = files(target=made(1), source=made(2))
     here = paths["target"].parent
+    way = [*paths.values(), "-o", here / "out.safetensors"]
     before = sorted(here.iterdir())
-    found = refused(paths["target"], paths["source"], "-o", here / "out.safetensors",
-                    "--report", here / "report.json")
+    found = refused(*way, "--report", here / "report.json")
     assert found.startswith(str(paths["source"])) and "no relative" in found
     assert sorted(here.iterdir()) == before
     # the paternity test: the report is what was asked for
-    refused(paths["target"], paths["source"], "--report", here / "report.json")
+    refused(*paths.values(), "--report", here / "report.json")
     kinship, = json.loads((here / "report.json").read_text())["kinship"]
     assert kinship["related"] is False and kinship["layers"] == [None] * 3
     assert max(kinship["similarity"]) < 1.5 * kinship["null"]
     # --force writes all the same, and replaces what is there
     for _ in range(2):
-        assert not run(paths["target"], paths["source"], "-o", here / "out.safetensors",
-                       "--force")
-    assert torch.equal(load_file(here / "out.safetensors")["model.norm.weight"],
-                       made(2)["model.norm.weight"])
-
-
-def test_report_and_what_is_printed(files, capsys):
-    small, _, _ = planted(made(5), 6, (0, 2), neurons=30)
-    paths = files(target=made(5), source=small)
-    report = paths["target"].with_name("report.json")
-    assert not run(paths["target"], paths["source"], "--report", report)
-    kinship, = json.loads(report.read_text())["kinship"]
-    assert kinship["related"] is True and kinship["layers"] == [0, None, 1]
-    assert kinship["similarity"][0] == pytest.approx(1, abs=1e-5)   # float32 algebra
-    assert kinship["similarity"][1] < 2 * kinship["null"] < 1
-    printed = capsys.readouterr().out
-    assert "source is related to target: 2 of 3 layers" in printed
-    assert "layer 1 <- none" in printed and "layer 2 <- 1  1.000" in printed
+        assert not run(*way, "--force")
+    result = load_file(here / "out.safetensors")
+    assert torch.equal(result["model.norm.weight"], made(2)["model.norm.weight"])
 
 
 # --- Several sources by one match ---------------------------------------------------
-def test_one_match_serves_a_base_and_its_experts(files, capsys):
+def test_one_match_serves_a_base_and_its_experts(files):
     """The expert stands in the base's order; its difference to the base is brought
     along, also in neurons that have changed beyond recognition."""
     target = made(3)
@@ -556,10 +434,9 @@ def test_one_match_serves_a_base_and_its_experts(files, capsys):
     assert not run(*paths.values(), "-o", out, "--report", report)
     assert sorted(path.name for path in out.iterdir()) == [
         "base.safetensors", "expert.safetensors"]
-    matched_base, matched_expert = (load_file(out / f"{name}.safetensors")
-                                    for name in ("base", "expert"))
+    assert_equal(load_file(out / "base.safetensors"), target)
+    matched_expert = load_file(out / "expert.safetensors")
     for name in target:
-        assert torch.equal(matched_base[name], target[name]), name
         changed = ~torch.isclose(matched_expert[name], target[name], rtol=0, atol=0)
         drifted = "layers.1.mlp.gate" in name or "layers.1.mlp.up" in name
         assert changed.sum() == 10 * 48 * drifted, name
@@ -568,147 +445,29 @@ def test_one_match_serves_a_base_and_its_experts(files, capsys):
     assert records[0]["layers"] == records[1]["layers"] == [0, 1, 2]
 
 
-def test_a_further_source_in_another_order_is_refused(files, capsys):
+@pytest.mark.parametrize("name", ["stranger", "again", "wider", "flatter"])
+def test_a_further_source_in_another_order_is_refused(files, name):
     """By the first one's match it would come into disorder: a stranger, one that was
-    permuted again, and one of another shape; each is named. One stranger does not spoil
-    the kinship of the others."""
+    permuted again, and those of other shapes."""
     target = made(3)
     base, _, _ = planted(target, 4, (0, 1, 2))
-    neurons = {name: tensor.clone() for name, tensor in base.items()}
-    for role in ("gate", "up", "down"):
-        name = f"model.layers.1.mlp.{role}_proj.weight"
-        neurons[name] = neurons[name].flip(int(role == "down"))
-    paths = files(target=target, base=base, stranger=made(5), neurons=neurons,
-                  again=planted(base, 6, (0, 1, 2))[0],
-                  wider=planted(made(3), 4, (0, 1, 2), neurons=30)[0],
-                  flatter=planted(made(3), 4, (0, 1))[0])
+    further = {"stranger": made(5), "again": planted(base, 6, (0, 1, 2))[0],
+               "wider": planted(target, 4, (0, 1, 2), neurons=30)[0],
+               "flatter": planted(target, 4, (0, 1))[0]}
+    paths = files(target=target, base=base, **{name: further[name]})
     out = paths["target"].with_name("out")
-    for name in ("stranger", "neurons", "again", "wider", "flatter"):
-        found = refused(paths["target"], paths["base"], paths[name], "-o", out)
-        assert found.startswith(str(paths[name])), name
-        assert not out.exists()
-    assert not run(paths["target"], paths["base"], paths["stranger"], paths["again"])
-    printed = capsys.readouterr().out
-    assert "base is related" in printed and "stranger is no relative" in printed
-    assert "again is related" in printed
+    found = refused(*paths.values(), "-o", out)
+    assert found.startswith(str(paths[name])) and not out.exists()
 
 
-# --- What is refused, by file and tensor --------------------------------------------
-EMBED = "model.embed_tokens.weight"
-UP = "model.layers.1.mlp.up_proj.weight"
-DOWN = "model.layers.1.mlp.down_proj.weight"
-
-
-def change(name, tensor):
-    def apply(tensors):
-        tensors[name] = tensor
-    return apply
-
-
-def spoil(name, value):
-    def apply(tensors):
-        tensors[name].view(-1)[5] = value
-    return apply
-
-
-def rename(old, new):
-    def apply(tensors):
-        for name in list(tensors):
-            if old in name:
-                tensors[name.replace(old, new)] = tensors.pop(name)
-    return apply
-
-
-BAD = {
-    "embedding narrower than the stream": (change(EMBED, torch.ones(300, 32)), EMBED),
-    "embedding of one dimension": (change(EMBED, torch.ones(64)), EMBED),
-    "embedding that is one number": (change(EMBED, torch.ones(())), EMBED),
-    "embedding without rows": (change(EMBED, torch.ones(0, 48)), EMBED),
-    "no embedding": (rename("embed_tokens", "words"), "no embedding"),
-    "NaN in the embedding": (spoil(EMBED, torch.nan), EMBED),
-    "NaN in an MLP": (spoil(UP, torch.nan), UP),
-    "infinity in a norm": (spoil("model.layers.2.input_layernorm.weight", torch.inf),
-                           "model.layers.2.input_layernorm.weight"),
-    "fused projection": (rename("self_attn.q_proj", "self_attn.qkv_proj"),
-                         "model.layers.0.self_attn.qkv_proj.weight"),
-    "experts": (rename("mlp.", "mlp.experts.0."), "model.layers.0.mlp.experts.0."),
-    "no matrix for up": (rename("mlp.up_proj", "mlp.riddle"), "layer 0"),
-    "shapes that do not fit": (change(DOWN, torch.ones(48, 39)), DOWN),
-    "keys that queries cannot share": (change("model.layers.0.self_attn.k_proj.weight",
-                                              torch.ones(20, 48)),
-                                       "model.layers.0.self_attn.k_proj.weight"),
-}
-
-
-@pytest.mark.parametrize("where", ["target", "source"])
-@pytest.mark.parametrize("case", BAD)
-def test_what_cannot_be_matched_is_named(files, capsys, case, where):
-    spoiled, name = BAD[case]
-    models = {"target": made(3), "source": made(3)}
-    spoiled(models[where])
-    if case.startswith("keys"):
-        models[where]["model.layers.0.self_attn.v_proj.weight"] = torch.ones(20, 48)
-    paths = files(**models)
-    found = refused(paths["target"], paths["source"])
-    assert found.startswith(str(paths[where])) and name in found and "; fix: " in found
-
-
-def test_numbers_that_do_not_fit_the_targets_dtype(files, capsys):
-    target = {name: tensor.half() for name, tensor in made(3).items()}
-    source = made(3)
-    source[UP][:] *= 1e5
-    paths = files(target=target, source=source)
-    out = paths["target"].with_name("out.safetensors")
-    found = refused(paths["target"], paths["source"], "-o", out)
-    assert found.startswith(str(paths["source"])) and UP in found and "float16" in found
-    assert not out.exists()
-
-
-def test_outputs_are_checked_before_any_work(files, capsys):
-    paths = files(target=made(3), source=made(3))
-    target, source = paths.values()
-    there = target.with_name("there.safetensors")
-    there.write_text("kept")
-    for out, word in ((target, "way"), (there, "exists"),
-                      (target.with_name("x"), "end it")):
-        assert word in refused(target, source, "-o", out)
-    assert "way" in refused(target, source, "--report", source)
-    assert there.read_text() == "kept"
-
-
-@pytest.mark.parametrize("argv, word", [
-    (["a"], "required"), (["a", "b", "--seed", "-1"], "--seed"),
-    (["a", "b", "--force"], "drop --force"), (["a", "b", "-o", ""], "empty"),
-    (["a", "b", "c", "-o", "x.safetensors"], "folder"),
-    (["a", "m/b", "n/b", "-o", "x"], "rename one")])
-def test_usage(capsys, argv, word):
-    with pytest.raises(SystemExit) as error:
-        match.main(argv)
-    assert error.value.code == 2 and word in capsys.readouterr().err
-
-
-def test_a_folder_gets_the_targets_companions(files):
+# --- Files ----------------------------------------------------------------------------
+def test_a_folder_gets_the_targets_companions(desk):
     target = made(3)
-    paths = files(source=planted(target, 4, (0, 1, 2))[0])
-    folder = paths["source"].with_name("model")
-    (folder / "1_Pooling").mkdir(parents=True)
-    save_file(target, folder / "model.safetensors")
-    (folder / "config.json").write_text("{}")
-    (folder / "1_Pooling/config.json").write_text("[]")
-    out = folder.with_name("out")
-    assert not run(folder, paths["source"], "-o", out)
-    assert (out / "config.json").read_text() == "{}"
+    folder = desk.model(target, **{"1_Pooling/config.json": "[]"})
+    source = desk.put(planted(target, 4, (0, 1, 2))[0], "source")
+    out = desk / "out"
+    code, _, error = desk.run(folder, source, "-o", out, main=match.main)
+    assert (code, error) == (0, "")
+    assert (out / "config.json").read_text() == (folder / "config.json").read_text()
     assert (out / "1_Pooling/config.json").read_text() == "[]"
-    result = load_file(out / "model.safetensors")
-    assert all(torch.equal(result[name], target[name]) for name in target)
-
-
-def test_the_command(files, capsys):
-    """Its exit codes, and one line on stderr."""
-    paths = files(target=made(1), source=made(2), copy=made(1))
-    for name, code in (("source", 1), ("copy", 0)):
-        argv = [str(paths["target"]), str(paths[name]), "--quiet"]
-        assert match.command(lambda: match.main(argv)) == code
-        printed = capsys.readouterr()
-        assert printed.err.count("\n") == code == printed.err.count("error: ")
-        assert f"{name} is " in printed.out
+    assert_equal(load_file(out / "model.safetensors"), target)

@@ -111,18 +111,6 @@ def test_every_number_recomputed(capsys, codec, paths):
     is_row(rows[14], result - w[0], (len(w[0]),))
 
 
-def test_it_is_what_ls_merge_does(capsys, codec):
-    models = [ck.Checkpoint(MODELS / f"{name}.safetensors")
-              for name in ("base", "large")]
-    parents = [lsmerge.Parent(lambda start=0, stop=None, m=m: m.read(NAME, start, stop),
-                              ck.measure(m, NAME), codec) for m in models]
-    source = lsmerge.as_source(*parents, lsmerge.Alignment("gaussian"))
-    pieces = lsmerge.ls_merge(parents[0], [source], [0.9, 0.1])
-    merged = torch.cat([piece for _, piece in pieces]).double()
-    apart = merged - models[0].read(NAME).double()
-    assert printed(capsys)[14][3] == pytest.approx(apart.std().item(), rel=6e-3)
-
-
 def test_padding_is_shown_and_one_model_may_be_given(capsys, tmp_path):
     """100 weights: 28 of 128 numbers of the two chunks are padding."""
     w = torch.randn(5, 20, generator=generator())
@@ -142,19 +130,3 @@ def test_every_function_that_it_names_exists(capsys):
         for part in path.split("."):
             found = getattr(found, part)
         assert callable(found)
-
-
-def test_bad_input_is_one_line(capsys, tmp_path):
-    odd = save(tmp_path / "odd.safetensors",
-               {"layers.0.zebra.weight": torch.ones(8, 8)})
-    base = MODELS / "base.safetensors"
-    for paths in ((tmp_path / "none",), (base, odd), (MODELS / "vae.safetensors",),
-                  (ROOT / "lsmerge.py",)):
-        assert tour(*paths) == 1
-        said = capsys.readouterr().err
-        assert said.count("\n") == 1 and said.startswith("error: ")
-        assert "; fix: " in said
-    for argv in (("a", "b", "c"), ("",)):
-        with pytest.raises(SystemExit) as caught:
-            tour(*argv)
-        assert caught.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -2,7 +2,6 @@
 processes, faults."""
 import json
 import math
-import os
 import random
 import signal
 from dataclasses import replace
@@ -20,6 +19,7 @@ from vae import VAE, VAEConfig
 
 TINY = VAEConfig(chunk=16, tokens=8, width=32)              # small for testing
 WARM = replace(TINY, init="pca")
+HALF = replace(TINY, ratio=2.0)
 FLAGS = ["--chunk", 16, "--tokens", 8, "--width", 32, "--batch", 4]
 NONE = ["--steps1", 0, "--steps2", 0]
 
@@ -239,27 +239,17 @@ def test_above_r_1_it_starts_as_pca(models):
     assert (apart / total).item() == pytest.approx(expected, rel=1e-3)
 
 
-def test_the_rates_of_the_stages(models):
-    """Where nothing was cut off stage 2 refines, at a tenth of the rate; it goes on
-    from a trained VAE likewise. By default the rate is the start's own."""
-    peaks = train.LEARNING_RATES
-    for config, lr, expected in (
-            (TINY, 1e-3, [1e-3, 1e-4]), (replace(TINY, ratio=2.0), 1e-3, [1e-3, 1e-3]),
-            (TINY, 0.0, [peaks["random"], peaks["random"] / 10]),
-            (WARM, 0.0, [peaks["pca"], peaks["pca"] / 10])):
-        vae, stages = fit(models["a"], config, lr=lr, steps1=1, steps2=1)
-        assert [stage["lr"] for stage in stages] == pytest.approx(expected)
-        _, stages = fit(models["a"], start=vae, lr=lr, steps2=1)
-        assert [stage["lr"] for stage in stages] == pytest.approx(expected[1:])
-
-
-def test_a_loss_that_is_not_finite_ends_the_training_with_the_remedy(
-        models, tmp_path, capsys):
-    flags = ["--lr", 1e30, "--steps1", 20, *FLAGS]
-    assert run(models["a"], "-o", tmp_path / "v", *flags) == 1
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "lower --lr" in error
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("config, lr, first, second", [
+    (TINY, 1e-3, 1e-3, 1e-3 * train.STAGE2_RATE), (HALF, 1e-3, 1e-3, 1e-3),
+    (TINY, 0.0, 8e-3, 8e-3 * train.STAGE2_RATE),
+    (WARM, 0.0, 1e-4, 1e-4 * train.STAGE2_RATE)])
+def test_the_rates_of_the_stages(models, config, lr, first, second):
+    """Where nothing was cut off stage 2 refines, at a small part of the rate; it goes
+    on from a trained VAE likewise. By default the rate is the start's own."""
+    vae, stages = fit(models["a"], config, lr=lr, steps1=1, steps2=1)
+    assert [stage["lr"] for stage in stages] == pytest.approx([first, second])
+    _, stages = fit(models["a"], start=vae, lr=lr, steps2=1)
+    assert [stage["lr"] for stage in stages] == pytest.approx([second])
 
 
 # --- The command ----------------------------------------------------------------------
@@ -286,7 +276,7 @@ def test_command(models, tmp_path, capsys):
     assert run(*flags, "--force") == 0 and (tmp_path / "v").read_bytes() == first
 
 
-def test_it_goes_on_from_a_file(models, tmp_path, capsys):
+def test_it_goes_on_from_a_file(models, tmp_path):
     """--init FILE: stage 2 only, from that state and its network, also on another
     model; and from the exact codec."""
     flags = ["--lr", 1e-3, "--steps1", 20, "--steps2", 10, "--batch", 4]
@@ -303,24 +293,6 @@ def test_it_goes_on_from_a_file(models, tmp_path, capsys):
     assert log[0]["objective"] == pytest.approx(expected)
     assert record["stages"][0]["objective"] < expected
     assert vae.config == start.config and not equal(vae, start)
-    capsys.readouterr()
-    assert run(models["a"], "-o", first, "--init", first, "--force", *flags) == 1
-    assert str(first) in capsys.readouterr().err and equal(load(first)[0], start)
-    assert run(models["a"], "-o", tmp_path / "x", "--init", models["b"]) == 1
-    assert "VAE" in capsys.readouterr().err
-
-
-def test_it_says_when_merge_py_will_refuse_the_codec(models, tmp_path, capsys):
-    """And merge.py does."""
-    import merge
-    for ratio, refused in ((1, False), (4, True)):
-        path = tmp_path / f"v{ratio}"
-        flags = ["--init", "pca", "--ratio", ratio, *NONE]
-        assert run(models["a"], "-o", path, *flags) == 0
-        assert ("warning: merge.py refuses" in capsys.readouterr().err) == refused
-        flags = [models["a"], models["b"], "-o", tmp_path / f"m{ratio}", "--vae", path]
-        argv = [*map(str, flags), "--quiet"]
-        assert ck.command(lambda: merge.main(argv)) == refused
 
 
 def interrupted_after(stage, step, monkeypatch):
@@ -386,75 +358,13 @@ def test_ctrl_c_in_stage_2s_first_check_keeps_stage_1(models, monkeypatch, check
     assert train.validate(vae, windows, 2)["nmse"] < 0.9 and first
 
 
-# --- Faults ---------------------------------------------------------------------------
-USAGE = [["--ratio", "0"], ["--ratio", "nan"], ["--ratio", "65"], ["--chunk", "0"],
-         ["--heads", "0"], ["--heads", "3"], ["--batch", "0"], ["--steps1", "-1"],
-         ["--holdout", "1"], ["--lr", "-1"], ["--lr", "inf"], ["--beta", "nan"],
-         ["--init", "pca", "--width", "32"], ["--width", "100", "--heads", "8"],
-         ["--blocks", "-1"], ["--select", "("], ["--select", "a{99999999999}"],
-         ["--select", "(" * 3000 + ")" * 3000], ["--seed", "-1"],
-         ["--seed", "4294967296"],
-         ["--step", "1"], ["--log", ""], ["--init", ""], ["--select", ""], ["--resume"],
-         ["--init", "FILE", "--ratio", "2"], ["--init", "FILE", "--chunk", "32"],
-         ["--init", "FILE", "--beta", "0.5"], ["--init", "FILE", "--width", "256"]]
-
-
-@pytest.mark.parametrize("flags", USAGE, ids=lambda flags: " ".join(flags)[:40])
-def test_what_the_command_line_alone_decides_exits_2(models, tmp_path, flags, capsys):
-    """No abbreviations, no empty values (an unset shell variable), no value that would
-    be changed in silence; nor a flag of the network beside a file that brings its
-    own."""
-    flags = [str(models["vae"]) if flag == "FILE" else flag for flag in flags]
-    with pytest.raises(SystemExit) as caught:
-        run(models["a"], "-o", tmp_path / "v", *flags)
-    error = capsys.readouterr().err
-    assert caught.value.code == 2 and error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert not list(tmp_path.iterdir())
-
-
-def a_folder(box):
-    (box / "vae").mkdir()
-    os.rename(box / "vae.safetensors", box / "vae/vae.safetensors")
-    return ["--init", box / "vae", "-o", box / "vae/vae.safetensors", "--force"]
-
-
-FAULTS = {          # flags, and words of the line
-    "nothing is selected": (lambda box: ["--select", "zebra"], "--select"),
-    "the output is the input": (lambda box: ["-o", box / "a", "--force"], "a"),
-    "the log is the output": (lambda box: ["--log", box / "v"], "v"),
-    "the log is the input": (lambda box: ["--log", box / "a"], "a"),
-    "the log is a device": (lambda box: ["--log", "/dev/full"], "/dev/full"),
-    "the output is a device": (lambda box: ["-o", "/dev/null", "--force"], "/dev/null"),
-    "the start's own file": (a_folder, "vae"),
-    "no such start": (lambda box: ["--init", "foo"], "random, pca"),
-    "no such folder": (lambda box: ["-o", box / "x/v"], "folder"),
-}
-
-
-@pytest.mark.parametrize("case", FAULTS)
-def test_what_depends_on_files_is_one_line(models, tmp_path, case, capsys):
-    """And leaves all of them as they were: the log is opened in place, and was once
-    appended to an input; then it was replaced by the VAE."""
-    for name, key in (("a", "a"), ("vae.safetensors", "vae")):
-        (tmp_path / name).write_bytes(models[key].read_bytes())
-    flags, word = FAULTS[case]
-    flags = flags(tmp_path)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    out = [] if "-o" in flags else ["-o", tmp_path / "v"]
-    assert run(tmp_path / "a", *out, *NONE, *flags) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and word in error
-    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert after == before
-
-
 # --- Processes ------------------------------------------------------------------------
 def test_a_launchers_environment_counts_only_as_a_whole(monkeypatch):
     """RANK without WORLD_SIZE was a KeyError; WORLD_SIZE alone broke the import."""
     for facts, expected in (({}, (0, 1)), ({"RANK": "1"}, (0, 1)),
                             ({"WORLD_SIZE": "2"}, (0, 1)),
                             ({"RANK": "x", "WORLD_SIZE": "2"}, (0, 1)),
+                            ({"RANK": "", "WORLD_SIZE": "x"}, (0, 1)),
                             ({"RANK": "1", "WORLD_SIZE": "2"}, (1, 2))):
         for key in ("RANK", "WORLD_SIZE"):
             monkeypatch.delenv(key, raising=False)
