@@ -94,10 +94,14 @@ HARM = ("Merging unrelated models does harm: +0.09 bits per byte and more in our
 def main(argv=None):
     """The command. What it decides and does stands here and in `merge`, in order.
     Returns None, which is exit code 0; every error is raised, and chunking.command says
-    it."""
+    it.
+
+    argv:  as on the command line, without the program; None: what it was called with
+    """
     train.only_the_first_speaks()
     run = parse(argv)
     run.codecs = load_codecs(run)
+    # Opening reads headers only. What is no checkpoint is refused here.
     run.models = [Checkpoint(path) for path in run.paths]
     for model in run.models:
         for name in model.entries:
@@ -108,6 +112,7 @@ def main(argv=None):
         if isfile(single) and single not in model.files:    # people may expect either
             say(f"note: {single} is not used: the index names other files")
     check_outputs(run)
+    # Who meets whom; nothing but some strips of the weights has been read so far.
     warnings = plan(run)
     warn(warnings)
     if run.dry_run:
@@ -138,11 +143,15 @@ def merge(run):
     nothing can be refused any more. Under torchrun the first process makes it, and all
     fill it.
     """
+    # A first pass over all that enters the result: statistics, and a refusal of NaN.
     run.tasks = parallel_map(measure_task, run, "read")
     tie(run)
     if run.init:
         train_codec(run)
+    # A second pass, over a sample: does the codec keep these weights?
     gates, trip = check_codec(run)
+    # The result has the target's names, dtypes and shapes, whatever was merged. Its
+    # header says how it was made.
     entries = run.models[0].entries.values()
     header = {f"lsmerge.{key}": str(value) for key, value in facts_of(run).items()}
     # `create` gives the file its name at the end, when it is complete; an error before
@@ -156,6 +165,7 @@ def merge(run):
         else:
             output = Output(gather(None)[0])
         run.sink = output
+        # The third pass: every tensor is merged and written.
         results = parallel_map(merge_tensor, run, "merge")
         output.written = sum(gather(output.written), [])
     return make_report(run, gates, trip, results)
@@ -231,6 +241,7 @@ def plan(run):
     """
     target, *sources = run.models
     warnings = []
+    # 1. A task for each tensor of the target, and its partner in each source.
     run.tasks = []
     for number, entry in enumerate(target.entries.values()):
         run.tasks.append(Task(entry, number, {0: entry}))
@@ -241,6 +252,7 @@ def plan(run):
             if task.entry.name in pairs:
                 task.parents[k] = source.entries[pairs[task.entry.name]]
         warnings += left_out(source, pairs.values()) + contradictions(target, source)
+    # 2. What happens to each; `decide` makes the run cross-shape where it must be.
     run.kind = "self"
     if sources:
         run.kind = "same-shape"
@@ -254,14 +266,18 @@ def plan(run):
     for task in run.tasks:
         if task.action == "averaged" and not whole:
             task.keep("not encoded")
+    # 3. What is refused, and what is warned of. A copy of the target under another name
+    # would look like a merge.
     why = Counter(task.why for task in run.tasks if task.action == "copied")
     reasons = ", ".join(f"{n} {reason}" for reason, n in why.items())
     need(why.total() < len(run.tasks), target.path, f"nothing would be merged: of its "
          f"tensors {reasons}", "check --select, and that these models belong together")
+    # A flag that would change nothing shows a wrong expectation.
     need(run.kind == "cross-shape" or not run.source_vae, run.source_vae,
          "is not needed: equal shapes share one VAE", "drop --source-vae")
     warnings += strangers(run)
-    n = len(sources) - bool(run.base)               # sources proper
+    # 4. Lambda, where the command line has none. The base is no source of its own.
+    n = len(sources) - bool(run.base)
     share = 1 / (n + 1)
     if run.kind == "cross-shape":
         warnings.append(f"shapes differ. {HARM}; {MATCH}")
@@ -474,12 +490,16 @@ def measure_task(run, task):
         return task
     for k, entry in task.parents.items():
         task.parents[k] = measure(run.models[k], entry.name)
+    # A constant tensor has no pattern, and no unit in which a codec could see one. If
+    # all parents are constant, the weights themselves are averaged. If only the target
+    # is, and a source has another shape, then nothing says at which scale that source's
+    # pattern would enter: the tensor stays the target's.
     parents = task.parents.values()
     if task.action == "encoded" and task.parents[0].constant:
         if any(stats.shape != task.entry.shape for stats in parents):
             task.keep("constant")
         elif all(stats.constant for stats in parents):
-            task.action = "averaged"                # there is no pattern for a codec
+            task.action = "averaged"
     return task
 
 
@@ -629,6 +649,7 @@ def check_codec(run):
     round trip: {nmse, worst: {name, nmse}}; None without a codec, or if nothing is
     encoded.
     """
+    # The rows of each parent, over all encoded tensors that it takes part in.
     found = [[] for _ in run.models]
     for task, rows in zip(run.tasks, parallel_map(round_trip, run, "codec")):
         for k, row in zip(task.parents, rows):
@@ -644,10 +665,13 @@ def check_codec(run):
         if not rows:
             continue
         errors, typicals, weights, names = zip(*rows)
+        # The mean over weights, not over tensors: a small one counts little. And, for
+        # the error's line, the tensor where it is worst.
         nmse = float(np.average(errors, weights=weights))
         worst, where = max(zip(errors, names))
         if k == 0:
             trip = {"nmse": nmse, "worst": {"name": where, "nmse": worst}}
+        # Residuals are of weights, so they fit only where chunk j meets chunk j.
         unaligned = run.kind == "same-shape" and run.align in ("auto", "none")
         if run.residual and (k == 0 or unaligned):
             continue
@@ -809,6 +833,7 @@ def make_report(run, gates, trip, results):
         squares.update(part)            # adds up
         records += transports
     far = {}
+    # Not where the target is zero or too large, nor where nothing was encoded.
     for key, value in squares.items():
         if 0 < squares["norm"] < math.inf:
             far[key] = math.sqrt(value / squares["norm"])
@@ -843,6 +868,7 @@ def print_plan(run):
 
 def print_pairs(run):
     """--dry-run: who meets whom, by the names in the files; then what is copied."""
+    # What is merged first, then what is copied, each in the target's order.
     for task in sorted(run.tasks, key=lambda task: task.action == "copied"):
         met = []
         for k, other in task.parents.items():
@@ -954,7 +980,8 @@ def check_outputs(run):
     """Decide where the result goes, and what goes along. All outputs are checked before
     any work."""
     target = run.models[0]
-    others = []             # what must not be overwritten
+    # What must not be overwritten: all files that are read, shards and indexes too.
+    others = []
     for each in (*run.models, *run.codecs):
         others += each.files
     run.inside = None
@@ -965,6 +992,7 @@ def check_outputs(run):
         run.along, behind = companions(target.folder)
         held = [run.inside, "README.md", *run.along]
         name = "merged"
+        # The target's own weights are not left behind: the result has its own.
         behind = [path for path in behind if join(target.folder, path) not in others]
         say(f"{len(run.along)} companions; not taken along: "
             f"{', '.join(behind) or 'none'}")
@@ -979,6 +1007,8 @@ def check_outputs(run):
             check_output(path, others, run.force, flag, held)
             others.append(path)
             held = None             # only the result may be a folder
+    # A killed run (kill -9, a power cut) leaves its hidden folder. Whether that run has
+    # ended only its user knows: it is named, not deleted.
     litter = join(glob.escape(dirname(realpath(run.output))), ".lsmerge-*")
     for left in glob.glob(litter):
         number = left.split("-")[-2]
@@ -1037,6 +1067,8 @@ def parse(argv):
     add("--report", metavar="FILE", help="a JSON report")
     run = parser.read(argv)
     check_usage(run, parser)
+    # Defaults that hang on other flags. A model merged with itself, without noise,
+    # would only be its own round trip.
     if run.samples is None:
         run.samples = 0
         if len(run.paths) == 1 and not run.roundtrip and not run.residual:
@@ -1097,6 +1129,8 @@ def check_usage(run, parser):
         run.lam = run.lam * n           # one for all
     if len(run.lam) != n:
         parser.error(f"--lam has {len(run.lam)} values for {n} sources")
+    # The operators know what lambda may be: 0 to 1 and a sum of at most 1, or any
+    # number within reason.
     coefficients = ls.convex_coefficients
     if run.base:
         coefficients = ls.task_coefficients
@@ -1113,6 +1147,8 @@ def merge_state_dicts(target, *sources, **flags):
     Example:  merge_state_dicts(a, b, lam=0.3, vae="exact")
     Raises:   CheckpointError; ValueError for what would be a usage error
     """
+    # So the command's own path is taken, checks and all, and the user's tensors are
+    # only read. Flags become words of a command line: lam=[0.2, 0.3] is --lam=0.2,0.3.
     with tempfile.TemporaryDirectory() as folder:
         argv = ["--quiet", f"--output={folder}/merged.safetensors"]
         for name, value in flags.items():
