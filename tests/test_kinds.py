@@ -140,8 +140,9 @@ def test_several_sources_of_which_each_lacks_something(desk):
     got, report = desk.merged(*paths)
     check_average(got, A, [b, c])
     assert report["kind"] == "same-shape" and report["unpaired"] == []
-    got, _ = desk.merged(*paths, "--lam", "0.3,0.2")
-    wanted = 0.7 * A[UP].double() + 0.3 * b[UP].double()    # c's share: the target's
+    a, b_path, c_path = paths
+    got, _ = desk.merged(a, c_path, b_path, "--lam", "0.3,0.2")
+    wanted = 0.8 * A[UP].double() + 0.2 * b[UP].double()    # c's share: the target's
     assert_near({UP: got[UP]}, {UP: wanted}, rtol=1e-5)
 
 
