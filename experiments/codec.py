@@ -393,7 +393,7 @@ def section_unseen(rows):
 # --- Which network for the reference VAE --------------------------------------------
 WIDTHS = (64, 96, 128)
 DEPTHS = (1, 2)                         # blocks of encoder and decoder each
-LENGTHS = ((750, 200), (1500, 400))     # steps of both stages
+LENGTHS = ((750, 200), (1500, 1000))    # steps of both stages
 
 
 def measure_search(paths, widths=WIDTHS, depths=DEPTHS, lengths=LENGTHS):
