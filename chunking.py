@@ -428,7 +428,10 @@ def refuse_quantised(entries, folder):
             need(not beside and not integers, entry.file,
                  f"is quantised: {entry.dtype}", ORIGINAL, name)
     # config.json and hf_quant_config.json say so as well. With {} or null they do not.
-    for config in Path(folder).glob("*config.json"):
+    for name in ("config.json", "hf_quant_config.json", "quantize_config.json"):
+        config = Path(folder, name)
+        if not config.is_file():
+            continue
         said = re.search(rb'"(quantization|compression)(_config)?"\s*:\s*\{\s*"',
                          config.read_bytes())
         need(not said, config, "says that the checkpoint is quantised", ORIGINAL)
@@ -455,9 +458,12 @@ def locate(path):
     need(found or not exists(join(path, "adapter_config.json")), path, "is an adapter, "
          "no model",
          "fold it: python experiments/tools/lora.py fold BASE ADAPTER -o EXPERT")
-    held = ", ".join(sorted(os.listdir(path))[:5])
-    need(len(found) == 1, path, f"holds {len(found)} .safetensors files, not one: "
-         f"{held}", "pass one of them or an index; pickles must be converted")
+    held = ", ".join(sorted(os.listdir(path))[:5]) or "nothing"
+    need(len(found) == 1, path, f"holds {len(found)} .safetensors files, not one; it "
+         f"holds {held}", "pass one of them or an index; pickles must be converted")
+    # 'model-00001-of-00002.safetensors' is a part of a model.
+    need(not re.search(r"-of-0*([2-9]|1\d)", found[0]), path, f"{found[0]} is one of "
+         "several shards, and their index is missing", "fetch the index and all shards")
     return join(path, found[0])
 
 
@@ -570,6 +576,11 @@ class StateDict(Checkpoint):
     def __init__(self, tensors, name="state dict"):
         self.path = name
         self.tensors = tensors
+        for key, tensor in tensors.items():
+            fits = isinstance(tensor, torch.Tensor) and tensor.dtype in DTYPE_NAMES
+            need(fits and tensor.layout == torch.strided and not tensor.is_meta, name,
+                 "is no dense tensor of a dtype that safetensors knows", "leave it out",
+                 key)
         self.entries = in_order({key: Entry(key, tensor.dtype, tensor.shape, name)
                                  for key, tensor in tensors.items()})
 
@@ -714,7 +725,8 @@ def check_output(path, others, force, flag="-o", folder=None):
         said = Path(realpath(dirname(other)), basename(other))
         for where in (Path(realpath(other)), said):
             within = where.is_relative_to(real) or real.is_relative_to(where)
-            need(not within, path, f"and {other} are in each other's way", fix)
+            need(not within, path, f"is, holds or lies in {other}, which this run "
+                 "reads or writes as well", fix)
     fits = isfile
     if folder is not None:
         fits = isdir

@@ -37,6 +37,7 @@ them (run.lam, run.operator, ...), and what was found since:
     run.along   the files beside them
     run.kind    self, same-shape or cross-shape
     run.tasks   a Task for each tensor of the target, in its order
+    run.warnings, said at once and again at the end
     run.sink    the Output that is written to
     run.seconds of each stage
 """
@@ -84,10 +85,10 @@ FAR = 0.8               # distance of two parents over the target's norm; strang
 SHARE = 1 << 12         # source chunks under one of the target's, at most: a piece
 GATE_WEIGHTS = 1 << 16  # of a tensor, in windows evenly spread: the gate takes seconds
 # The names of PEFT, kohya and LyCORIS for what is added to weights.
-ADAPTER = r"lora_|lora\.(up|down)|hada_w|lokr_w|ia3_l|base_layer\."
+ADAPTER = r"(?<![a-z])lora_|lora\.(up|down)|hada_w|lokr_w|ia3_l|base_layer\."
 MATCH = "if they are relatives, run python experiments/tools/match.py first"
-HARM = ("Merging unrelated models does harm: +0.09 bits per byte and more in our "
-        "measurements (experiments/RESULTS.md, Table 5)")
+HARM = ("Merging unrelated models does harm, in our measurements 0.02 to 0.09 bits per "
+        "byte at lambda 0.1, and more above (experiments/RESULTS.md, Figure 4)")
 
 
 # --- The run, straight down -----------------------------------------------------------
@@ -110,11 +111,11 @@ def main(argv=None):
                  "python experiments/tools/lora.py fold BASE ADAPTER -o EXPERT", name)
         single = join(model.path, "model.safetensors")
         if isfile(single) and single not in model.files:    # people may expect either
-            say(f"note: {single} is not used: the index names other files")
+            run.warnings.append(f"{single} is not used: the index names other files")
     check_outputs(run)
     # Who meets whom; nothing but some strips of the weights has been read so far.
-    warnings = plan(run)
-    warn(warnings)
+    plan(run)
+    warn(run.warnings)
     if run.dry_run:
         print_plan(run)
         print_pairs(run)
@@ -128,7 +129,7 @@ def main(argv=None):
     print_plan(run)
     print_report(report)
     say(f"wrote {run.output}")
-    warn(warnings + late_warnings(run, report))     # again, as the last lines
+    warn(run.warnings + late_warnings(run, report))     # again, as the last lines
 
 
 def warn(warnings):
@@ -232,15 +233,14 @@ class Task:
 
 
 def plan(run):
-    """Decide kind, tasks and, where none is given, lambda. Returns warnings. What can
-    be refused without reading all weights is refused here.
+    """Decide kind, tasks and, where none is given, lambda. What can be refused without
+    reading all weights is refused here, and what looks wrong is warned of.
 
     paper:    across shapes lambda is best from 0.05 to 0.2
     ours:     several sources share it. Equal shapes: 1 / (N + 1), the uniform average
               of the target and N sources
     """
     target, *sources = run.models
-    warnings = []
     # 1. A task for each tensor of the target, and its partner in each source.
     run.tasks = []
     for number, entry in enumerate(target.entries.values()):
@@ -251,7 +251,8 @@ def plan(run):
         for task in run.tasks:
             if task.entry.name in pairs:
                 task.parents[k] = source.entries[pairs[task.entry.name]]
-        warnings += left_out(source, pairs.values()) + contradictions(target, source)
+        left_out(run, source, pairs.values())
+        contradictions(run, source)
     # 2. What happens to each; `decide` makes the run cross-shape where it must be.
     run.kind = "self"
     if sources:
@@ -275,16 +276,23 @@ def plan(run):
     # A flag that would change nothing shows a wrong expectation.
     need(run.kind == "cross-shape" or not run.source_vae, run.source_vae,
          "is not needed: equal shapes share one VAE", "drop --source-vae")
-    warnings += strangers(run)
+    strangers(run)
+    alone = 0
+    for task in run.tasks:
+        if task.why in ("met nobody", "met another shape", "no task vector"):
+            alone += task.entry.numel
+    share = alone / sum(task.entry.numel for task in run.tasks)
+    if share > 0.5:
+        run.warnings.append(f"{share:.0%} of the target's weights met no partner, and "
+                            "stay its own: see --dry-run")
     # 4. Lambda, where the command line has none. The base is no source of its own.
     n = len(sources) - bool(run.base)
     share = 1 / (n + 1)
     if run.kind == "cross-shape":
-        warnings.append(f"shapes differ. {HARM}; {MATCH}")
+        run.warnings.append(f"shapes differ. {HARM}; {MATCH}")
         if run.operator == "lerp":
             share = 0.1 / n
     run.lam = run.lam or [share] * n
-    return warnings
 
 
 def decide(run, task):
@@ -338,10 +346,10 @@ def check_shapes(run, task):
 
 def float_places(model):
     """{name: Place} of all that can be merged: whole numbers meet nobody, nor do
-    tensors without a weight."""
+    tensors without a weight, nor tables of angles (RoPE's frequencies)."""
     places = {}
     for name, entry in model.entries.items():
-        if entry.is_float and entry.numel > 0:
+        if entry.is_float and entry.numel > 0 and not name.endswith("inv_freq"):
             places[name] = entry.place
     return places
 
@@ -379,13 +387,13 @@ def mean_cosine(target, source, pairs):
     model whose rows stand in another order may have its first row in place. 11 is
     prime: so they do not all begin where a head does, as its first row may be in place.
 
-    Args:     pairs: (target name, source name); only encoded pairs of one shape count
+    Args:     pairs: (target name, source name); only matrices of one shape count
     Returns:  NaN, which is neither small nor large, if there is nothing to compare
     """
     cosines = []
     for mine, theirs in pairs:
         entry = target.entries[mine]
-        if is_selected(entry) and entry.shape == source.entries[theirs].shape:
+        if len(entry.shape) > 1 and entry.shape == source.entries[theirs].shape:
             starts = range(0, entry.numel, max(STRIP, entry.numel // STRIPS))
             mine_L = torch.cat([target.read(mine, i, i + STRIP) for i in starts])
             theirs_L = torch.cat([source.read(theirs, i, i + STRIP) for i in starts])
@@ -397,82 +405,76 @@ def mean_cosine(target, source, pairs):
 
 
 def strangers(run):
-    """Warnings of models that are no relatives of the target, judged tensor by tensor
-    and told by role.
+    """Warn of models that are no relatives of the target, judged tensor by tensor and
+    told by role.
 
     One role in another order is enough to ruin a merge, and the mean over all hides it:
     a copy whose MLP neurons are permuted computes the same, has cosine 1 in attention
     and 0 in gate, up and down, and its average with the target is noise. So do q and k
-    whose rows are in the order of another library.
+    whose rows are in the order of another library, and the embedding of another
+    tokenizer.
     """
-    warnings = []
     target, *sources = run.models
     for k, source in enumerate(sources, 1):
         apart = Counter()
         for task in run.tasks:
-            if task.action == "encoded" and k in task.parents:
+            if task.action != "copied" and k in task.parents:
                 pair = (task.entry.name, task.parents[k].name)
                 if mean_cosine(target, source, [pair]) < RELATED:
                     apart[task.entry.place.role] += 1
         if apart:
             roles = ", ".join(f"{role} ({n})" for role, n in apart.items())
-            warnings.append(f"{source.path} and the target are strangers in {roles}. "
-                            f"{HARM}; {MATCH}")
-    return warnings
+            run.warnings.append(f"{source.path} and the target are strangers in "
+                                f"{roles}. {HARM}; {MATCH}")
 
 
-def left_out(source, met):
-    """A warning of what a source has and the target has no place for: a part of a layer
-    that met one of the target's, or a head. The source computes with it, the result
-    does not.  Example: the biases of q, k and v, where the target has none
+def left_out(run, source, met):
+    """Warn of what a source has and the target has no place for. The source computes
+    with it, and the result does not.  Example: the biases of q, k and v, where the
+    target has none
 
     met:  names of the source's tensors that met one of the target's
     """
-    layers = {source.entries[name].place[:2] for name in met}       # (stack, layer)
-    lost = []
-    for name in float_places(source).keys() - met:
-        place = source.entries[name].place
-        of_a_layer = place.layer is not None and place[:2] in layers
-        if of_a_layer or place.role == "head":
-            lost.append(name)
-    if not lost:
-        return []
-    return [f"{len(lost)} tensors of {source.path} have no place in the target and are "
-            f"left out, {min(lost)} for one"]
+    lost = float_places(source).keys() - met
+    if lost:
+        run.warnings.append(f"{len(lost)} of {len(source.entries)} tensors of "
+                            f"{source.path} have no place in the target and are left "
+                            f"out, {min(lost)} for one")
 
 
 # What config.json says of the weights' meaning: the same numbers compute something else
 # under another of these.
-MEANING = ("num_attention_heads", "num_key_value_heads", "n_head", "head_dim",
-           "rope_theta", "rope_parameters", "rope_scaling", "hidden_act",
-           "hidden_activation", "activation_function")
+MEANING = ("model_type num_attention_heads num_key_value_heads n_head n_heads "
+           "num_heads encoder_attention_heads decoder_attention_heads head_dim "
+           "rope_theta rope_parameters rope_scaling rotary_pct partial_rotary_factor "
+           "position_embedding_type hidden_act hidden_activation activation_function "
+           "id2label")
 
 
-def contradictions(target, source):
-    """A warning if two models' config.json tell the meaning of their weights apart.
+def contradictions(run, source):
+    """Warn if two models' config.json tell the meaning of their weights apart.
 
     Example:  equal shapes, 32 heads of 128 and 64 of 64: no weight of q is in place
     """
-    mine = config_of(target)
+    mine = config_of(run.models[0])
     theirs = config_of(source)
     apart = []
-    for key in MEANING:
+    for key in MEANING.split():
         if key in mine and key in theirs and mine[key] != theirs[key]:
             apart.append(key)
-    if not apart:
-        return []
-    return [f"config.json of {source.path} differs in {', '.join(apart)}: its weights "
-            "mean something else"]
+    if apart:
+        run.warnings.append(f"config.json of {source.path} differs in "
+                            f"{', '.join(apart)}: its weights mean something else")
 
 
 def config_of(model):
-    """What a folder's config.json says of its language model; {} if it says nothing."""
+    """What config.json beside the weights says of a language model; {} if nothing."""
     try:
-        with open(join(model.folder, "config.json"), "rb") as file:
+        with open(join(dirname(model.files[0]), "config.json"), "rb") as file:
             config = json.load(file)
-        return config | config.get("text_config", {})
-    except (TypeError, OSError, ValueError, AttributeError):
-        return {}           # a model without a folder; no such file; no JSON; no object
+        return config | (config.get("text_config") or {})
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}                       # no such file; no JSON; no object
 
 
 # --- Statistics and ties --------------------------------------------------------------
@@ -520,7 +522,8 @@ def tie(run):
     equal. What is merged leads what is copied, the embedding its head.
 
     Two that have partners of their own may be equal by accident (a model and its moving
-    average, at the start): they are merged each for itself. So are constants.
+    average, at the start): they are merged each for itself, but for a head. So are
+    constants.
     """
     def last(task):
         return task.action == "copied", task.entry.place.role != "embed"
@@ -535,7 +538,19 @@ def tie(run):
             merged = leader is not task and not leader.why
             if merged and follows and not leader.parents[0].constant:
                 leader.tied += (entry.name,)
+                if not alone:
+                    told_apart(run, task, leader)
                 task.keep("tied to another")
+
+
+def told_apart(run, task, leader):
+    """Warn if a source has a head of its own where the target's is its embedding."""
+    for k in task.parents.keys() & leader.parents.keys():
+        model = run.models[k]
+        if digest(model, task.parents[k]) != digest(model, leader.parents[k]):
+            run.warnings.append(f"{task.entry.name} equals {leader.entry.name} in the "
+                                f"target and in the result; that of {model.path} does "
+                                "not, and is left out")
 
 
 # --- The codec, and whether it can carry these weights --------------------------------
@@ -994,8 +1009,8 @@ def check_outputs(run):
         name = "merged"
         # The target's own weights are not left behind: the result has its own.
         behind = [path for path in behind if join(target.folder, path) not in others]
-        say(f"{len(run.along)} companions; not taken along: "
-            f"{', '.join(behind) or 'none'}")
+        say(f"{len(run.along)} companions go along, README.md becomes a card of the "
+            f"merge; not taken along: {', '.join(behind) or 'none'}")
     run.output = run.output or name
     need(run.inside or run.output.endswith(".safetensors"), run.output, "of a file, as "
          f"{target.path}, the result is a file", "let its name end in .safetensors")
@@ -1005,6 +1020,10 @@ def check_outputs(run):
                        ("--report", run.report)):
         if path:
             check_output(path, others, run.force, flag, held)
+            # A file in a model's folder would be taken for a part of that model.
+            folders = [realpath(each.folder) for each in run.models if each.folder]
+            need(held or dirname(realpath(path)) not in folders, path,
+                 "lies in the folder of an input", f"choose another {flag}")
             others.append(path)
             held = None             # only the result may be a folder
     # A killed run (kill -9, a power cut) leaves its hidden folder. Whether that run has
@@ -1078,6 +1097,7 @@ def parse(argv):
     if not run.vae and not run.init and run.space == "latent":
         run.vae = REFERENCE
     run.seconds = {}
+    run.warnings = []
     return run
 
 

@@ -1,5 +1,6 @@
-"""Models that look alike and are not, and what only one of them has: every such merge is
-right, says so on stderr, or is refused. What is right is computed here, in float64."""
+"""Models that look alike and are not, and what only one of them has: every such merge
+is right, says so on stderr, or is refused. What is right is computed here, in float64.
+"""
 import json
 import os
 import re
@@ -116,12 +117,61 @@ def test_what_only_the_source_has_in_a_layer_is_told(merged, rest, shape):
     assert f"model.layers.0.{rest}" in errors
 
 
-def test_a_whole_tower_or_layer_of_the_source_is_no_warning(merged):
+def test_a_tower_and_layers_of_the_source_alone_are_told(merged):
     a = llama_tensors(1)
-    b = relative(a, 2) | {"vision.layers.0.self_attn.q_proj.weight": torch.ones(8, 8),
-                          "model.layers.2.eh_proj.weight": torch.ones(8, 8)}
+    b = relative(llama_tensors(1, layers=4), 2)
+    b = b | a | {"vision.layers.0.self_attn.q_proj.weight": torch.ones(8, 8)}
+    code, result, errors = merged(a, b)
+    assert code == 0 and "19 of 39 tensors" in errors
+    assert is_average(result[Q], a[Q])
+
+
+def test_few_that_met_are_told(merged):
+    """Two stacks, and neither fits: only the head is averaged."""
+    a = {HEAD: torch.randn(40, 16)}
+    for stack in ("model.layers", "mtp.layers"):
+        a |= {f"{stack}.{i}.mlp.up_proj.weight": torch.randn(16, 64) for i in (0, 1)}
+    b = {HEAD: a[HEAD] + 0.01, "transformer.h.0.attn.c_attn.weight": torch.randn(8, 8)}
     code, _, errors = merged(a, b)
-    assert code == 0 and not errors
+    assert code == 0 and "of the target's weights met no partner" in errors
+
+
+def test_a_base_that_lacks_most_is_told(merged, tmp_path):
+    a = llama_tensors(1, mlp=256)
+    base = {name: t for name, t in a.items() if "mlp" not in name}
+    path = save(tmp_path / "base.safetensors", base)
+    _, _, errors = merged(a, relative(a, 2), "--operator", "task-arithmetic", "--base",
+                          path, "--lam", "1")
+    assert "of the target's weights met no partner" in errors
+
+
+def test_another_tokenizer_of_the_same_size_is_told(merged):
+    a = llama_tensors(1)
+    b = relative(a, 2)
+    b[EMBED] = b[EMBED].flip(0)
+    _, _, errors = merged(a, b)
+    assert "strangers in embed (1)" in errors
+
+
+def test_strangers_without_layers_are_told(merged):
+    a, b = ({f"fc{i}.weight": torch.randn(32, 32, generator=torch.Generator().manual_seed(
+        10 * seed + i)) for i in (1, 2)} for seed in (1, 2))
+    _, _, errors = merged(a, b)
+    assert "strangers in" in errors
+
+
+@pytest.mark.parametrize("flags", [["--align", "mean"], ["--align", "none"]])
+def test_strangers_in_what_is_selected_are_told(merged, flags):
+    _, _, errors = merged(llama_tensors(1), llama_tensors(2), "--select", "embed", *flags)
+    assert "strangers in embed (1)" in errors
+
+
+def test_frequencies_of_rope_are_the_targets(merged):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    a = llama_tensors(1) | {name: 1e4 ** -torch.linspace(0, 1, 8)}
+    b = relative(llama_tensors(1), 2) | {name: 1e6 ** -torch.linspace(0, 1, 8)}
+    code, result, _ = merged(a, b)
+    assert code == 0 and torch.equal(result[name], a[name])
 
 
 def test_a_head_without_a_place_is_told(merged):
@@ -244,6 +294,15 @@ def test_a_redundant_head_stays_tied(merged, has):
     assert is_average(result[EMBED], a[EMBED], b[EMBED])
 
 
+def test_a_head_of_the_sources_own_is_told(merged):
+    a = llama_tensors(1)
+    a[HEAD] = a[EMBED].clone()
+    b = relative(a, 2)                      # moves both, each by itself
+    code, result, errors = merged(a, b)
+    assert code == 0 and torch.equal(result[HEAD], result[EMBED])
+    assert HEAD in errors and "left out" in errors
+
+
 def test_a_mask_of_minus_infinity_in_two_dtypes(merged):
     mask = torch.full((8, 8), float("-inf")).triu(1)
     a = llama_tensors(1) | {"model.mask": mask}
@@ -310,6 +369,31 @@ def test_configs_that_contradict_each_other_are_told(merged, tmp_path, key, mine
     same = folder(tmp_path / "same", relative(a, 2), {key: mine})
     _, _, errors = merged(one, same)
     assert not errors
+
+
+def test_the_config_beside_a_file_counts_too(merged, tmp_path):
+    a = llama_tensors(1)
+    one = folder(tmp_path / "one", a, {"rotary_pct": 1.0, "text_config": None})
+    two = folder(tmp_path / "two", relative(a, 2), {"rotary_pct": 0.5})
+    _, _, errors = merged(one / "model.safetensors", two / "model.safetensors")
+    assert "rotary_pct" in errors
+
+
+def test_a_shard_without_its_index_is_no_model(tmp_path, capsys):
+    one = folder(tmp_path / "one", llama_tensors(1), {}, "model-00001-of-00002.safetensors")
+    argv = [str(one), "-o", str(tmp_path / "out")]
+    assert chunking.command(lambda: merge.main(argv)) == 1
+    assert "index is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag, name", [("--report", "config.json"), ("-o", "m.safetensors"),
+                                        ("--report", "new.json")])
+def test_no_file_is_written_into_a_model(tmp_path, capsys, flag, name):
+    one = folder(tmp_path / "one", llama_tensors(1), {"a": 1})
+    argv = [str(one), "--force", "-o", str(tmp_path / "out"), flag, str(one / name)]
+    assert chunking.command(lambda: merge.main(argv)) == 1
+    assert "lies in the folder" in capsys.readouterr().err
+    assert sorted(os.listdir(one)) == ["config.json", "model.safetensors"]
 
 
 def test_a_folder_of_diffusers_keeps_its_name(tmp_path, capsys):
@@ -381,6 +465,10 @@ def test_merge_state_dicts_with_a_base_and_with_a_wrong_flag():
     assert (result[Q].double() - want).abs().max() < 1e-5
     with pytest.raises(ValueError):
         merge.merge_state_dicts(a, b, lam=2)
+    for odd in (None, torch.zeros(2, dtype=torch.complex64), torch.eye(3).to_sparse(),
+                torch.zeros(3, device="meta")):
+        with pytest.raises(chunking.CheckpointError, match="no dense tensor"):
+            merge.merge_state_dicts(a | {"odd": odd}, b)
 
 
 @pytest.mark.parametrize("rank, size", [("0", "0"), ("3", "2"), ("-1", "2"), ("x", "2")])
