@@ -547,7 +547,8 @@ def claims(records):
         found.append(Claim(
             "a relative of another shape, matched, lambda 0.5", "",
             f"{pm_of(d)} to the target: {cell_gain(row)}", "ours",
-            "A relative of another shape", "after match.py the mean of both beats the target"))
+            "A relative of another shape",
+            "after match.py the mean of both beats the target"))
     if records["kinship"]:
         sides = []
         for related in (True, False):
