@@ -501,8 +501,7 @@ CLAIMS = [
      "base", "the model", "Table 2: self-merging", "sampling only adds noise"),
     ("a soup of ten LoRA experts gains in latents", "MMLU 49.7 → 56.0", "3",
      "soup, latents [r 1]", "weights", "weights",
-     "Table 3: ten LoRA experts", "the soup gains; latents add nothing "
-     "(exact codec: by construction)"),
+     "Table 3: ten LoRA experts", "the soup gains; an exact codec adds nothing"),
     ("task arithmetic of two experts gains in latents", "MMLU 52.2 → 55.1", "4",
      "code + arithmetic: task arithmetic, latents [r 1]", "weights",
      "the same on weights", "Table 4: two experts of one base", ""),
