@@ -548,7 +548,7 @@ def claims(records):
             "a relative of another shape, matched, lambda 0.5", "",
             f"{pm_of(d)} to the target: {cell_gain(row)}", "ours",
             "A relative of another shape",
-            "after match.py the mean of both beats the target"))
+            "after match.py both together beat the target"))
     if records["kinship"]:
         sides = []
         for related in (True, False):
