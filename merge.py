@@ -111,7 +111,7 @@ def main(argv=None):
                  "python experiments/tools/lora.py fold BASE ADAPTER -o EXPERT", name)
         single = join(model.path, "model.safetensors")
         if isfile(single) and single not in model.files:    # people may expect either
-            run.warnings.append(f"{single} is not used: the index names other files")
+            say(f"note: {single} is not used: the index names other files")
     check_outputs(run)
     # Who meets whom; nothing but some strips of the weights has been read so far.
     plan(run)
@@ -281,9 +281,9 @@ def plan(run):
     for task in run.tasks:
         if task.why in ("met nobody", "met another shape", "no task vector"):
             alone += task.entry.numel
-    share = alone / sum(task.entry.numel for task in run.tasks)
-    if share > 0.5:
-        run.warnings.append(f"{share:.0%} of the target's weights met no partner, and "
+    left = alone / total_weights(target)
+    if left > 0.5:
+        run.warnings.append(f"{left:.0%} of the target's weights met no partner, and "
                             "stay its own: see --dry-run")
     # 4. Lambda, where the command line has none. The base is no source of its own.
     n = len(sources) - bool(run.base)
@@ -435,11 +435,28 @@ def left_out(run, source, met):
 
     met:  names of the source's tensors that met one of the target's
     """
-    lost = float_places(source).keys() - met
-    if lost:
-        run.warnings.append(f"{len(lost)} of {len(source.entries)} tensors of "
-                            f"{source.path} have no place in the target and are left "
-                            f"out, {min(lost)} for one")
+    layers = {source.entries[name].place[:2] for name in met}       # (stack, layer)
+    lost = []
+    torn = []           # out of a layer that met one of the target's; and heads
+    for name in float_places(source).keys() - met:
+        entry = source.entries[name]
+        lost.append(entry)
+        of_a_layer = entry.place.layer is not None and entry.place[:2] in layers
+        if of_a_layer or entry.place.role == "head":
+            torn.append(entry)
+    share = sum(entry.numel for entry in lost) / total_weights(source)
+    # A draft layer or a tower of the source's own may well be left out; half a model
+    # may not.
+    if torn or share > 0.4:
+        name = min(entry.name for entry in torn or lost)
+        run.warnings.append(f"{len(lost)} tensors of {source.path} have no place in the "
+                            f"target and are left out ({share:.0%} of its weights), "
+                            f"{name} for one")
+
+
+def total_weights(model):
+    """At least 1, to be divided by."""
+    return max(1, sum(entry.numel for entry in model.entries.values()))
 
 
 # What config.json says of the weights' meaning: the same numbers compute something else

@@ -78,7 +78,8 @@ def test_a_wide_matrix_is_looked_at_all_over(merged):
     other = torch.cat([w[:1], w[1:].flip(0)])
     _, _, errors = merged({name: w}, {name: other})
     assert "strangers in q (1)" in errors
-    _, _, errors = merged({name: w}, {name: w + 0.5 * torch.randn(64, 8192, generator=g)})
+    other = w + 0.5 * torch.randn(64, 8192, generator=g)
+    _, _, errors = merged({name: w}, {name: other})
     assert not errors
 
 
@@ -117,12 +118,19 @@ def test_what_only_the_source_has_in_a_layer_is_told(merged, rest, shape):
     assert f"model.layers.0.{rest}" in errors
 
 
-def test_a_tower_and_layers_of_the_source_alone_are_told(merged):
+def test_a_whole_tower_or_layer_of_the_source_is_no_warning(merged):
     a = llama_tensors(1)
-    b = relative(llama_tensors(1, layers=4), 2)
-    b = b | a | {"vision.layers.0.self_attn.q_proj.weight": torch.ones(8, 8)}
+    b = relative(a, 2) | {"vision.layers.0.self_attn.q_proj.weight": torch.ones(8, 8),
+                          "model.layers.2.eh_proj.weight": torch.ones(8, 8)}
+    code, _, errors = merged(a, b)
+    assert code == 0 and not errors
+
+
+def test_half_a_model_that_is_left_out_is_told(merged):
+    a = llama_tensors(1)
+    b = relative(llama_tensors(1, layers=4), 2) | a
     code, result, errors = merged(a, b)
-    assert code == 0 and "19 of 39 tensors" in errors
+    assert code == 0 and "18 tensors" in errors and "left out (49% of" in errors
     assert is_average(result[Q], a[Q])
 
 

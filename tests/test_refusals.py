@@ -132,13 +132,13 @@ greedy_soup.py --eval true a b --dry-run                 | 2 | --dry-run
 weight_statistics.py a --figure f.png                    | 2 | .svg
 """
 PATHS = """
-merge.py c.safetensors b -o c.safetensors --force        | 1 | way
-merge.py b c.safetensors -o empty/..//c.safetensors --force | 1 | way
-merge.py c.safetensors b -o link.safetensors --force     | 1 | link, way
-merge.py a link.safetensors -o c.safetensors --force     | 1 | way
-merge.py links b -o links --force                        | 1 | links, way
-merge.py model b -o model --force                        | 1 | way
-merge.py model b -o ./ --force                           | 1 | way
+merge.py c.safetensors b -o c.safetensors --force        | 1 | reads or writes
+merge.py b c.safetensors -o empty/..//c.safetensors --force | 1 | reads or writes
+merge.py c.safetensors b -o link.safetensors --force     | 1 | link, reads or writes
+merge.py a link.safetensors -o c.safetensors --force     | 1 | reads or writes
+merge.py links b -o links --force                        | 1 | links, reads or writes
+merge.py model b -o model --force                        | 1 | reads or writes
+merge.py model b -o ./ --force                           | 1 | reads or writes
 merge.py a b -o none/new.safetensors                     | 1 | its folder
 merge.py a b -o a/new.safetensors                        | 1 | a/new
 merge.py a b -o new/                                     | 1 | is a file
@@ -151,18 +151,18 @@ merge.py model b -o result                               | 1 | exists, --force
 merge.py a b --report old                                | 1 | another --report, --force
 merge.py a b --report none/r                             | 1 | its folder
 merge.py a b --report pipe --force                       | 1 | pipe
-merge.py model b -o result --force --report result/model.safetensors | 1 | way
-merge.py model b -o result --force --report inside/model.safetensors | 1 | way
-merge.py model b -o result --force --report result/../result/README.md | 1 | way
-merge.py a b -o vaes/vae.safetensors --vae vaes --force  | 1 | vae, way
+merge.py model b -o result --force --report result/model.safetensors | 1 | reads or writes
+merge.py model b -o result --force --report inside/model.safetensors | 1 | reads or writes
+merge.py model b -o result --force --report result/../result/README.md | 1 | reads or writes
+merge.py a b -o vaes/vae.safetensors --vae vaes --force  | 1 | vae, reads or writes
 merge.py a b --vae none                                  | 1 | none
 merge.py a b --vae b                                     | 1 | b, VAE
 merge.py a b --source-vae vae                            | 1 | --source-vae
 merge.py broken none --vae b                             | 1 | b, VAE
-merge.py a b -o o.safetensors --force --init random --save-vae a | 1 | a, way
-merge.py a b -o o.safetensors --force --init random --save-vae o.safetensors | 1 | way
-merge.py a b -o o.safetensors --force --init random --report o.safetensors | 1 | way
-merge.py a b --init random --save-vae v --report v       | 1 | v, way
+merge.py a b -o o.safetensors --force --init random --save-vae a | 1 | a, reads or writes
+merge.py a b -o o.safetensors --force --init random --save-vae o.safetensors | 1 | reads or writes
+merge.py a b -o o.safetensors --force --init random --report o.safetensors | 1 | reads or writes
+merge.py a b --init random --save-vae v --report v       | 1 | v, reads or writes
 merge.py a org/name                                      | 1 | nothing is downloaded
 merge.py a /dev/zero                                     | 1 | regular
 merge.py a pipe                                          | 1 | pipe
@@ -173,11 +173,11 @@ merge.py a wide --operator slerp                         | 1 | wide, layers.0.ml
 merge.py a wide --space weight                           | 1 | [64\\, 96], [96\\, 160]
 merge.py a wide --operator task-arithmetic --base a      | 1 | wide, match.py
 train.py a -o new --select zebra                         | 1 | --select
-train.py a -o a --force                                  | 1 | way
+train.py a -o a --force                                  | 1 | reads or writes
 train.py a -o none/new                                   | 1 | folder
 train.py a -o /dev/null --force                          | 1 | /dev/null
-train.py a -o new --log new                              | 1 | new, way
-train.py a -o new --log a                                | 1 | a, way
+train.py a -o new --log new                              | 1 | new, reads or writes
+train.py a -o new --log a                                | 1 | a, reads or writes
 train.py a -o new --log alias                            | 1 | alias
 train.py b -o new --log link                             | 1 | link
 train.py a -o new --log pipe                             | 1 | pipe
@@ -185,23 +185,23 @@ train.py a -o new --log /dev/full                        | 1 | /dev/full
 train.py a -o new --lr 1e30 --steps1 20                  | 1 | lower --lr
 train.py a -o new --init foo                             | 1 | random\\, pca
 train.py a -o new --init b                               | 1 | VAE
-train.py a -o vae --init vae --force                     | 1 | vae, way
-train.py a -o vaes/vae.safetensors --init vaes --force   | 1 | vaes, way
+train.py a -o vae --init vae --force                     | 1 | vae, reads or writes
+train.py a -o vaes/vae.safetensors --init vaes --force   | 1 | vaes, reads or writes
 lsmerge.py none                                          | 1 | none
 lsmerge.py a zebra                                       | 1 | zebra
 lsmerge.py vae                                           | 1 | meets no tensor
 lsmerge.py model/config.json                             | 1 | config.json
-lora.py fold a adapter -o a --force                      | 1 | way
-lora.py fold a adapter -o adapter/adapter_config.json --force | 1 | way
+lora.py fold a adapter -o a --force                      | 1 | reads or writes
+lora.py fold a adapter -o adapter/adapter_config.json --force | 1 | reads or writes
 lora.py fold a adapter -o new/                           | 1 | folder's name
 lora.py extract b a -o adapter --rank 2                  | 1 | exists
 lora.py extract b a -o foreign --rank 2 --force          | 1 | notes.txt
-match.py c.safetensors b -o c.safetensors                | 1 | way
+match.py c.safetensors b -o c.safetensors                | 1 | reads or writes
 match.py a b -o c.safetensors                            | 1 | exists
 match.py a b -o new                                      | 1 | end it
-match.py a b --report b                                  | 1 | way
+match.py a b --report b                                  | 1 | reads or writes
 greedy_soup.py --eval true a b -o old                    | 1 | exists
-greedy_soup.py --eval true a b -o b --force              | 1 | way
+greedy_soup.py --eval true a b -o b --force              | 1 | reads or writes
 greedy_soup.py --eval true a b -o new --report old       | 1 | exists
 greedy_soup.py --eval true a b none -o new               | 1 | none
 greedy_soup.py --eval /no/such/program a b -o new.safetensors | 1 | /no/such/program
