@@ -449,9 +449,9 @@ def left_out(run, source, met):
     # may not.
     if torn or share > 0.4:
         name = min(entry.name for entry in torn or lost)
-        run.warnings.append(f"{len(lost)} tensors of {source.path} have no place in the "
-                            f"target and are left out ({share:.0%} of its weights), "
-                            f"{name} for one")
+        run.warnings.append(f"{len(lost)} tensors of {source.path} have no place in "
+                            f"the target and are left out ({share:.0%} of its "
+                            f"weights), {name} for one")
 
 
 def total_weights(model):
