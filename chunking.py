@@ -198,6 +198,14 @@ def spans(numel, step=PIECE):
     return [(start, min(start + step, numel)) for start in range(0, numel, step)]
 
 
+def keep_freed_memory():
+    """Once, before many pieces pass. The C library of Linux gives memory back to the
+    system with each piece, and takes it again page by page, which costs three times
+    what is computed. It keeps up to twice the largest block that was freed before: so
+    we free one. Elsewhere this does nothing."""
+    torch.empty(31 << 20, dtype=torch.uint8)        # above 32 MB it would not count
+
+
 def measure(checkpoint, name):
     """TensorStats of a tensor, in float64; NaN and Inf are refused.
 
@@ -213,9 +221,10 @@ def measure(checkpoint, name):
     for start, stop in spans(entry.numel):
         n_piece = stop - start          # and n = start, n + n_piece = stop
         piece_L = checkpoint.read(name, start, stop).double()
-        variance, piece_mean = torch.var_mean(piece_L, correction=0)
-        delta = piece_mean.item() - mean
-        m2 += variance.item() * n_piece + delta * delta * start * n_piece / stop
+        piece_mean = piece_L.mean().item()
+        delta = piece_mean - mean
+        piece_L -= piece_mean           # a copy: `read` gives no others
+        m2 += piece_L.dot(piece_L).item() + delta * delta * start * n_piece / stop
         mean += delta * n_piece / stop
     std = math.sqrt(m2 / max(1, entry.numel))
     # Then all are equal. The bound allows for the rounding of the mean, which each step

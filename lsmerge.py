@@ -30,7 +30,7 @@ latents are projected to 256, transported, merged with the target's 256, and dec
 16,384 weights.
 
 Larger tensors pass in pieces: a *piece* is what is read at a time (262,144 weights), a
-*batch* what the network takes of it (32 windows), a *window* what attention sees (T
+*batch* what the network takes of it (64 windows), a *window* what attention sees (T
 chunks).
 
 In this order: the method; E and D; operators; alignment; the tour. Not here: which
@@ -98,7 +98,7 @@ def self_merge(posterior, K, generator):
     return z_BTZ
 
 
-BATCH = 32      # windows that the network takes at a time: 512 chunks, by timing
+BATCH = 64      # windows that the network takes at a time: 1,024 chunks, by timing
 
 
 class Codec:
@@ -192,14 +192,14 @@ class Parent:
     @property
     def per_piece(self):
         """Chunks of a piece: whole batches of PIECE weights in all, at least one batch.
-        Example:  C = 64 and T = 16: 8 batches of 512 chunks, 262,144 weights"""
+        Example:  C = 64 and T = 16: 4 batches of 1,024 chunks, 262,144 weights"""
         batch = self.codec.batch
         return max(1, PIECE // (self.codec.C * batch)) * batch
 
     def latents(self, first, last):
         """z of chunks [first, last), (last - first, Z). Encoded are the whole batches
         around them: so a chunk's window, and its noise, are the same whoever asks.
-        Example:  chunks 500 to 600, in batches of 512: 0 to 1024 are encoded"""
+        Example:  chunks 1000 to 1100, in batches of 1024: 0 to 2048 are encoded"""
         batch = self.codec.batch
         begin = first // batch * batch                      # rounded down,
         end = -(-last // batch) * batch                     # and up

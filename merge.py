@@ -71,8 +71,8 @@ import align as ot
 import lsmerge as ls
 import train
 from chunking import (STOP, Checkpoint, Entry, Output, appear, check_output, command,
-                      create, is_selected, measure, need, say, spans, standardise,
-                      write_tensors)
+                      create, is_selected, keep_freed_memory, measure, need, say, spans,
+                      standardise, write_tensors)
 from train import MAX_NMSE, gather, pick_device, rank_and_size, start_parser
 
 VERSION = "3.0"
@@ -177,6 +177,7 @@ def parallel_map(work, run, label):
     one thread per core, with a tensor of its own, the largest first: reading, computing
     and writing overlap. One thread for a tensor: so the bytes do not depend on the
     number of threads."""
+    keep_freed_memory()
     began = time.perf_counter()
     rank, size = rank_and_size()
     order = sorted(run.tasks, key=lambda task: -task.entry.numel)[rank::size]

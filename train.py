@@ -46,7 +46,8 @@ from tqdm import tqdm
 
 from align import Moments
 from chunking import (Checkpoint, Parser, appear, check_output, command, is_selected,
-                      measure, need, say, spans, standardise, write_tensors)
+                      keep_freed_memory, measure, need, say, spans, standardise,
+                      write_tensors)
 from lsmerge import Codec
 from vae import VAE, Loss, VAEConfig, generator_for, masked_mse, sample, vae_loss
 
@@ -106,6 +107,7 @@ def train_vae(parents, config, schedule=Schedule(), log=lambda figures: None,
     Raises:   CheckpointError where the loss is not finite, or nothing was learnt before
               Ctrl-C
     """
+    keep_freed_memory()
     gather(None)        # under torchrun: the processes meet
     need(schedule.batch >= rank_and_size()[1], "--batch", "is smaller than the number "
          "of processes", "raise it")
