@@ -805,8 +805,8 @@ def command(run):
 
     130 and 143 are what shells expect: 128 and the number of the signal.
     """
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt)
+              for number in (signal.SIGINT, signal.SIGTERM)}
     for name in ("stdout", "stderr"):
         # None: closed by whoever started us.
         stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")
@@ -814,8 +814,9 @@ def command(run):
         stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, stream)
     code = 1
+    line = None
     try:
-        return run() or 0
+        code = run() or 0
     except CheckpointError as error:
         line = error
     except OSError as error:
@@ -829,5 +830,9 @@ def command(run):
     except KeyboardInterrupt:
         code = 130
         line = "interrupted; fix: run it again"
-    say(f"error: {line}", stream=sys.stderr)
+    if line:
+        say(f"error: {line}", stream=sys.stderr)
+    # As they were: an exception while the interpreter ends would be a traceback.
+    for number, handler in before.items():
+        signal.signal(number, handler)
     return code

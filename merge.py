@@ -273,7 +273,8 @@ def plan(run):
     why = Counter(task.why for task in run.tasks if task.action == "copied")
     reasons = ", ".join(f"{n} {reason}" for reason, n in why.items())
     need(why.total() < len(run.tasks), target.path, f"nothing would be merged: of its "
-         f"tensors {reasons}", "check --select, and that these models belong together")
+         f"tensors {reasons}", "check --select, and the names in both files (what is "
+         "known of names stands in chunking.ROLES)")
     # A flag that would change nothing shows a wrong expectation.
     need(run.kind == "cross-shape" or not run.source_vae, run.source_vae,
          "is not needed: equal shapes share one VAE", "drop --source-vae")
@@ -1154,7 +1155,7 @@ def check_usage(run, parser):
                 parser.error(f"{why}: drop --{flag}")
     # So put, NaN is refused, too.
     if not (0 < run.epsilon < math.inf and 0 < run.max_nmse < math.inf):
-        parser.error("--epsilon and --max-nmse must be above 0, and finite")
+        parser.error("--epsilon and --max-nmse must be positive and finite")
     if not (0 <= (run.samples or 0) <= 4096 and 0 <= run.seed < 2 ** 32):
         parser.error("--samples must be from 0 to 4096, --seed from 0 to 2^32 - 1")
     if run.roundtrip and n > 0 or operator == "slerp" and n != 1:

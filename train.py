@@ -479,9 +479,11 @@ def main(argv=None):
     if stages[-1]["ended"] == "interrupted":
         return 130                          # as shells expect
     if stages[-1]["nmse"] > MAX_NMSE:
+        fix = "train for longer"
+        if vae.config.true_ratio > 1:
+            fix = "train for longer, or at a lower --ratio"
         say("warning: merge.py refuses a codec whose NMSE is above "
-            f"{MAX_NMSE:g}: train for longer (at r > 1: or at a lower --ratio)",
-            stream=sys.stderr)
+            f"{MAX_NMSE:g}: {fix}", stream=sys.stderr)
     return 0
 
 
