@@ -436,7 +436,7 @@ def refuse_quantised(entries, folder):
             integers = role in MATRICES and not entry.is_float
             need(not beside and not integers, entry.file,
                  f"is quantised: {entry.dtype}", ORIGINAL, name)
-    # config.json and hf_quant_config.json say so as well. With {} or null they do not.
+    # Configurations say so as well. With {} or null they do not.
     for name in ("config.json", "hf_quant_config.json", "quantize_config.json"):
         config = Path(folder, name)
         if not config.is_file():

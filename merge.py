@@ -144,6 +144,7 @@ def merge(run):
     nothing can be refused any more. Under torchrun the first process makes it, and all
     fill it.
     """
+    keep_freed_memory()
     # A first pass over all that enters the result: statistics, and a refusal of NaN.
     run.tasks = parallel_map(measure_task, run, "read")
     tie(run)
@@ -177,7 +178,6 @@ def parallel_map(work, run, label):
     one thread per core, with a tensor of its own, the largest first: reading, computing
     and writing overlap. One thread for a tensor: so the bytes do not depend on the
     number of threads."""
-    keep_freed_memory()
     began = time.perf_counter()
     rank, size = rank_and_size()
     order = sorted(run.tasks, key=lambda task: -task.entry.numel)[rank::size]
@@ -279,14 +279,7 @@ def plan(run):
     need(run.kind == "cross-shape" or not run.source_vae, run.source_vae,
          "is not needed: equal shapes share one VAE", "drop --source-vae")
     strangers(run)
-    alone = 0
-    for task in run.tasks:
-        if task.why in ("met nobody", "met another shape", "no task vector"):
-            alone += task.entry.numel
-    left = alone / total_weights(target)
-    if left > 0.5:
-        run.warnings.append(f"{left:.0%} of the target's weights met no partner, and "
-                            "stay its own: see --dry-run")
+    left_alone(run)
     # 4. Lambda, where the command line has none. The base is no source of its own.
     n = len(sources) - bool(run.base)
     share = 1 / (n + 1)
@@ -456,6 +449,18 @@ def left_out(run, source, met):
                             f"weights), {name} for one")
 
 
+def left_alone(run):
+    """Warn of a target most of which met no partner: the result is nearly itself."""
+    alone = 0
+    for task in run.tasks:
+        if task.why in ("met nobody", "met another shape", "no task vector"):
+            alone += task.entry.numel
+    share = alone / total_weights(run.models[0])
+    if share > 0.5:
+        run.warnings.append(f"{share:.0%} of the target's weights met no partner, and "
+                            "stay its own: see --dry-run")
+
+
 def total_weights(model):
     """At least 1, to be divided by."""
     return max(1, sum(entry.numel for entry in model.entries.values()))
@@ -564,7 +569,7 @@ def tie(run):
 
 def told_apart(run, task, leader):
     """Warn if a source has a head of its own where the target's is its embedding."""
-    for k in task.parents.keys() & leader.parents.keys():
+    for k in (task.parents.keys() & leader.parents.keys()) - {0}:
         model = run.models[k]
         if digest(model, task.parents[k]) != digest(model, leader.parents[k]):
             run.warnings.append(f"{task.entry.name} equals {leader.entry.name} in the "
