@@ -429,6 +429,7 @@ def refuse_quantised(entries, folder):
               files beside 'q_proj.weight.absmax', whose module is the weight itself
     """
     scaled = {name.rpartition(".")[0] for name in entries if re.search(SCALES, name)}
+    scaled -= {""}                  # 'logit_scale' stands alone: it scales no module
     for name, entry in entries.items():
         if DTYPE_NAMES[entry.dtype] in PACKED and len(entry.shape) >= 2:
             beside = name in scaled or name.rpartition(".")[0] in scaled

@@ -33,8 +33,7 @@ them (run.lam, run.operator, ...), and what was found since:
 
     run.models  Checkpoints: the target, the sources, and the base of a task arithmetic
     run.codecs  the target's Codec, and that of sources of other shapes; or none
-    run.inside  the name of the weights in a result folder; None for a result file
-    run.along   the files beside them
+    run.result  the Destination: where the result goes, and what lies beside it
     run.kind    self, same-shape or cross-shape
     run.tasks   a Task for each tensor of the target, in its order
     run.warnings, said at once and again at the end
@@ -84,6 +83,7 @@ STRIPS = 11             # and their number, about: 2,816 weights tell it to 0.02
 FAR = 0.8               # distance of two parents over the target's norm; strangers: 1.4
 SHARE = 1 << 12         # source chunks under one of the target's, at most: a piece
 GATE_WEIGHTS = 1 << 16  # of a tensor, in windows evenly spread: the gate takes seconds
+TABLES = ("inv_freq", "masked_bias")    # RoPE's frequencies; -inf or -1e4, in GPT-2
 # The names of PEFT, kohya and LyCORIS for what is added to weights.
 ADAPTER = r"(?<![a-z])lora_|lora\.(up|down)|hada_w|lokr_w|ia3_l|base_layer\."
 MATCH = "if they are relatives, run python experiments/tools/match.py first"
@@ -111,7 +111,7 @@ def main(argv=None):
                  "python experiments/tools/lora.py fold BASE ADAPTER -o EXPERT", name)
         single = join(model.path, "model.safetensors")
         if isfile(single) and single not in model.files:    # people may expect either
-            say(f"note: {single} is not used: the index names other files")
+            run.warnings.append(f"{single} is not used: the index names other files")
     check_outputs(run)
     # Who meets whom; nothing but some strips of the weights has been read so far.
     plan(run)
@@ -161,8 +161,8 @@ def merge(run):
     with contextlib.ExitStack() as stack:
         if rank_and_size()[0] == 0:
             output = stack.enter_context(create(run.output, entries, header,
-                                                run.inside, run.force))
-            put_companions(run, dirname(output.path))
+                                                run.result.weights, run.force))
+            run.result.fill(dirname(output.path), card_of(run))
             gather(output.path)             # the others wait for it
         else:
             output = Output(gather(None)[0])
@@ -341,10 +341,10 @@ def check_shapes(run, task):
 
 def float_places(model):
     """{name: Place} of all that can be merged: whole numbers meet nobody, nor do
-    tensors without a weight, nor tables of angles (RoPE's frequencies)."""
+    tensors without a weight, nor tables that were never trained."""
     places = {}
     for name, entry in model.entries.items():
-        if entry.is_float and entry.numel > 0 and not name.endswith("inv_freq"):
+        if entry.is_float and entry.numel > 0 and not name.endswith(TABLES):
             places[name] = entry.place
     return places
 
@@ -375,28 +375,30 @@ def layer_partners(target, source, mine, theirs):
 
 
 def mean_cosine(target, source, pairs):
-    """The mean cosine of two models' weights: 0.00 for models trained apart, 0.9 for
-    experts of one base.
+    """The mean cosine of two models' weights over (target name, source name) pairs:
+    0.00 for models trained apart, 0.9 for experts of one base. NaN, which is neither
+    small nor large, if there is nothing to compare."""
+    cosines = [strip_cosines(target, source, *pair) for pair in pairs]
+    return torch.cat([torch.empty(0), *cosines]).nanmean().item()
+
+
+def strip_cosines(target, source, mine, theirs):
+    """The cosines of two tensors' weights, strip by strip; none for vectors, nor for
+    two shapes.
 
     Some strips of each tensor are enough to tell. They are spread over all of it, as a
     model whose rows stand in another order may have its first row in place. 11 is
     prime: so they do not all begin where a head does, as its first row may be in place.
-
-    Args:     pairs: (target name, source name); only matrices of one shape count
-    Returns:  NaN, which is neither small nor large, if there is nothing to compare
     """
+    entry = target.entries[mine]
     cosines = []
-    for mine, theirs in pairs:
-        entry = target.entries[mine]
-        if len(entry.shape) > 1 and entry.shape == source.entries[theirs].shape:
-            starts = range(0, entry.numel, max(STRIP, entry.numel // STRIPS))
-            mine_L = torch.cat([target.read(mine, i, i + STRIP) for i in starts])
-            theirs_L = torch.cat([source.read(theirs, i, i + STRIP) for i in starts])
-            mine_L = mine_L.double()
-            theirs_L = theirs_L.double()
-            # Zero has no direction: 0 / 0 is NaN, which the mean leaves out.
+    if len(entry.shape) > 1 and entry.shape == source.entries[theirs].shape:
+        for start in range(0, entry.numel, max(STRIP, entry.numel // STRIPS)):
+            mine_L = target.read(mine, start, start + STRIP).double()
+            theirs_L = source.read(theirs, start, start + STRIP).double()
+            # Zero has no direction: 0 / 0 is NaN, which a mean leaves out.
             cosines.append(mine_L.dot(theirs_L) / (mine_L.norm() * theirs_L.norm()))
-    return torch.tensor(cosines).nanmean().item()
+    return torch.tensor(cosines)
 
 
 def strangers(run):
@@ -406,16 +408,18 @@ def strangers(run):
     One role in another order is enough to ruin a merge, and the mean over all hides it:
     a copy whose MLP neurons are permuted computes the same, has cosine 1 in attention
     and 0 in gate, up and down, and its average with the target is noise. So do q and k
-    whose rows are in the order of another library, and the embedding of another
-    tokenizer.
+    whose rows are in the order of another library, the embedding of another tokenizer,
+    and experts of which some have changed places. One strip of eleven may be of a new
+    word; two are another order: so it is the second lowest strip that tells.
     """
     target, *sources = run.models
     for k, source in enumerate(sources, 1):
         apart = Counter()
         for task in run.tasks:
             if task.action != "copied" and k in task.parents:
-                pair = (task.entry.name, task.parents[k].name)
-                if mean_cosine(target, source, [pair]) < RELATED:
+                cosines = strip_cosines(target, source, task.entry.name,
+                                        task.parents[k].name)
+                if (cosines < RELATED).sum() > len(cosines) // STRIPS:
                     apart[task.entry.place.role] += 1
         if apart:
             roles = ", ".join(f"{role} ({n})" for role, n in apart.items())
@@ -437,7 +441,7 @@ def left_out(run, source, met):
         entry = source.entries[name]
         lost.append(entry)
         of_a_layer = entry.place.layer is not None and entry.place[:2] in layers
-        if of_a_layer or entry.place.role == "head":
+        if of_a_layer or own_head(source, entry):
             torn.append(entry)
     share = sum(entry.numel for entry in lost) / total_weights(source)
     # A draft layer or a tower of the source's own may well be left out; half a model
@@ -447,6 +451,18 @@ def left_out(run, source, met):
         run.warnings.append(f"{len(lost)} tensors of {source.path} have no place in "
                             f"the target and are left out ({share:.0%} of its "
                             f"weights), {name} for one")
+
+
+def own_head(source, entry):
+    """Whether it is a head, and not the embedding under another name: that has met its
+    partner."""
+    if entry.place.role != "head":
+        return False
+    for other in source.entries.values():
+        if other.place.role == "embed" and other.shape == entry.shape:
+            if digest(source, other) == digest(source, entry):
+                return False
+    return True
 
 
 def left_alone(run):
@@ -470,9 +486,11 @@ def total_weights(model):
 # under another of these.
 MEANING = ("model_type num_attention_heads num_key_value_heads n_head n_heads "
            "num_heads encoder_attention_heads decoder_attention_heads head_dim "
-           "rope_theta rope_parameters rope_scaling rotary_pct partial_rotary_factor "
-           "position_embedding_type hidden_act hidden_activation activation_function "
-           "id2label")
+           "rope_theta rope_type factor full_attention sliding_attention rotary_pct "
+           "partial_rotary_factor position_embedding_type hidden_act hidden_activation "
+           "activation_function id2label")
+# And what it means of positions where it says nothing.
+UNSAID = {"rope_theta": 10_000.0, "rope_type": "default", "factor": 1.0}
 
 
 def contradictions(run, source):
@@ -492,11 +510,14 @@ def contradictions(run, source):
 
 
 def config_of(model):
-    """What config.json beside the weights says of a language model; {} if nothing."""
+    """What config.json beside the weights says of a language model; {} if nothing. What
+    it says of positions stands in three places, by the version of transformers."""
     try:
         with open(join(dirname(model.files[0]), "config.json"), "rb") as file:
             config = json.load(file)
-        return config | (config.get("text_config") or {})
+        config |= config.get("text_config") or {}
+        return (UNSAID | config | (config.get("rope_scaling") or {})
+                | (config.get("rope_parameters") or {}))
     except (OSError, ValueError, TypeError, AttributeError):
         return {}                       # no such file; no JSON; no object
 
@@ -973,9 +994,10 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".
            "adapter_config.json")
 
 
-def companions(folder):
+def companions(model):
     """(files that go along with the weights, files that stay behind), as paths relative
-    to a model's folder. The model card is written anew.
+    to a model's folder. The weights themselves are neither: the result has its own. The
+    model card is written anew.
 
     All goes along but weights, states of a training, and sub-folders that hold weights:
     they are checkpoints of their own. But a folder whose name begins with a number is a
@@ -984,15 +1006,15 @@ def companions(folder):
     Example:  tokenizer.json               along
               1_Pooling/config.json        along
               2_Dense/model.safetensors    along: a part of the model
-              model.safetensors            behind: the result brings its own
               optimizer.pt                 behind: of a training
               checkpoint-500/config.json   behind, with the weights beside it
     """
     along = []
     behind = []
-    for where, folders, names in os.walk(folder):
+    read = set(map(abspath, model.files))
+    for where, folders, names in os.walk(model.folder):
         folders[:] = [name for name in folders if name[0] != "."]
-        sub = relpath(where, folder)
+        sub = relpath(where, model.folder)
         part = sub[0].isdigit()
         own = sub != "." and any(name.endswith(WEIGHTS) for name in names)
         # os.walk does not enter links to folders: they are named among the files.
@@ -1001,45 +1023,83 @@ def companions(folder):
             path = normpath(join(sub, name))
             weights = not part and (own or name.endswith(WEIGHTS))
             if weights or not isfile(join(where, name)):
-                behind.append(path)
+                if abspath(join(where, name)) not in read:
+                    behind.append(path)
             elif name[0] != "." and path != "README.md":
                 along.append(path)
     return along, behind
 
 
-def weights_name(model):
-    """What the weights are called in a result folder: as transformers looks for them,
-    or diffusers, if the model comes from there."""
-    if "diffusion_pytorch_model." in basename(model.files[0]):
-        return "diffusion_pytorch_model.safetensors"
-    return "model.safetensors"
+class Destination:
+    """Where a result goes that has the target's names, and what lies beside its
+    weights. Every command that writes a model asks here.
+
+    path:     of the result
+    weights:  the name of the weights in a result folder, as transformers looks for
+              them, or diffusers; None: the result is a file
+    along:    the target's companions, which are copied; as paths in its folder
+    behind:   what is not taken along
+    files:    all that a result folder holds; None: the result is a file
+    """
+    weights = None
+    along = ()
+    behind = ()
+    files = None
+
+    def __init__(self, target, output=None, name="merged"):
+        """output: as the user gave it; None: `name`, here."""
+        self.target = target
+        if target.folder and not (output or "").endswith(".safetensors"):
+            self.path = output or name
+            self.weights = "model.safetensors"
+            if "diffusion_pytorch_model." in basename(target.files[0]):
+                self.weights = "diffusion_pytorch_model.safetensors"
+            self.along, self.behind = companions(target)
+            self.files = [self.weights, "README.md", *self.along]
+        else:
+            self.path = output or f"{name}.safetensors"
+            need(self.path.endswith(".safetensors"), self.path, f"{target.path} is a "
+                 "file: so is the result", "let its name end in .safetensors")
+
+    def fill(self, folder, card):
+        """Put into a result folder what belongs beside the weights; card: the text of
+        its README.md."""
+        if not self.weights:
+            return
+        for file in self.along:
+            os.makedirs(dirname(join(folder, file)), exist_ok=True)
+            shutil.copyfile(join(self.target.folder, file), join(folder, file))
+        with open(join(folder, "README.md"), "w", encoding="utf-8") as file:
+            file.write(card)
+
+
+def card_of(run):
+    """A model card in the Hub's format. JSON escapes what is no plain text in a
+    name."""
+    facts = json.dumps(facts_of(run) | {"inputs": names_of(run)}, indent=1)
+    return (f"---\ntags:\n- merge\n- lsmerge\n---\n\nMerged with LS-Merge:\n\n"
+            f"```json\n{facts}\n```\n")
 
 
 def check_outputs(run):
-    """Decide where the result goes, and what goes along. All outputs are checked before
-    any work."""
-    target = run.models[0]
+    """Decide where the result goes. All outputs are checked before any work."""
+    run.result = Destination(run.models[0], run.output)
+    run.output = run.result.path
+    held = run.result.files
+    if held:
+        behind = ", ".join(run.result.behind) or "none"
+        say(f"{len(run.result.along)} companions go along, README.md becomes a card of "
+            f"the merge; not taken along: {behind}")
+    for file in run.result.along:
+        if file.endswith(WEIGHTS):      # of a part: 2_Dense/model.safetensors
+            run.warnings.append(f"{file} goes along as it is, the target's own: merge "
+                                "it by itself")
+    if run.dry_run:
+        return
     # What must not be overwritten: all files that are read, shards and indexes too.
     others = []
     for each in (*run.models, *run.codecs):
         others += each.files
-    run.inside = None
-    held = None             # the files of a result folder
-    name = "merged.safetensors"
-    if target.folder and not (run.output or "").endswith(".safetensors"):
-        run.inside = weights_name(target)
-        run.along, behind = companions(target.folder)
-        held = [run.inside, "README.md", *run.along]
-        name = "merged"
-        # The target's own weights are not left behind: the result has its own.
-        behind = [path for path in behind if join(target.folder, path) not in others]
-        say(f"{len(run.along)} companions go along, README.md becomes a card of the "
-            f"merge; not taken along: {', '.join(behind) or 'none'}")
-    run.output = run.output or name
-    need(run.inside or run.output.endswith(".safetensors"), run.output, "of a file, as "
-         f"{target.path}, the result is a file", "let its name end in .safetensors")
-    if run.dry_run:
-        return
     for flag, path in (("-o", run.output), ("--save-vae", run.save_vae),
                        ("--report", run.report)):
         if path:
@@ -1056,20 +1116,6 @@ def check_outputs(run):
     for left in glob.glob(litter):
         number = left.split("-")[-2]
         say(f"note: {left} is of process {number}: delete it once that has ended")
-
-
-def put_companions(run, folder):
-    """What a result folder holds beside the weights, and a model card in the Hub's
-    format. JSON escapes what is no plain text in a name."""
-    if not run.inside:
-        return
-    for file in run.along:
-        os.makedirs(dirname(join(folder, file)), exist_ok=True)
-        shutil.copyfile(join(run.models[0].folder, file), join(folder, file))
-    facts = json.dumps(facts_of(run) | {"inputs": names_of(run)}, indent=1)
-    with open(join(folder, "README.md"), "w") as card:
-        card.write(f"---\ntags:\n- merge\n- lsmerge\n---\n\nMerged with LS-Merge:\n\n"
-                   f"```json\n{facts}\n```\n")
 
 
 # --- The command line -----------------------------------------------------------------

@@ -222,7 +222,7 @@ def test_a_tied_head_is_refused(desk):
     no tied one."""
     path, _ = write_adapter(desk / "x", shapes=HEAD)
     tensors = llama_tensors(1)
-    way = ["fold", desk.model(tensors), path, "-o", desk / "m"]
+    way = ["fold", desk.model(tensors), path, "-o", desk / "m.safetensors"]
     desk.refuse(*way, words=["lm_head", "no such tensor", "tied"], main=lora.main)
     head = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
     desk.model(tensors | head)
@@ -265,7 +265,8 @@ def test_what_fold_notes(models, desk):
         error += ((seen.numpy() - added) ** 2).sum()
         whole += (added ** 2).sum()
     assert record["rounding"] == pytest.approx(math.sqrt(error / whole), rel=1e-6)
-    _, said, _ = desk.run("fold", models["a"], path, "-o", desk / "n", main=lora.main)
+    _, said, _ = desk.run("fold", models["a"], path, "-o", desk / "n.safetensors",
+                          main=lora.main)
     assert "trained on 'b'" in said and "to 3 matrices" in said
     assert "nothing for 11 matrices" in said and "mlp.gate_proj.weight (2)" in said
 

@@ -191,21 +191,21 @@ lsmerge.py none                                          | 1 | none
 lsmerge.py a zebra                                       | 1 | zebra
 lsmerge.py vae                                           | 1 | meets no tensor
 lsmerge.py model/config.json                             | 1 | config.json
-lora.py fold a adapter -o a --force                      | 1 | reads or writes
-lora.py fold a adapter -o adapter/adapter_config.json --force | 1 | reads or writes
-lora.py fold a adapter -o new/                           | 1 | folder's name
+lora.py fold a adapter -o a --force                      | 1 | is a file
+lora.py fold a adapter -o adapter/adapter_model.safetensors --force | 1 | reads or writes
+lora.py fold a adapter -o new/                           | 1 | is a file
 lora.py extract b a -o adapter --rank 2                  | 1 | exists
 lora.py extract b a -o foreign --rank 2 --force          | 1 | notes.txt
 match.py c.safetensors b -o c.safetensors                | 1 | reads or writes
 match.py a b -o c.safetensors                            | 1 | exists
-match.py a b -o new                                      | 1 | end it
+match.py a b -o new                                      | 1 | is a file
 match.py a b --report b                                  | 1 | reads or writes
-greedy_soup.py --eval true a b -o old                    | 1 | exists
-greedy_soup.py --eval true a b -o b --force              | 1 | reads or writes
-greedy_soup.py --eval true a b -o new --report old       | 1 | exists
+greedy_soup.py --eval true a b -o o.safetensors          | 1 | exists
+greedy_soup.py --eval true a b -o o.safetensors --report o.safetensors --force | 1 | reads or writes
+greedy_soup.py --eval true a b -o new.safetensors --report old | 1 | exists
 greedy_soup.py --eval true a b none -o new               | 1 | none
 greedy_soup.py --eval /no/such/program a b -o new.safetensors | 1 | /no/such/program
-greedy_soup.py --eval true a b wide -o new --space weight | 1 | wide
+greedy_soup.py --eval true a b wide -o new.safetensors --space weight | 1 | wide
 weight_statistics.py none                                | 1 | none
 weight_statistics.py flat                                | 1 | no matrix
 weight_statistics.py broken                              | 1 | layers.1.mlp.up_proj
@@ -455,11 +455,11 @@ WEIGHTS = "adapter_model.safetensors"
 
 # How each kind of file is given to a command; BAD is its path.
 LINES = {
-    "model": ["merge.py BAD good.safetensors -o new.safetensors",
-              "merge.py good.safetensors BAD -o new.safetensors"],
-    "source": ["merge.py half.safetensors BAD -o new.safetensors"],
-    "VAE": ["merge.py a.safetensors good.safetensors -o new.safetensors --vae BAD"],
-    "adapter": ["lora.py fold a.safetensors BAD -o new"],
+    "model": ["merge.py BAD good.safetensors -o new.safetensors.safetensors",
+              "merge.py good.safetensors BAD -o new.safetensors.safetensors"],
+    "source": ["merge.py half.safetensors BAD -o new.safetensors.safetensors"],
+    "VAE": ["merge.py a.safetensors good.safetensors -o new.safetensors.safetensors --vae BAD"],
+    "adapter": ["lora.py fold a.safetensors BAD -o new.safetensors"],
     "expert": ["lora.py extract BAD a.safetensors -o new --rank 2"],
     "pair": ["match.py BAD good.safetensors", "match.py good.safetensors BAD"],
 }
