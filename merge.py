@@ -73,6 +73,7 @@ from chunking import (STOP, Checkpoint, Entry, Output, appear, check_output, com
                       create, is_selected, keep_freed_memory, measure, need, say, spans,
                       standardise, write_tensors)
 from train import MAX_NMSE, gather, pick_device, rank_and_size, start_parser
+from vae import VAEConfig
 
 VERSION = "3.0"
 REFERENCE = join(dirname(abspath(__file__)), "experiments/models/vae.safetensors")
@@ -613,25 +614,32 @@ def load_codecs(run):
 
 
 def train_codec(run):
-    """--init random: train.py on the inputs, with the paper's start and its own
-    defaults. The VAE goes to --save-vae, or is forgotten. Under torchrun all processes
-    train it, the first one writes it, and all read it."""
-    with tempfile.TemporaryDirectory() as folder:
-        run.vae = gather(run.save_vae or join(folder, "vae.safetensors"))[0]
-        argv = [*run.paths, f"--output={run.vae}", f"--seed={run.seed}",
-                f"--device={run.device}", f"--dtype={run.dtype}"]
-        if run.select:
-            argv.append(f"--select={run.select}")
-        argv += ["--force"] * run.force + ["--quiet"] * run.quiet
-        began = time.perf_counter()
-        if train.main(argv):
-            raise KeyboardInterrupt             # no merge with half a codec
-        run.seconds["train"] = time.perf_counter() - began
-        if not run.save_vae:
-            say("note: this VAE is for this merge alone; --save-vae FILE keeps it")
-        gather(None)                            # it is written
-        run.codecs = load_codecs(run)
-        gather(None)                            # and read by all
+    """--init random: the paper's VAE, from its random start and by train.py's own
+    defaults, on all that is to be encoded. It goes to --save-vae, or is forgotten.
+    Under torchrun all processes train it together, and come to the same weights."""
+    began = time.perf_counter()
+    parents = []
+    for k, model in enumerate(run.models):
+        encoded = [task.parents[k] for task in run.tasks
+                   if task.action == "encoded" and k in task.parents]
+        parents.append((model, encoded))
+    need(any(encoded for _, encoded in parents), run.models[0].path, "nothing is "
+         "encoded, so that there is nothing to train on", "drop --init")
+    device = pick_device(run.device)
+    schedule = train.Schedule(seed=run.seed, device=device, dtype=run.dtype,
+                              quiet=run.quiet)
+    vae, stages = train.train_vae(parents, VAEConfig(), schedule)
+    say(*map(train.describe_stage, stages))
+    if run.save_vae and rank_and_size()[0] == 0:
+        train.save_vae(run.save_vae, vae, stages, schedule, run.force,
+                       trained_on=names_of(run), select=run.select)
+    elif not run.save_vae:
+        say("note: this VAE is for this merge alone; --save-vae FILE keeps it")
+    if stages[-1]["ended"] == "interrupted":
+        raise KeyboardInterrupt                 # no merge with half a codec
+    codec = ls.Codec(vae, device, getattr(torch, run.dtype))
+    run.codecs = [codec, codec]
+    run.seconds["train"] = time.perf_counter() - began
 
 
 def parents_of(run, task):

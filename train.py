@@ -326,14 +326,16 @@ class Windows:
         return x_BL.view(self.shape), real_BL.view(self.shape)  # (B, T C) -> (B, T, C)
 
 
-def save_vae(path, vae, stages, force, **facts):
-    """The VAE file: its weights, and as JSON in the header its configuration and what
-    it was trained on. No pickle, and nothing of the run: same inputs and seed, same
-    bytes.
+def save_vae(path, vae, stages, schedule, force, **facts):
+    """The VAE file: its weights, and as JSON in the header its configuration and how it
+    was trained. No pickle, and nothing of the run: same inputs and seed, same bytes.
 
     facts:  what else the record says; `trained_on` must be among them
     """
-    write_tensors(path, *vae.to_file({"stages": stages, **facts}), force)
+    said = asdict(schedule)
+    del said["quiet"], said["device"]
+    record = {"stages": stages, "schedule": said, **facts}
+    write_tensors(path, *vae.to_file(record), force)
 
 
 def describe_stage(record):
@@ -468,10 +470,8 @@ def main(argv=None):
     say(*map(describe_stage, stages))
     if rank_and_size()[0] == 0:             # under torchrun only one process writes
         names = [basename(normpath(path)) for path in a.checkpoints]
-        said = asdict(schedule)
-        del said["quiet"], said["device"]
-        save_vae(a.output, vae, stages, a.force, trained_on=names, select=a.select,
-                 schedule=said)
+        save_vae(a.output, vae, stages, schedule, a.force, trained_on=names,
+                 select=a.select)
         if a.log:
             with appear(a.log, a.force) as path, open(path, "w") as file:
                 print(*map(json.dumps, figures), sep="\n", file=file)
