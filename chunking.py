@@ -540,7 +540,7 @@ class Checkpoint:
                 entries[name] = held[name]
         self.entries = in_order(entries)
         refuse_quantised(self.entries, dirname(file))
-        self.files = [file, *shards]
+        self.files = [abspath(file), *map(abspath, shards)]
         # Opened once: what is read stays the same file, even if its name is given away.
         self._handles = {shard: open(shard, "rb") for shard in shards}
         self._lock = threading.Lock()       # a handle has one position for all threads

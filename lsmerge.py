@@ -362,10 +362,10 @@ class Transport:
 
     @property
     def per_piece(self):
-        """Target chunks of a piece, so that it holds at most a piece of either model,
-        and all are of one size. A piece is one problem of Sinkhorn's: no mass crosses
-        its border (ours: memory forces it, above 4,096 x 4,096 chunks).
-        Whole windows, as a chunk is decoded in the window in which it was encoded.
+        """Target chunks of a piece, so that it holds about a piece of either model: all
+        of one size, and of whole windows, as a chunk is decoded in the window in which
+        it was encoded. A piece is one problem of Sinkhorn's: no mass crosses its border
+        (ours: memory forces it, above some 4,096 x 4,096 chunks).
         Example:  6,000 target and 9,000 source chunks, T = 16: 3 pieces, of 2,000 and
                   3,000"""
         largest = max(self.target.N, self.source.N)

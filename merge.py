@@ -69,9 +69,9 @@ from tqdm import tqdm
 import align as ot
 import lsmerge as ls
 import train
-from chunking import (STOP, Checkpoint, Entry, Output, appear, check_output, command,
-                      create, is_selected, keep_freed_memory, measure, need, say, spans,
-                      standardise, write_tensors)
+from chunking import (STOP, Checkpoint, Entry, Output, StateDict, appear, check_output,
+                      command, create, is_selected, keep_freed_memory, measure, need,
+                      say, spans, standardise)
 from train import MAX_NMSE, gather, pick_device, rank_and_size, start_parser
 from vae import VAEConfig
 
@@ -82,7 +82,8 @@ RELATED = 0.5           # cosine of weights: trained apart 0.00, experts of one 
 STRIP = 256             # weights in a strip of a tensor, of which that cosine is taken,
 STRIPS = 11             # and their number, about: 2,816 weights tell it to 0.02
 FAR = 0.8               # distance of two parents over the target's norm; strangers: 1.4
-SHARE = 1 << 12         # source chunks under one of the target's, at most: a piece
+SHARE = 1 << 8          # source chunks under one of the target's, at most: those under
+                        # a window of 16 are then a piece
 GATE_WEIGHTS = 1 << 16  # of a tensor, in windows evenly spread: the gate takes seconds
 TABLES = ("inv_freq", "masked_bias")    # RoPE's frequencies; -inf or -1e4, in GPT-2
 # The names of PEFT, kohya and LyCORIS for what is added to weights.
@@ -93,25 +94,27 @@ HARM = ("Merging unrelated models does harm, in our measurements 0.02 to 0.09 bi
 
 
 # --- The run, straight down -----------------------------------------------------------
-def main(argv=None):
+def main(argv=None, models=None):
     """The command. What it decides and does stands here and in `merge`, in order.
     Returns None, which is exit code 0; every error is raised, and chunking.command says
     it.
 
-    argv:  as on the command line, without the program; None: what it was called with
+    argv:    as on the command line, without the program; None: what it was called with
+    models:  what the paths stand for, if it is open already: Checkpoints
     """
     train.only_the_first_speaks()
     run = parse(argv)
     run.codecs = load_codecs(run)
     # Opening reads headers only. What is no checkpoint is refused here.
-    run.models = [Checkpoint(path) for path in run.paths]
+    run.models = models or [Checkpoint(path) for path in run.paths]
     for model in run.models:
         for name in model.entries:
             need(not re.search(ADAPTER, name), model.path, "belongs to an adapter: its "
                  "factors cannot be merged, but their product can",
                  "python experiments/tools/lora.py fold BASE ADAPTER -o EXPERT", name)
-        single = join(model.path, "model.safetensors")
-        if isfile(single) and single not in model.files:    # people may expect either
+        # Beside an index lies a whole model: people may expect the one or the other.
+        single = abspath(join(model.path, "model.safetensors"))
+        if isfile(single) and single not in model.files:
             run.warnings.append(f"{single} is not used: the index names other files")
     check_outputs(run)
     # Who meets whom; nothing but some strips of the weights has been read so far.
@@ -271,10 +274,10 @@ def plan(run):
             task.keep("not encoded")
     # 3. What is refused, and what is warned of. A copy of the target under another name
     # would look like a merge.
-    why = Counter(task.why for task in run.tasks if task.action == "copied")
-    reasons = ", ".join(f"{n} {reason}" for reason, n in why.items())
+    why = reasons(run)
+    listed = ", ".join(f"{number} {reason}" for reason, number in why.items())
     need(why.total() < len(run.tasks), target.path, f"nothing would be merged: of its "
-         f"tensors {reasons}", "check --select, and the names in both files (what is "
+         f"tensors {listed}", "check --select, and the names in both files (what is "
          "known of names stands in chunking.ROLES)")
     # A flag that would change nothing shows a wrong expectation.
     need(run.kind == "cross-shape" or not run.source_vae, run.source_vae,
@@ -309,13 +312,13 @@ def decide(run, task):
             check_shapes(run, task)
     else:
         task.parents = alike
-    # Without a source the target is merged with itself, and meets nobody rightly.
-    merged_with_itself = len(run.models) == 1
     if not entry.is_float:
         task.keep("whole numbers")
-    elif len(met) == 1 and not merged_with_itself:
+    elif run.kind == "self":
+        return                              # merged with itself, it meets nobody
+    elif len(met) == 1:
         task.keep("met nobody")
-    elif len(task.parents) == 1 and not merged_with_itself:
+    elif len(task.parents) == 1:
         task.keep("met another shape")
     elif run.base:
         # A task vector is between a source and the base, which is the last model.
@@ -326,7 +329,7 @@ def decide(run, task):
 
 def check_shapes(run, task):
     """Refuse another shape if the operator needs equal ones (an angle and a difference
-    are between vectors of one length), or if a chunk would meet more of a source than a
+    are between vectors of one length), or if a window would meet more of a source than a
     piece holds: memory would then grow with the source."""
     entry = task.entry
     strict = run.space == "weight" or run.operator in ("slerp", "task-arithmetic")
@@ -358,9 +361,9 @@ def layer_partners(target, source, mine, theirs):
     prediction, or of a draft model): then those that are alike meet by index, and the
     others meet nobody.
     Example:  62 layers and 61, of which 61 are alike: the 62nd stays the target's
-    Example:  32 layers and 31, as the 30th was removed: the first 29 meet. Layer 30 of
-              the one is 31 of the other: they are not alike at the same number, and
-              stay the target's
+    Example:  32 layers, and 31 of them, as layer 29 was removed: 0 to 28 meet. Behind
+              it all numbers are shifted by one, nothing is alike at its number, and
+              layers 29 to 31 stay the target's
     """
     if len(mine) == len(theirs):
         return ot.partners_by_depth(mine, theirs)       # no weight need be read
@@ -519,8 +522,8 @@ def config_of(model):
         config |= config.get("text_config") or {}
         return (UNSAID | config | (config.get("rope_scaling") or {})
                 | (config.get("rope_parameters") or {}))
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}                       # no such file; no JSON; no object
+    except (OSError, ValueError, TypeError, AttributeError, IndexError):
+        return {}               # no such file; no JSON; no object; a state dict
 
 
 # --- Statistics and ties --------------------------------------------------------------
@@ -565,35 +568,42 @@ def digest(model, entry, dtype=None):
 def tie(run):
     """A matrix outside the layers that the target holds twice (an embedding and its
     redundant head) is merged once: the other is a copy of the result, so that both stay
-    equal. What is merged leads what is copied, the embedding its head.
+    equal.
 
-    Two that have partners of their own may be equal by accident (a model and its moving
-    average, at the start): they are merged each for itself, but for a head. So are
-    constants.
+    Of those that are equal bit for bit in the target, one that has partners leads, the
+    embedding before its head. Another follows if it has none, or is a head. Others that
+    have partners of their own may be equal by accident (a model and its moving average,
+    at the start), as may constants: they are merged each for itself.
     """
-    def last(task):
-        return task.action == "copied", task.entry.place.role != "embed"
+    alone = ("met nobody", "not encoded")
+
+    def comes_later(task):
+        return task.why in alone, task.entry.place.role != "embed"
 
     leaders = {}
-    for task in sorted(run.tasks, key=last):
+    for task in sorted(run.tasks, key=comes_later):
         entry = task.entry
         if entry.place.layer is None and len(entry.shape) > 1 and entry.numel > 0:
             leader = leaders.setdefault(digest(run.models[0], entry), task)
-            alone = task.why in ("met nobody", "not encoded")
-            follows = alone or entry.place.role == "head"
-            merged = leader is not task and not leader.why
-            if merged and follows and not leader.parents[0].constant:
+            accident = leader.action != "copied" and leader.parents[0].constant
+            if leader is task or leader.why in alone or accident:
+                continue
+            if task.why in alone or entry.place.role == "head":
+                told_apart(run, task, leader)
                 leader.tied += (entry.name,)
-                if not alone:
-                    told_apart(run, task, leader)
                 task.keep("tied to another")
 
 
 def told_apart(run, task, leader):
     """Warn if a source has a head of its own where the target's is its embedding."""
-    for k in (task.parents.keys() & leader.parents.keys()) - {0}:
+    for k in task.parents.keys() - {0}:
         model = run.models[k]
-        if digest(model, task.parents[k]) != digest(model, leader.parents[k]):
+        # What the head would equal if they were tied there, too. An embedding that is
+        # equal in all models meets nobody any more: it is the target's.
+        tied = digest(run.models[0], leader.entry)
+        if k in leader.parents:
+            tied = digest(model, leader.parents[k], task.entry.dtype)
+        if digest(model, task.parents[k], task.entry.dtype) != tied:
             run.warnings.append(f"{task.entry.name} equals {leader.entry.name} in the "
                                 f"target and in the result; that of {model.path} does "
                                 "not, and is left out")
@@ -826,12 +836,12 @@ def coefficients_of(run, task, vectors, steps):
 
 
 def distances(run, task, readers, coefficients, start, piece_L):
-    """Squared distances of a merged piece, by number, to its parents; by name:
-    norm     of the target to zero
-    average  to what --space weight gives
-    plain    of that to the target: the difference that was to be merged
-    Across shapes there is no distance but to the target. Squares add up over pieces and
+    """{(from, to): squared distance} of a merged piece. Squares add up over pieces and
     tensors; the report takes the root.
+
+    "result" or "target" to k, the k-th model; to "average", what --space weight gives;
+    and the target to "zero", which is its norm. Across shapes there is no distance but
+    to the target.
     """
     def square(one_L, other_L):         # in float64: it may leave float32
         return (one_L.double() - other_L.double()).square().sum().item()
@@ -839,12 +849,14 @@ def distances(run, task, readers, coefficients, start, piece_L):
     if run.kind == "cross-shape":
         readers = readers[:1]
     raw = [read(start, start + len(piece_L)) for read in readers]
-    squares = {k: square(piece_L, raw_L) for k, raw_L in zip(task.parents, raw)}
-    squares["norm"] = square(raw[0], torch.zeros(1))
+    squares = {("target", "zero"): square(raw[0], torch.zeros(1))}
+    for k, raw_L in zip(task.parents, raw):
+        squares["result", k] = square(piece_L, raw_L)
+        squares["target", k] = square(raw[0], raw_L)
     if run.kind == "same-shape":
         average_L = ls.combine(raw, coefficients, task.entry)
-        squares["average"] = square(piece_L, average_L)
-        squares["plain"] = square(raw[0], average_L)
+        squares["result", "average"] = square(piece_L, average_L)
+        squares["target", "average"] = square(raw[0], average_L)
     return squares
 
 
@@ -890,8 +902,9 @@ def make_report(run, gates, trip, results):
     """The JSON report: the facts, and what was measured.
 
     distance: Frobenius norms over the encoded tensors, over the target's norm; null
-    where undefined.  to_average: to what --space weight gives.  average_to_target: of
-    that to the target, the difference that was to be merged.
+    where undefined. Of the result: to_target, to_source, to_average, which is what
+    --space weight gives. Of the target, before anything is merged: to that average
+    (average_to_target), and to each source (source_to_target).
     Example:  parents 0.27 apart, lambda 0.5: to_target 0.14, to_source [0.14],
               to_average 6e-4, which is the codec's error
     """
@@ -902,16 +915,20 @@ def make_report(run, gates, trip, results):
         records += transports
     far = {}
     # Not where the target is zero or too large, nor where nothing was encoded.
-    for key, value in squares.items():
-        if 0 < squares["norm"] < math.inf:
-            far[key] = math.sqrt(value / squares["norm"])
+    norm = squares["target", "zero"]
+    for pair, value in squares.items():
+        if 0 < norm < math.inf:
+            far[pair] = math.sqrt(value / norm)
+    sources = range(1, len(run.lam) + 1)
     return facts_of(run) | {
         "inputs": names_of(run), "output": basename(normpath(run.output)),
         "roundtrip": trip, "gates": gates, "seconds": run.seconds,
         "distance": {
-            "to_target": far.get(0), "to_average": far.get("average"),
-            "average_to_target": far.get("plain"),
-            "to_source": [far.get(k) for k in range(1, len(run.lam) + 1)]},
+            "to_target": far.get(("result", 0)),
+            "to_average": far.get(("result", "average")),
+            "to_source": [far.get(("result", k)) for k in sources],
+            "average_to_target": far.get(("target", "average")),
+            "source_to_target": [far.get(("target", k)) for k in sources]},
         "alignment": records,
         "unpaired": [task.entry.name for task in run.tasks if task.why == "met nobody"]}
 
@@ -929,9 +946,17 @@ def print_plan(run):
         f"{count['encoded']} in {run.space} space + {count['averaged']} averaged + "
         f"{count['copied']} copied = {count['total']} tensors, "
         f"{facts['bytes']:,} bytes")
-    copied = Counter(task.why for task in run.tasks if task.why)
-    for why, number in copied.items():
+    for why, number in reasons(run).items():
         say(f"  copied, {why}: {number}")
+    if run.result.files:
+        say(f"beside the weights: README.md, a card of the merge, and "
+            f"{len(run.result.along)} files of the target's folder; not taken along: "
+            f"{', '.join(run.result.behind) or 'none'}")
+
+
+def reasons(run):
+    """{why tensors are copied: how many}"""
+    return Counter(task.why for task in run.tasks if task.why)
 
 
 def print_pairs(run):
@@ -973,19 +998,14 @@ def print_report(report):
 
 
 def late_warnings(run, report):
-    """What only the result shows: parents too far apart, a codec too coarse.
-
-    Two parents are at most as far apart as both distances to the result add up to; for
-    a result between them, on their line, exactly so.
-    """
+    """What only the result shows: parents too far apart, a codec too coarse."""
     far = report["distance"]
     warnings = []
     plain = report["align"] == "none" and not run.control and not run.base
     if not any(run.lam) or not plain or far["average_to_target"] is None:
         return warnings                         # there is nothing to compare with
-    for k, rest in enumerate(far["to_source"], 1):
-        way = far["to_target"] + (rest or 0.0)
-        if way > FAR:
+    for k, way in enumerate(far["source_to_target"], 1):
+        if way is not None and way > FAR:
             warnings.append(f"source {k} is {way:.2f} of the target's norm away. "
                             f"{HARM}")
     drowned = 0 < far["average_to_target"] < far["to_average"]
@@ -1019,7 +1039,6 @@ def companions(model):
     """
     along = []
     behind = []
-    read = set(map(abspath, model.files))
     for where, folders, names in os.walk(model.folder):
         folders[:] = [name for name in folders if name[0] != "."]
         sub = relpath(where, model.folder)
@@ -1031,7 +1050,7 @@ def companions(model):
             path = normpath(join(sub, name))
             weights = not part and (own or name.endswith(WEIGHTS))
             if weights or not isfile(join(where, name)):
-                if abspath(join(where, name)) not in read:
+                if abspath(join(where, name)) not in model.files:
                     behind.append(path)
             elif name[0] != "." and path != "README.md":
                 along.append(path)
@@ -1094,10 +1113,6 @@ def check_outputs(run):
     run.result = Destination(run.models[0], run.output)
     run.output = run.result.path
     held = run.result.files
-    if held:
-        behind = ", ".join(run.result.behind) or "none"
-        say(f"{len(run.result.along)} companions go along, README.md becomes a card of "
-            f"the merge; not taken along: {behind}")
     for file in run.result.along:
         if file.endswith(WEIGHTS):      # of a part: 2_Dense/model.safetensors
             run.warnings.append(f"{file} goes along as it is, the target's own: merge "
@@ -1239,36 +1254,40 @@ def check_usage(run, parser):
 
 
 # --- From Python ----------------------------------------------------------------------
-def merge_state_dicts(target, *sources, **flags):
-    """What the command does, for state dicts: {name: tensor}, all of them new, by way
-    of temporary files. Flags by their names; what the command prints is not printed.
+def merge_state_dicts(target, *sources, base=None, **flags):
+    """What the command does, for state dicts: {name: tensor}, all of them new. Flags by
+    their names, but for output and dry_run; what is printed is not printed.
     Example:  merge_state_dicts(a, b, lam=0.3, vae="exact")
     Raises:   CheckpointError; ValueError for what would be a usage error
     """
-    # So the command's own path is taken, checks and all, and the user's tensors are
-    # only read. Flags become words of a command line: lam=[0.2, 0.3] is --lam=0.2,0.3.
+    if "output" in flags or "dry_run" in flags:
+        raise ValueError("the result is returned: no output, no dry_run")
+    models = [StateDict(target, "target")]
+    for k, source in enumerate(sources, 1):
+        models.append(StateDict(source, f"source {k}"))
+    # The words of a command line, whose paths are the names of what is open already.
+    argv = [model.path for model in models]
+    if base is not None:
+        models.append(StateDict(base, "base"))
+        flags["base"] = "base"
+    for name, value in flags.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, (list, tuple)):
+            value = ",".join(map(str, value))               # lam=[0.2, 0.3]
+        if value is True:
+            argv.append(flag)
+        elif value is not None and value is not False:
+            argv.append(f"{flag}={value}")
     with tempfile.TemporaryDirectory() as folder:
-        argv = ["--quiet", f"--output={folder}/merged.safetensors"]
-        for name, value in flags.items():
-            flag = f"--{name.replace('_', '-')}"
-            if isinstance(value, dict):         # the base
-                write_tensors(join(folder, name), value, {})
-                value = join(folder, name)
-            if isinstance(value, (list, tuple)):
-                value = ",".join(map(str, value))
-            if value is True:
-                argv.append(flag)
-            elif value is not None and value is not False:
-                argv.append(f"{flag}={value}")
-        for k, tensors in enumerate((target, *sources)):
-            argv.append(join(folder, f"{k}.safetensors"))
-            write_tensors(argv[-1], tensors, {})
+        result = join(folder, "merged.safetensors")
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                main(argv)
-        except SystemExit:
+                main([*argv, "--quiet", f"--output={result}"], models)
+        except SystemExit as leaving:
+            if leaving.code != 2:
+                raise
             raise ValueError("wrong flags: see the line on stderr") from None
-        merged = Checkpoint(join(folder, "merged.safetensors"))
+        merged = Checkpoint(result)
         return {name: merged.read_tensor(name) for name in target}
 
 

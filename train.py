@@ -419,6 +419,8 @@ def parse(argv):
     a.device = pick_device(a.device)
     a.start = None
     if a.init not in LEARNING_RATES:        # it is no start of ours, so a file
+        if a.steps1 != Schedule.steps1:
+            parser.error("--init FILE goes on in stage 2: drop --steps1")
         a.steps1 = 0                        # its stage 1 lies behind it
         need(exists(a.init), a.init, "is no start and no file", "give --init "
              "random, pca, or a VAE file")
