@@ -11,7 +11,8 @@ The run, straight down (`main` and `merge`): open the models; plan who meets who
 (Algorithm 1, line 1); take each tensor's statistics; get a codec, and check that it can
 carry these weights; merge tensor by tensor; report. What happens to a tensor:
 
-    encoded     attention and MLP: merged in latent space, by lsmerge.ls_merge
+    encoded     attention and MLP: merged in latent space, by lsmerge.ls_merge (and
+                called so, too, where --space weight takes the weights themselves)
     averaged    norms, biases, embeddings: the same operator on the weights themselves
     copied      the target's own: whole numbers, what met nobody, what is not merged
 
@@ -61,8 +62,8 @@ from dataclasses import dataclass
 from functools import partial
 from os.path import (abspath, basename, dirname, isfile, islink, join, normpath,
                      realpath, relpath)
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -81,7 +82,8 @@ SAMPLES = 8             # draws of a self-merge: their noise shrinks by sqrt(8)
 RELATED = 0.5           # cosine of weights: trained apart 0.00, experts of one base 0.9
 STRIP = 256             # weights in a strip of a tensor, of which that cosine is taken,
 STRIPS = 11             # and their number, about: 2,816 weights tell it to 0.02
-FAR = 0.8               # distance of two parents over the target's norm; strangers: 1.4
+FAR = 0.8               # distance of two parents over the target's norm: 1.4 (the root
+                        # of 2) for strangers, below 0.5 for experts of one base
 SHARE = 1 << 8          # source chunks under one of the target's, at most: those under
                         # a window of 16 are then a piece
 GATE_WEIGHTS = 1 << 16  # of a tensor, in windows evenly spread: the gate takes seconds
@@ -187,15 +189,16 @@ def parallel_map(work, run, label):
     order = sorted(run.tasks, key=lambda task: -task.entry.numel)[rank::size]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(min(threads, 16))     # each holds a piece of every parent
+    # Each thread holds a piece of every parent: 16 keep memory flat on a large machine.
+    pool = ThreadPoolExecutor(min(threads, 16))
     found = {}
     try:
         done = pool.map(partial(work, run), order)
         for task in tqdm(order, label, leave=False, disable=run.quiet or None):
             found[task.number] = next(done)
     except BaseException:
-        STOP.set()                                  # threads that read notice it
-        gather(None)                                # and so do the other processes
+        STOP.set()                      # threads that read notice it,
+        gather(None)                    # and so do the other processes: None, no result
         raise
     finally:
         pool.shutdown(cancel_futures=True)          # waits for those that run
@@ -215,8 +218,8 @@ def parallel_map(work, run, label):
 class Task:
     """A tensor of the target, and what happens to it.
 
-    parents: {0: its entry in the target, k: that of its partner in the k-th source};
-    with their statistics, once they are measured.
+    tensors: {0: the tensor of the target, k: its partner in the k-th source}, Entries;
+    once they are measured TensorStats, which are Entries, too.
 
     Example:  the target's up_proj meets the second of two sources only:
               {0: Entry('model.layers.0.mlp.up_proj.weight', ...),
@@ -224,7 +227,7 @@ class Task:
     """
     entry: Entry
     number: int                 # its position in the target: part of every seed
-    parents: dict
+    tensors: dict
     # Set by `decide`; `plan`, `measure_task` and `tie` may still keep the target's own.
     action: str = "averaged"    # or "encoded", or "copied"
     why: str = ""               # why it is copied; "" if it is not
@@ -234,7 +237,7 @@ class Task:
         """The tensor stays the target's own."""
         self.action = "copied"
         self.why = why
-        self.parents = {0: self.entry}
+        self.tensors = {0: self.entry}
 
 
 def plan(run):
@@ -255,7 +258,7 @@ def plan(run):
                               partial(layer_partners, target, source))
         for task in run.tasks:
             if task.entry.name in pairs:
-                task.parents[k] = source.entries[pairs[task.entry.name]]
+                task.tensors[k] = source.entries[pairs[task.entry.name]]
         left_out(run, source, pairs.values())
         contradictions(run, source)
     # 2. What happens to each; `decide` makes the run cross-shape where it must be.
@@ -279,7 +282,8 @@ def plan(run):
     need(why.total() < len(run.tasks), target.path, f"nothing would be merged: of its "
          f"tensors {listed}", "check --select, and the names in both files (what is "
          "known of names stands in chunking.ROLES)")
-    # A flag that would change nothing shows a wrong expectation.
+    # A flag that would change nothing shows a wrong expectation. The command line alone
+    # cannot tell it of this one: who meets whom makes the kind.
     need(run.kind == "cross-shape" or not run.source_vae, run.source_vae,
          "is not needed: equal shapes share one VAE", "drop --source-vae")
     strangers(run)
@@ -303,7 +307,7 @@ def decide(run, task):
     its own shape, as there is no projection of an embedding or of a norm.
     """
     entry = task.entry
-    met = task.parents
+    met = task.tensors
     alike = {k: other for k, other in met.items() if other.shape == entry.shape}
     if is_selected(entry, run.select):
         task.action = "encoded"
@@ -311,29 +315,29 @@ def decide(run, task):
             run.kind = "cross-shape"
             check_shapes(run, task)
     else:
-        task.parents = alike
+        task.tensors = alike
     if not entry.is_float:
         task.keep("whole numbers")
     elif run.kind == "self":
         return                              # merged with itself, it meets nobody
     elif len(met) == 1:
         task.keep("met nobody")
-    elif len(task.parents) == 1:
+    elif len(task.tensors) == 1:
         task.keep("met another shape")
     elif run.base:
         # A task vector is between a source and the base, which is the last model.
         base = len(run.models) - 1
-        if base not in task.parents or len(task.parents) < 3:
+        if base not in task.tensors or len(task.tensors) < 3:
             task.keep("no task vector")
 
 
 def check_shapes(run, task):
     """Refuse another shape if the operator needs equal ones (an angle and a difference
-    are between vectors of one length), or if a window would meet more of a source than a
-    piece holds: memory would then grow with the source."""
+    are between vectors of one length), or if a window would meet more of a source
+    than a piece holds: memory would then grow with the source."""
     entry = task.entry
     strict = run.space == "weight" or run.operator in ("slerp", "task-arithmetic")
-    for k, other in task.parents.items():
+    for k, other in task.tensors.items():
         need(not strict or other.shape == entry.shape, run.models[0].path,
              f"{list(entry.shape)} meets {other.name!r} {list(other.shape)} of "
              f"{run.models[k].path}", f"use lerp in latent space; or, {MATCH}",
@@ -373,6 +377,8 @@ def layer_partners(target, source, mine, theirs):
         pairs = ot.pair_within_layer(mine[layer], theirs[layer])
         if mean_cosine(target, source, pairs.items()) > RELATED:
             alike[layer] = layer
+    # Nearly all: one or two layers may be new, or trained hard. Of a model that lost an
+    # early layer hardly any are alike at the same number.
     if len(alike) >= 0.9 * len(common) > 0:
         return alike
     return ot.partners_by_depth(mine, theirs)
@@ -387,12 +393,14 @@ def mean_cosine(target, source, pairs):
 
 
 def strip_cosines(target, source, mine, theirs):
-    """The cosines of two tensors' weights, strip by strip; none for vectors, nor for
-    two shapes.
+    """The cosines of two tensors' weights, strip by strip; none for vectors (norms are
+    near 1 in any model: even those of strangers have a cosine near 1), nor for two
+    shapes.
 
     Some strips of each tensor are enough to tell. They are spread over all of it, as a
-    model whose rows stand in another order may have its first row in place. 11 is
-    prime: so they do not all begin where a head does, as its first row may be in place.
+    model whose rows stand in another order may have its first row in place. They are 11
+    as heads are 8, 16 or 32: strips that all began where a head does would see only its
+    first row, which an order within heads may leave in place.
     """
     entry = target.entries[mine]
     cosines = []
@@ -420,9 +428,9 @@ def strangers(run):
     for k, source in enumerate(sources, 1):
         apart = Counter()
         for task in run.tasks:
-            if task.action != "copied" and k in task.parents:
+            if task.action != "copied" and k in task.tensors:
                 cosines = strip_cosines(target, source, task.entry.name,
-                                        task.parents[k].name)
+                                        task.tensors[k].name)
                 if (cosines < RELATED).sum() > len(cosines) // STRIPS:
                     apart[task.entry.place.role] += 1
         if apart:
@@ -448,8 +456,8 @@ def left_out(run, source, met):
         if of_a_layer or own_head(source, entry):
             torn.append(entry)
     share = sum(entry.numel for entry in lost) / total_weights(source)
-    # A draft layer or a tower of the source's own may well be left out; half a model
-    # may not.
+    # A draft layer or a tower of the source's own may well be left out; half a model,
+    # or nearly so, may not.
     if torn or share > 0.4:
         name = min(entry.name for entry in torn or lost)
         run.warnings.append(f"{len(lost)} tensors of {source.path} have no place in "
@@ -532,24 +540,25 @@ def measure_task(run, task):
     here, so that NaN and Inf are refused before any work. What is only copied may hold
     them, as may a mask of -inf that is equal in all models."""
     if task.action == "averaged":
-        found = set()
-        for k, entry in task.parents.items():
-            found.add(digest(run.models[k], entry, task.entry.dtype))
-        if len(found) == 1:
+        # In the target's dtype: a source that was saved in another one may be equal.
+        digests = set()
+        for k, entry in task.tensors.items():
+            digests.add(digest(run.models[k], entry, task.entry.dtype))
+        if len(digests) == 1:
             task.keep("equal in all")
     if task.action == "copied":
         return task
-    for k, entry in task.parents.items():
-        task.parents[k] = measure(run.models[k], entry.name)
+    for k, entry in task.tensors.items():
+        task.tensors[k] = measure(run.models[k], entry.name)
     # A constant tensor has no pattern, and no unit in which a codec could see one. If
     # all parents are constant, the weights themselves are averaged. If only the target
     # is, and a source has another shape, then nothing says at which scale that source's
     # pattern would enter: the tensor stays the target's.
-    parents = task.parents.values()
-    if task.action == "encoded" and task.parents[0].constant:
-        if any(stats.shape != task.entry.shape for stats in parents):
+    measured = task.tensors.values()
+    if task.action == "encoded" and task.tensors[0].constant:
+        if any(stats.shape != task.entry.shape for stats in measured):
             task.keep("constant")
-        elif all(stats.constant for stats in parents):
+        elif all(stats.constant for stats in measured):
             task.action = "averaged"
     return task
 
@@ -585,7 +594,7 @@ def tie(run):
         entry = task.entry
         if entry.place.layer is None and len(entry.shape) > 1 and entry.numel > 0:
             leader = leaders.setdefault(digest(run.models[0], entry), task)
-            accident = leader.action != "copied" and leader.parents[0].constant
+            accident = leader.action != "copied" and leader.tensors[0].constant
             if leader is task or leader.why in alone or accident:
                 continue
             if task.why in alone or entry.place.role == "head":
@@ -596,14 +605,14 @@ def tie(run):
 
 def told_apart(run, task, leader):
     """Warn if a source has a head of its own where the target's is its embedding."""
-    for k in task.parents.keys() - {0}:
+    for k in task.tensors.keys() - {0}:
         model = run.models[k]
         # What the head would equal if they were tied there, too. An embedding that is
         # equal in all models meets nobody any more: it is the target's.
         tied = digest(run.models[0], leader.entry)
-        if k in leader.parents:
-            tied = digest(model, leader.parents[k], task.entry.dtype)
-        if digest(model, task.parents[k], task.entry.dtype) != tied:
+        if k in leader.tensors:
+            tied = digest(model, leader.tensors[k], task.entry.dtype)
+        if digest(model, task.tensors[k], task.entry.dtype) != tied:
             run.warnings.append(f"{task.entry.name} equals {leader.entry.name} in the "
                                 f"target and in the result; that of {model.path} does "
                                 "not, and is left out")
@@ -630,8 +639,8 @@ def train_codec(run):
     began = time.perf_counter()
     parents = []
     for k, model in enumerate(run.models):
-        encoded = [task.parents[k] for task in run.tasks
-                   if task.action == "encoded" and k in task.parents]
+        encoded = [task.tensors[k] for task in run.tasks
+                   if task.action == "encoded" and k in task.tensors]
         parents.append((model, encoded))
     need(any(encoded for _, encoded in parents), run.models[0].path, "nothing is "
          "encoded, so that there is nothing to train on", "drop --init")
@@ -657,7 +666,7 @@ def parents_of(run, task):
     seeded by run, tensor and parent, so that it is the same whoever draws it, and
     when."""
     parents = []
-    for k, stats in task.parents.items():
+    for k, stats in task.tensors.items():
         read = partial(run.models[k].read, stats.name)
         codec, of_other_shapes = run.codecs
         if stats.shape != task.entry.shape:
@@ -667,54 +676,65 @@ def parents_of(run, task):
     return ls.share_statistics(parents)
 
 
+class Loss(NamedTuple):
+    """What the codec loses of one tensor of one model."""
+    model: int          # its number in run.models
+    name: str
+    numel: int
+    nmse: float         # on average over the weights, by their squares
+    typical: float      # of the weight in the middle
+
+
 def round_trip(run, task):
-    """[(NMSE, typical error, weights, name) of each parent], of D(E(w)) on GATE_WEIGHTS
-    of an encoded tensor, in the unit that it is encoded in.
+    """[Loss of each parent] of an encoded tensor: of D(E(w)) on GATE_WEIGHTS of it, in
+    the unit in which it is encoded.
 
-    With x the standardised weights and e = D(E(x)) - x:
+    With x the standardised weights, of variance 1, and e = D(E(x)) - x:
 
-        NMSE            mean(e^2), as x has variance 1
-        typical error   c_k^2 (median(e_k^2) + noise)
-                        / max over j of c_j^2 median((x_j - its mean)^2)
+        nmse_k      mean(e_k^2)
+        entered_k   c_k^2 (median(e_k^2) + noise)       the error that enters the result
+        unit        max_k c_k^2 median((x_k - mean)^2)  the largest spread that does
+        typical_k   entered_k / unit
 
     NMSE weighs variance, not weights: beside one outlier of 1e4 standard deviations all
-    others may be lost at an NMSE of 3e-4. The typical error is that of a weight in the
-    middle, as it enters the result, by the parent's share c; over the largest spread
-    that enters it: a target near zero is no unit for a source that is not, unless
-    lambda is 0. The noise is that of K draws, each with the posterior's variance, near
-    beta.
+    others may be lost at an NMSE of 3e-4. So the weight in the middle is looked at,
+    too. The unit is the largest spread, as a target near zero is none for a source that
+    is not, unless lambda is 0. The noise is that of K draws, each with the posterior's
+    variance, near beta.
 
     Example:  spreads 1e-8 and 0.45. At lambda 0.5 the unit is 0.45; at lambda 0 it is
               1e-8, and a median(e^2) of 1e-7 is refused
     """
     if task.action != "encoded" or not run.codecs:
         return []
-    noise = 0.0
-    if run.samples:
-        noise = run.codecs[0].vae.config.beta / run.samples
-    errors = []
+    errors = []         # (mean, middle) of each parent's squares
     spreads = []
     for parent in parents_of(run, task):
         stats = parent.stats
-        width = parent.codec.C * parent.codec.T             # weights of a window
+        # Whole windows: a chunk is lost as in the merge, beside the same neighbours.
+        width = parent.codec.C * parent.codec.T
         step = width * max(1, stats.numel // GATE_WEIGHTS)
         starts = range(0, stats.numel, step)
         flat_L = torch.cat([parent.read(start, start + width) for start in starts])
         z_NZ = parent.codec.encode(flat_L, stats)
         decoded_L = parent.codec.decode(z_NZ, stats, len(flat_L)).cpu()
         x_L = standardise(flat_L, stats).double()
-        errors.append((standardise(decoded_L, stats) - x_L).square())
+        squares_L = (standardise(decoded_L, stats) - x_L).square()
+        middle = squares_L.median()
+        if run.samples:
+            middle += parent.codec.vae.config.beta / run.samples
+        errors.append((squares_L.mean(), middle))
         # Without zeros, which are pruned weights; 0 if nothing else is there.
         x_L = x_L[flat_L != 0]
         spreads.append((x_L - x_L.mean()).square().median().nan_to_num())
     shares = torch.tensor(shares_of(run, task)).square()
     # At least 1e-9 of the variance, 1: float32 itself loses 1e-14 of it.
     unit = max((shares * torch.stack(spreads)).max(), 1e-9)
-    rows = []
-    for share, error, stats in zip(shares, errors, task.parents.values()):
-        typical = share * (error.median() + noise) / unit
-        rows.append((error.mean().item(), typical.item(), stats.numel, stats.name))
-    return rows
+    losses = []
+    for (k, stats), (mean, middle), share in zip(task.tensors.items(), errors, shares):
+        typical = share * middle / unit
+        losses.append(Loss(k, stats.name, stats.numel, mean.item(), typical.item()))
+    return losses
 
 
 def check_codec(run):
@@ -727,40 +747,41 @@ def check_codec(run):
     round trip: {nmse, worst: {name, nmse}}; None without a codec, or if nothing is
     encoded.
     """
-    # The rows of each parent, over all encoded tensors that it takes part in.
-    found = [[] for _ in run.models]
-    for task, rows in zip(run.tasks, parallel_map(round_trip, run, "codec")):
-        for k, row in zip(task.parents, rows):
-            found[k].append(row)
+    losses = sum(parallel_map(round_trip, run, "codec"), [])
+    trip = {"nmse": None, "worst": {"name": None, "nmse": None}}
+    gates = []
+    for k in range(len(run.models)):
+        mine = [loss for loss in losses if loss.model == k]
+        if not mine:
+            continue
+        # The mean over weights, not over tensors: a small one counts little.
+        weights = sum(loss.numel for loss in mine)
+        nmse = sum(loss.nmse * loss.numel for loss in mine) / weights
+        worst = max(mine, key=lambda loss: loss.nmse)
+        if k == 0:
+            trip = {"nmse": nmse, "worst": {"name": worst.name, "nmse": worst.nmse}}
+        # Residuals are of weights, so they fit only where chunk j meets chunk j.
+        unaligned = run.kind == "same-shape" and run.align in ("auto", "none")
+        if run.residual and (k == 0 or unaligned):
+            continue
+        # But a tensor that is small may still be lost as a whole.
+        lost = max(mine, key=lambda loss: loss.typical)
+        gates.append(gate(run, k, "NMSE", nmse, worst.name))
+        gates.append(gate(run, k, "typical error", lost.typical, lost.name))
+    return gates, trip
+
+
+def gate(run, k, what, value, name):
+    """The record of a gate that model k has passed; an error if it has not."""
     fix = "a VAE trained for longer or at a lower ratio"
     if run.vae != "exact":
         fix = f"--vae exact, or {fix}"
     if not run.residual:
         fix = f"--residual, {fix}"
-    trip = {"nmse": None, "worst": {"name": None, "nmse": None}}
-    gates = []
-    for k, rows in enumerate(found):
-        if not rows:
-            continue
-        errors, typicals, weights, names = zip(*rows)
-        # The mean over weights, not over tensors: a small one counts little. And, for
-        # the error's line, the tensor where it is worst.
-        nmse = float(np.average(errors, weights=weights))
-        worst, where = max(zip(errors, names))
-        if k == 0:
-            trip = {"nmse": nmse, "worst": {"name": where, "nmse": worst}}
-        # Residuals are of weights, so they fit only where chunk j meets chunk j.
-        unaligned = run.kind == "same-shape" and run.align in ("auto", "none")
-        if run.residual and (k == 0 or unaligned):
-            continue
-        for what, value, name in (("NMSE", nmse, where),
-                                  ("typical error", *max(zip(typicals, names)))):
-            need(value <= run.max_nmse, run.models[k].path, "the codec would lose too "
-                 f"much ({what} {value:.2g} > {run.max_nmse:g}); nothing was merged",
-                 fix, name)
-            gates.append({"name": f"{what}, {names_of(run)[k]}", "passed": True,
-                          "value": value, "bound": run.max_nmse})
-    return gates, trip
+    need(value <= run.max_nmse, run.models[k].path, f"the codec would lose too much "
+         f"({what} {value:.2g} > {run.max_nmse:g}); nothing was merged", fix, name)
+    return {"name": f"{what}, {names_of(run)[k]}", "passed": True, "value": value,
+            "bound": run.max_nmse}
 
 
 # --- The merge of a tensor ------------------------------------------------------------
@@ -779,12 +800,14 @@ def merge_tensor(run, task):
         return squares, records             # written with that one
     entry = task.entry
     readers = []
-    for k, each in task.parents.items():
+    for k, each in task.tensors.items():
         readers.append(partial(run.models[k].read, each.name))
     encoded = task.action == "encoded"
     # Of the weights themselves: for what is averaged, and for the distance to that.
     of_weights = coefficients_of(run, task, readers, spans(entry.numel))
-    # Only the target is left, and what the codec loses comes back: it is the target.
+    # Where only the target has a share, and what the codec loses comes back, the result
+    # is the target: its own bits are written. (A share of 0 among weights is one of 0
+    # among latents.)
     nothing_lost = run.residual and not any(of_weights[1:])
     if not encoded or not run.codecs or nothing_lost:
         pieces = ls.weight_merge(readers, of_weights, entry)
@@ -796,6 +819,7 @@ def merge_tensor(run, task):
         steps = spans(target.N, target.per_piece)
         coefficients = coefficients_of(run, task, latents, steps)
         alignment = ls.Alignment(run.align, run.control, run.epsilon)
+        # The 1: a control's noise must not be that of the source's draws.
         sources = [ls.as_source(target, source, alignment, (*source.seed, 1))
                    for source in sources]
         pieces = ls.ls_merge(target, sources, coefficients, run.residual)
@@ -818,7 +842,7 @@ def shares_of(run, task):
     Example:  lambda 0.3, 0.2 and a tensor that only the second source has: 0.8, 0.2
     """
     lam = []                                    # of the sources: the base has none
-    for k in task.parents:
+    for k in task.tensors:
         if 0 < k <= len(run.lam):
             lam.append(run.lam[k - 1])
     if run.base and lam:
@@ -850,7 +874,7 @@ def distances(run, task, readers, coefficients, start, piece_L):
         readers = readers[:1]
     raw = [read(start, start + len(piece_L)) for read in readers]
     squares = {("target", "zero"): square(raw[0], torch.zeros(1))}
-    for k, raw_L in zip(task.parents, raw):
+    for k, raw_L in zip(task.tensors, raw):
         squares["result", k] = square(piece_L, raw_L)
         squares["target", k] = square(raw[0], raw_L)
     if run.kind == "same-shape":
@@ -964,7 +988,7 @@ def print_pairs(run):
     # What is merged first, then what is copied, each in the target's order.
     for task in sorted(run.tasks, key=lambda task: task.action == "copied"):
         met = []
-        for k, other in task.parents.items():
+        for k, other in task.tensors.items():
             if k > 0:
                 met.append(f"{run.models[k].path}: {other.name}")
         why = task.why or ", ".join(met) or "itself"
@@ -1008,6 +1032,7 @@ def late_warnings(run, report):
         if way is not None and way > FAR:
             warnings.append(f"source {k} is {way:.2f} of the target's norm away. "
                             f"{HARM}")
+    # Draws are noise on purpose: with --samples it is no error of the codec.
     drowned = 0 < far["average_to_target"] < far["to_average"]
     if drowned and run.vae != "exact" and not run.samples:
         warnings.append("the codec's error exceeds the difference that was merged: add "
@@ -1186,7 +1211,7 @@ def parse(argv):
         if len(run.paths) == 1 and not run.roundtrip and not run.residual:
             run.samples = SAMPLES
     if run.base:
-        run.paths.append(run.base)
+        run.paths.append(run.base)      # read, paired and measured as a source is
     if not run.vae and not run.init and run.space == "latent":
         run.vae = REFERENCE
     run.seconds = {}

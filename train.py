@@ -81,8 +81,8 @@ LEARNING_RATES = {"random": 8e-3, "pca": 1e-4}
 # own steps can harm it. By trial, with 400 steps: NMSE 3.4e-7 at 0.1, 1.7e-7 at 0.02;
 # with 1,000 at 0.02: 0.9e-7.
 STAGE2_RATE = 0.02
-# Share of a stage in which the rate rises. (Not 0.1: torch's schedule divides by
-# zero where the rise is one round of ten.)
+# Share of a stage in which the rate rises. (Not 0.1: of 10 rounds, torch's schedule
+# would divide by 0.1 * 10 - 1 = 0.)
 WARMUP = 0.11
 WEIGHT_DECAY = 1e-5         # paper: AdamW, 1e-5
 CLIP = 1.0                  # paper: gradient clipping, no value given
@@ -222,7 +222,7 @@ def stage_loss(vae, stage, x_BTC, real_BTC, noise):
     else:
         decoded_BTC = vae.decode(vae.encode_mean(x_BTC, real_BT), real_BT)
     mse = masked_mse(decoded_BTC, x_BTC, real_BTC)
-    return Loss(mse / 2, mse, 0 * mse)
+    return Loss(mse / 2, mse, torch.zeros_like(mse))
 
 
 @torch.no_grad()
@@ -296,8 +296,8 @@ class Windows:
                     # interval from 0 to 1 evenly (Weyl): of any run of windows about
                     # the share `holdout` is below it.
                     # Example, from 1 on: 0.62 0.24 0.85 0.47 0.09: at 0.1 the fifth
-                    turn = GOLDEN * (
-                        schedule.seed + (stats.place.layer or 0) + i + 1) % 1
+                    number = schedule.seed + (stats.place.layer or 0) + i + 1
+                    turn = GOLDEN * number % 1
                     chosen = self.training
                     if turn < schedule.holdout:
                         chosen = held_out
@@ -481,11 +481,9 @@ def main(argv=None):
     if stages[-1]["ended"] == "interrupted":
         return 130                          # as shells expect
     if stages[-1]["nmse"] > MAX_NMSE:
-        fix = "train for longer"
-        if vae.config.true_ratio > 1:
-            fix = "train for longer, or at a lower --ratio"
         say("warning: merge.py refuses a codec whose NMSE is above "
-            f"{MAX_NMSE:g}: {fix}", stream=sys.stderr)
+            f"{MAX_NMSE:g}: train for longer, or nearer to --ratio 1",
+            stream=sys.stderr)
     return 0
 
 
