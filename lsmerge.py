@@ -447,7 +447,7 @@ def show_encoding(parent):
     """Lines 1 and 2: a tensor, its weights, chunks and latents, and what is decoded."""
     stats = parent.stats
     say(f"line 1  {stats.name} {list(stats.shape)}",
-        "        tensor    axes   function                    shape         mean    std")
+        f"{'        tensor    axes   function':52}{'shape':11}{'mean':>10}{'std':>10}")
     w_L = parent.read(0, stats.numel)
     chunks_NC, real_NC = chunk(standardise(w_L, stats), parent.codec.C)
     z_NZ = parent.latents(0, parent.N)
