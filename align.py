@@ -451,7 +451,9 @@ def barycentric_map(plan_IJ, z_source_IZ):
 
 # --- Line 4 as a table ----------------------------------------------------------------
 class Meeting(NamedTuple):
-    """A source and the target over a stretch of J slots: all an aligner may look at."""
+    """A source and the target over a stretch of J slots: all an aligner may look at. A
+    large tensor is several such stretches: a map that is to be one for the whole tensor
+    hangs on the moments only. All in float64."""
     z_source_IZ: torch.Tensor       # the source's latents under these slots
     z_projected_JZ: torch.Tensor    # the same, projected (line 3)
     z_target_JZ: torch.Tensor
@@ -462,7 +464,7 @@ class Meeting(NamedTuple):
 
 class Aligned(NamedTuple):
     """What an aligner returns; the last two are evidence for the report."""
-    z_JZ: torch.Tensor
+    z_JZ: torch.Tensor              # finite, also where all chunks are equal (std 0)
     iterations: int = 0
     error: float = 0.0              # the larger of both sides' marginal errors
 
@@ -493,6 +495,7 @@ def align_sinkhorn(m):
     return Aligned(z_JZ, found.iterations, found.error)
 
 
+# lsmerge.Transport.align calls them, with the name that --align gives.
 ALIGNERS = {"none": align_none, "mean": align_mean, "gaussian": align_gaussian,
             "sinkhorn": align_sinkhorn}
 

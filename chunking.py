@@ -742,7 +742,7 @@ def check_output(path, others, force, flag="-o", folder=None):
         said = Path(realpath(dirname(other)), basename(other))
         for where in (Path(realpath(other)), said):
             within = where.is_relative_to(real) or real.is_relative_to(where)
-            need(not within, path, f"is, holds or lies in {other}, which this run "
+            need(not within, path, f"is (or holds, or lies in) {other}, which this run "
                  "reads or writes as well", fix)
     fits = isfile
     if folder is not None:

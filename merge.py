@@ -436,7 +436,7 @@ def strangers(run):
         if apart:
             roles = ", ".join(f"{role} ({n})" for role, n in apart.items())
             run.warnings.append(f"{source.path} and the target are strangers in "
-                                f"{roles}. {HARM}; {MATCH}")
+                                f"{roles}, by number of tensors. {HARM}; {MATCH}")
 
 
 def left_out(run, source, met):
@@ -478,11 +478,19 @@ def own_head(source, entry):
 
 
 def left_alone(run):
-    """Warn of a target most of which met no partner: the result is nearly itself."""
+    """Warn of a target most of which met no partner: the result is nearly itself. And
+    of tensors that met another shape where the rest are alike: added words make an
+    embedding longer."""
     alone = 0
+    longer = []
     for task in run.tasks:
         if task.why in ("met nobody", "met another shape", "no task vector"):
             alone += task.entry.numel
+        if task.why == "met another shape" and run.kind == "same-shape":
+            longer.append(task.entry.name)
+    if longer:
+        run.warnings.append(f"{', '.join(longer[:3])} met another shape (another "
+                            "vocabulary?), and the target's is kept")
     share = alone / total_weights(run.models[0])
     if share > 0.5:
         run.warnings.append(f"{share:.0%} of the target's weights met no partner, and "
@@ -496,8 +504,8 @@ def total_weights(model):
 
 # What config.json says of the weights' meaning: the same numbers compute something else
 # under another of these.
-MEANING = ("model_type num_attention_heads num_key_value_heads n_head n_heads "
-           "num_heads encoder_attention_heads decoder_attention_heads head_dim "
+MEANING = ("num_attention_heads num_key_value_heads n_head n_heads num_heads "
+           "encoder_attention_heads decoder_attention_heads head_dim "
            "rope_theta rope_type factor full_attention sliding_attention rotary_pct "
            "partial_rotary_factor position_embedding_type hidden_act hidden_activation "
            "activation_function id2label")
@@ -515,7 +523,7 @@ def contradictions(run, source):
     apart = []
     for key in MEANING.split():
         if key in mine and key in theirs and mine[key] != theirs[key]:
-            apart.append(key)
+            apart.append(f"{key} ({str(theirs[key])[:40]}, here {str(mine[key])[:40]})")
     if apart:
         run.warnings.append(f"config.json of {source.path} differs in "
                             f"{', '.join(apart)}: its weights mean something else")
@@ -658,6 +666,7 @@ def train_codec(run):
         raise KeyboardInterrupt                 # no merge with half a codec
     codec = ls.Codec(vae, device, getattr(torch, run.dtype))
     run.codecs = [codec, codec]
+    run.vae = "trained here"
     run.seconds["train"] = time.perf_counter() - began
 
 
@@ -915,7 +924,7 @@ def facts_of(run):
         tensors["weights_encoded"] += weights * (task.action == "encoded")
         size += weights * task.entry.dtype.itemsize
     facts = {"version": VERSION, "lambda": run.lam, "align": align, "ratio": ratio,
-             "codec": basename(run.init or run.vae or "none"),
+             "codec": basename(run.vae or "none"),
              "tensors": dict(tensors), "bytes": size}
     for flag in ("kind operator space control samples seed residual select").split():
         facts[flag] = getattr(run, flag)
@@ -973,8 +982,8 @@ def print_plan(run):
     for why, number in reasons(run).items():
         say(f"  copied, {why}: {number}")
     if run.result.files:
-        say(f"beside the weights: README.md, a card of the merge, and "
-            f"{len(run.result.along)} files of the target's folder; not taken along: "
+        along = ", ".join(["README.md (a card of the merge)", *run.result.along])
+        say(f"beside the weights: {along}; not taken along: "
             f"{', '.join(run.result.behind) or 'none'}")
 
 
@@ -1002,9 +1011,9 @@ def print_report(report):
               plain averaging (in bfloat16 the rounding alone makes that much):
 
         round trip of the target: NMSE 9.0e-08, its worst tensor 9.6e-08
-        distance to the target: 0.0739 of the target's norm
-        distance to the same operator on weights: 0.0028 of the target's norm
-        distance to source 1: 0.0739 of the target's norm
+        distance to the target: 0.0739 of the target's norm (encoded tensors)
+        distance to the same operator on weights: 0.0028 of the target's norm (en...
+        distance to source 1: 0.0739 of the target's norm (encoded tensors)
     """
     trip = report["roundtrip"]
     if trip["nmse"] is not None:
@@ -1016,7 +1025,8 @@ def print_report(report):
     values = [far["to_target"], far["to_average"], *far["to_source"]]
     for name, value in zip(names, values):
         if value is not None:
-            say(f"distance to {name}: {value:.4f} of the target's norm")
+            say(f"distance to {name}: {value:.4f} of the target's norm (encoded "
+                "tensors)")
     seconds = sum(report["seconds"].values())
     say(f"{seconds:.1f} seconds")
 
@@ -1029,7 +1039,10 @@ def late_warnings(run, report):
     if not any(run.lam) or not plain or far["average_to_target"] is None:
         return warnings                         # there is nothing to compare with
     for k, way in enumerate(far["source_to_target"], 1):
-        if way is not None and way > FAR:
+        if way == 0:
+            warnings.append(f"source {k} equals the target in all that is encoded: is "
+                            "its path right?")
+        elif way is not None and way > FAR:
             warnings.append(f"source {k} is {way:.2f} of the target's norm away. "
                             f"{HARM}")
     # Draws are noise on purpose: with --samples it is no error of the codec.
@@ -1257,8 +1270,10 @@ def check_usage(run, parser):
         parser.error("--epsilon and --max-nmse must be positive and finite")
     if not (0 <= (run.samples or 0) <= 4096 and 0 <= run.seed < 2 ** 32):
         parser.error("--samples must be from 0 to 4096, --seed from 0 to 2^32 - 1")
-    if run.roundtrip and n > 0 or operator == "slerp" and n != 1:
-        parser.error("--roundtrip takes TARGET alone, slerp TARGET and one SOURCE")
+    if run.roundtrip and n > 0:
+        parser.error("--roundtrip takes TARGET alone")
+    if operator == "slerp" and n != 1:
+        parser.error("slerp takes TARGET and one SOURCE")
     if operator == "task-arithmetic" and not run.base:
         parser.error("task arithmetic needs --base")
     if run.lam is None:

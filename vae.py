@@ -174,6 +174,7 @@ class VAE(nn.Module):
     def encode(self, x_BTC, real_BT=None):
         """paper: z = E(X_emb), token-wise. The parameters of q(z | w)."""
         h_BTD = self.encode_stream(x_BTC, real_BT)
+        # Only mu is centred, as the inverse of `up`: a bias of logvar takes any mean.
         return Posterior(self.to_mu(h_BTD - self.mean), self.to_logvar(h_BTD))
 
     def encode_mean(self, x_BTC, real_BT=None):

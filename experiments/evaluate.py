@@ -287,8 +287,9 @@ def main():
         try:
             results.append(evaluate(load(file), args.split))
         except (OSError, ValueError, SafetensorError) as error:
-            print(f"error: {file}: {error}; fix: give a Llama-type safetensors file "
-                  "over bytes", file=sys.stderr)
+            print(f"error: {file}: {error}; fix: give one of models/, or a merge of "
+                  "them: a .safetensors file of a Llama-type model over bytes",
+                  file=sys.stderr)
             return 1
     if args.score:
         score = results[0][args.score].mean()

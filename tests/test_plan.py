@@ -612,3 +612,20 @@ def test_from_python_the_result_is_returned(flags):
     a = llama_tensors(1)
     with pytest.raises(ValueError, match="returned"):
         merge.merge_state_dicts(a, relative(a, 2), **flags)
+
+
+def test_a_longer_vocabulary_is_told(merged):
+    """Added words: the embedding and the head stay the target's."""
+    a = llama_tensors(1)
+    b = relative(a, 2)
+    b[EMBED] = torch.cat([b[EMBED], b[EMBED][:8]])
+    code, result, errors = merged(a, b)
+    assert code == 0 and EMBED in errors and "another shape" in errors
+    assert torch.equal(result[EMBED], a[EMBED])
+    assert is_average(result[Q], a[Q], b[Q])
+
+
+def test_a_source_that_is_the_target_is_told(merged):
+    a = llama_tensors(1)
+    _, _, errors = merged(a, relative(a, 2), dict(a))
+    assert "source 2 equals the target" in errors and "source 1" not in errors
