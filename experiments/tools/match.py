@@ -9,9 +9,9 @@ units. Shuffle the neurons of an MLP, the heads of an attention, the positions o
 residual stream: the model computes the same function, and yet its weights, read as
 they stand, have nothing in common with what they were. A pruned or a grown model is
 shuffled in this sense, too: behind each missing neuron everything has moved. So,
-before chunks are encoded or weights are averaged, somebody must say which unit is
-which. Of relatives (one was made from the other, or both from a third) the weights
-say it, since they still resemble each other. Between strangers there is nothing to say.
+before weights are averaged, somebody must say which unit is which. Of relatives (one
+was made from the other, or both from a third) the weights say it, since they still
+resemble each other. Between strangers there is nothing to say.
 
     match    weights -> which unit of the source is which of the target
                find_stream      the order of the residual stream, from the embeddings
@@ -21,10 +21,10 @@ say it, since they still resemble each other. Between strangers there is nothing
     write    the source's numbers in the target's order, shapes, names and dtypes
                plan_tensors     which tensor is brought, with which rows and columns
                read_matched     its rows; where nobody is a partner, the target's own
+               doubts           what may make the result another function: warnings
 
 What is written merges with the target by merge.py, or by any other tool, as equal
-shapes do. An example,
-with neurons as rows (there are two in the source, three in the target):
+shapes do. An example, with neurons as rows:
 
     source  b [5 1]      target  a [2 9]      written  a [2 9]    nobody's: the target's
             c [0 7]              c [1 8]               c [0 7]
@@ -44,8 +44,8 @@ Paper: Sec. 3.3 merges across shapes by chunks alone. ours: weights are matched 
        shapes (Ainsworth et al. 2022, "Git Re-Basin"). Here either side may have more
        units, and layers may be missing, repeat, or stand in another order.
 Not here: mixtures of experts and fused projections (refused by name); vision towers
-       (they stay the target's); another order of the numbers within a head (rotary
-       positions fix it in q and k); what only activations would show.
+       (they stay the target's); another order of the numbers within a head, as rotary
+       positions have in other libraries (a warning); what only activations would show.
 """
 if __name__ == "__main__":      # Ctrl-C during the imports: end without a traceback
     import signal
@@ -68,7 +68,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from align import pair_names, pair_stacks, stacks_of
 from chunking import (PIECE, Checkpoint, Parser, appear, check_output, command,
                       create, need, say, spans, wide)
-from merge import RELATED, Destination, digest, mean_cosine
+from lora import listed
+from merge import (RELATED, Destination, digest, float_places, mean_cosine, own_head)
 
 VERSION = 1             # of the report
 
@@ -85,7 +86,7 @@ AXES = {
     "down": ("stream", "neurons")}
 NEEDED = ("q", "k", "v", "o", "up", "down")     # an MLP without a gate is fine
 # A norm scales the stream, unless its name says otherwise.
-NORM_AXES = [("heads", r"q_(layer_?)?norm|attn_sub_norm"),
+NORM_AXES = [("heads", r"q_(layer_?)?norm|attn_sub_norm|inner_attn"),
              ("groups", r"k_(layer_?)?norm"),
              ("neurons", r"ffn_sub_norm")]
 
@@ -95,6 +96,9 @@ SLACK = 0.3
 # Neurons of a layer that tell which layer is which. Those of a relative have a partner
 # each, so that few are enough.
 SAMPLE = 32
+# Rows that tell whether a matrix that is brought is like the target's. The median of
+# their cosines is that of most rows, whatever a few hold.
+ROWS = 16
 # Tokens of the vocabulary that tell which position of the stream is which: by chance,
 # columns of 4096 random numbers have cosines of 0.016.
 TOKENS = 4096
@@ -102,8 +106,9 @@ TOKENS = 4096
 # 768 numbers. The cosines of strangers have a spread of 1 / sqrt(768) = 0.036; of all
 # pairs of 14,336 neurons the largest is about 0.2. Twice as many take twice the time.
 POSITIONS = 256
-# Rows of a head that come into question: multiples of eight, the largest first.
-HEAD_SIZES = range(256, 7, -8)
+# Rows of a head that come into question, the largest first. With less than eight, one
+# unit would often be taken for another.
+HEAD_SIZES = range(256, 7, -1)
 # Neurons that are compared with all others at a time: 59 MB for 14,336 others.
 BLOCK = 1024
 OTHER = "match models whose q, k, v, o, up and down are matrices of their own"
@@ -111,7 +116,7 @@ OTHER = "match models whose q, k, v, o, up and down are matrices of their own"
 
 def quiet(things, label):
     """The progress bar of a library function: none. The command passes one that draws.
-    Args:     things to go through; label: what is being done"""
+    """
     return things
 
 
@@ -124,8 +129,8 @@ class Layers:
     """The numbered layers of a checkpoint, with their matrices by role.
 
     numbers    of the layers, as they stand in the names
-    entries    {number: {role: Entry}}, the matrices that have a line in AXES
     named      {number: {(rest of the name, role): name}}, all tensors of the layers
+    entries    {number: {role: Entry}}, the matrices that have a line in AXES
     stream     width of the residual stream
     embedding  the Entry of the embedding of words
     tied       names of the tensors that equal it, itself among them
@@ -138,14 +143,13 @@ class Layers:
         number of a layer, 'model.layers'."""
         self.checkpoint = checkpoint
         self.stack = stack
-        stacks = stacks_of(places_of(checkpoint))
+        stacks = stacks_of(float_places(checkpoint))
         self.named = stacks.pop(stack)
         self.foreign = tuple(apart(stack, other) for other in stacks)
         self.numbers = sorted(self.named)
         self.entries = {}
         for number, names in self.named.items():
-            entries = [checkpoint.entries[name] for name in names.values()]
-            self.entries[number] = matrices_by_role(checkpoint, number, entries)
+            self.entries[number] = matrices_by_role(checkpoint, number, names.values())
         # q reads the stream: it is as wide as q has columns.
         self.stream = self.entries[self.numbers[0]]["q"].shape[1]
         self.embedding = word_embedding(checkpoint, self.stream)
@@ -176,12 +180,9 @@ class Layers:
                 found[role] = self.checkpoint.read_tensor(entry.name).T
         return found
 
-
-def places_of(checkpoint):
-    """{name: Place}, as the functions of align.py that pair names ask for it.
-    Example:  'model.layers.3.mlp.up_proj.weight' -> stack 'model.layers', layer 3,
-              role 'up', rest 'mlp.up_proj.weight'"""
-    return {name: entry.place for name, entry in checkpoint.entries.items()}
+    def holds(self, entry, numbers):
+        """Whether a tensor is of one of these layers."""
+        return entry.place.stack == self.stack and entry.place.layer in numbers
 
 
 def apart(stack, other):
@@ -195,13 +196,12 @@ def apart(stack, other):
 
 
 def role_of(entry):
-    """The role of a weight, or of the bias that goes with it.
-    Example:  'q.bias' -> 'q'"""
+    """The role of a weight, or of the bias that goes with it: 'q.bias' -> 'q'."""
     return entry.place.role.removesuffix(".bias")
 
 
-def matrices_by_role(checkpoint, number, entries):
-    """{role: Entry} of the matrices that AXES knows, among the entries of one layer.
+def matrices_by_role(checkpoint, number, names):
+    """{role: Entry} of the matrices that AXES knows, among the tensors of one layer.
 
     Raises:   CheckpointError if one of NEEDED is lacking. If some tensor holds what is
               lacking (a fused projection, experts), that is the one to name
@@ -209,20 +209,24 @@ def matrices_by_role(checkpoint, number, entries):
               with experts.0.up_proj.weight: refused
     """
     found = {}
-    for entry in entries:
+    matrices = []
+    for name in names:
+        entry = checkpoint.entries[name]
         role = entry.place.role
-        if role in AXES and entry.is_float and len(entry.shape) == 2:
+        if len(entry.shape) > 1:
+            matrices.append(entry)
+        if role in AXES and len(entry.shape) == 2:
             need(role not in found, entry.file, f"is the second {role} of its layer",
-                 OTHER, entry.name)
+                 OTHER, name)
             found[role] = entry
     lacking = [role for role in NEEDED if role not in found]
-    for entry in entries:
+    for entry in matrices:
         role, _, mark = entry.place.role.partition(".")
-        if lacking and len(entry.shape) > 1:
-            need(role not in ("qkv", "gate_up"), entry.file, "is a fused projection",
-                 OTHER, entry.name)
-            need(role not in AXES or not mark, entry.file, "is one of several in its "
-                 "layer (experts, cross-attention)", OTHER, entry.name)
+        fused = lacking and role in ("qkv", "gate_up")
+        need(not fused, entry.file, "is a fused projection", OTHER, entry.name)
+        several = lacking and role in AXES and mark
+        need(not several, entry.file, "is one of several in its layer (experts, "
+             "cross-attention)", OTHER, entry.name)
     need(not lacking, checkpoint.path, f"layer {number} has no matrix for "
          f"{', '.join(lacking)}", OTHER)
     return found
@@ -250,17 +254,16 @@ def word_embedding(checkpoint, stream):
 
 def check_shapes(layers):
     """Refuse matrices that do not fit together, before any of them is read.
-    Example:  up (1536, 576) with down (576, 1408): which of the two is wrong nobody
-              knows, but one of them is named. q of 9 heads with k of 2: 9 / 2 is not
-              whole, so that no head knows which keys are its own"""
+    Example:  up (1536, 576) with down (576, 1408): one of them is wrong, and named. q
+              of 9 heads with k of 2: 9 / 2 is not whole, so that no head knows which
+              keys are its own"""
     for number, entries in layers.entries.items():
         sizes = layers.sizes(number)
         for role, entry in entries.items():
             row, column = AXES[role]
             expected = (sizes[row], sizes[column])
-            need(entry.shape == expected and entry.numel > 0, entry.file,
-                 f"has shape {entry.shape}; {expected} would go with its layer", OTHER,
-                 entry.name)
+            need(entry.shape == expected, entry.file, f"has shape {entry.shape}; "
+                 f"{expected} would go with its layer", OTHER, entry.name)
         key = entries["k"]
         need(sizes["heads"] % sizes["groups"] == 0, key.file, "has rows that the "
              f"{sizes['heads']} rows of q cannot share", OTHER, key.name)
@@ -273,7 +276,8 @@ def open_layers(target, source):
     ours:     of those that pair, it is the one that holds the most weights of the
               target. Others (a vision tower) are not matched
     """
-    pairs = pair_stacks(stacks_of(places_of(target)), stacks_of(places_of(source)))
+    pairs = pair_stacks(stacks_of(float_places(target)),
+                        stacks_of(float_places(source)))
     need(pairs, source.path, "has no layers that pair by name with those of "
          f"{target.path}", OTHER)
     weights = dict.fromkeys(pairs, 0)
@@ -285,24 +289,19 @@ def open_layers(target, source):
 
 
 def check_finite(layers, progress=quiet):
-    """Refuse NaN and Inf in whatever may be compared or brought: a cosine with them is
-    NaN, and so no evidence of anything. What is only copied need not be finite
-    (GPT-NeoX keeps a mask of -inf).
-
-    Args:     layers: Layers, of whose checkpoint every such tensor is read once
-    Raises:   CheckpointError, by file and tensor
-    """
+    """Refuse NaN and Inf in whatever may be compared or brought, by file and tensor: a
+    cosine with them is NaN, and so no evidence of anything. What is only copied need
+    not be finite (GPT-NeoX keeps a mask of -inf)."""
     checkpoint = layers.checkpoint
     for entry in progress(list(checkpoint.entries.values()), "check"):
         if not entry.is_float or axes_of(entry, layers) is None:
             continue
         for start, stop in spans(entry.numel):
-            piece_L = checkpoint.read(entry.name, start, stop).float()
-            # In one sum every NaN and Inf shows, and so does what has no square in
-            # float32: its cosines would be 0.
-            fine = piece_L.dot(piece_L).isfinite()
-            need(fine, entry.file, "holds NaN, Inf or a number above 1e16 in elements "
-                 f"{start} to {stop}", "repair or re-export it", entry.name)
+            piece_L = checkpoint.read(entry.name, start, stop).to(wide(entry.dtype))
+            # In one sum every NaN and Inf shows.
+            need(piece_L.sum().isfinite(), entry.file, "holds NaN or Inf, or numbers "
+                 f"too large to add up, in elements {start} to {stop}",
+                 "repair or re-export it", entry.name)
 
 
 # --- Cosines, and one-to-one partners -----------------------------------------------
@@ -317,6 +316,17 @@ class Positions(NamedTuple):
     source: torch.Tensor        # (P,)
 
 
+def directions(rows):
+    """Every row divided by its length, in float32: two rows of it multiply to their
+    cosine. A row of zeros stays zero.
+    ours:      by its largest number first: squares of 1e-30 are 0 in float32, those of
+               1e30 are infinite
+    Example:   [[3e30, 4e30]]: [[.6, .8]]"""
+    exact = rows.to(wide(rows.dtype))
+    largest = exact.abs().amax(1, keepdim=True)
+    return normalize((exact / largest.masked_fill(largest == 0, 1)).float(), dim=1)
+
+
 def unit_vectors(rows, positions_P, roles, size=1):
     """A vector of length 1 for each unit (a neuron, a head). The product of two of them
     is the mean of their cosines, matrix by matrix.
@@ -328,13 +338,11 @@ def unit_vectors(rows, positions_P, roles, size=1):
                size         rows of a unit: 1 for a neuron, more for a head
     Returns:   (N, U) float32, with U = roles size P
     ours:      each matrix counts alike, however large its weights are
-    Example:   one role, one neuron [3, 4]: [.6, .8]
     """
     parts = []
     for role in roles:
-        part = rows[role][:, positions_P].float()           # (N size, P)
-        part = part.reshape(len(part) // size, -1)          # (N, size P)
-        parts.append(normalize(part, dim=1))                # a unit of zeros stays zero
+        part = rows[role][:, positions_P]                               # (N size, P)
+        parts.append(directions(part.reshape(len(part) // size, -1)))   # (N, size P)
     return torch.cat(parts, dim=1) / math.sqrt(len(roles))
 
 
@@ -398,10 +406,10 @@ def match_stream(embedding_VJ, embedding_VI):
     for embedding in (embedding_VJ, embedding_VI):
         # Scaled by its length no token outweighs others; centred, a column no longer
         # holds what all tokens share.
-        token = normalize(embedding.float(), dim=1)
-        columns.append(normalize(token - token.mean(0), dim=0))
-    target_VJ, source_VI = columns
-    return assign(strong_cosines(target_VJ.T, source_VI.T, SLACK), SLACK)
+        token = directions(embedding)
+        columns.append(directions((token - token.mean(0)).T))
+    target_JV, source_IV = columns
+    return assign(strong_cosines(target_JV, source_IV, SLACK), SLACK)
 
 
 def find_stream(target, source):
@@ -473,15 +481,15 @@ def compare_layers(target, source, positions, seed=0, progress=quiet):
     mine = target.sizes(target.numbers[0])["neurons"]
     theirs = source.sizes(source.numbers[0])["neurons"]
     if mine <= theirs:
-        return best_cosines(target, source, positions.target, positions.source, seed,
-                            progress)
-    similarity_IJ, null = best_cosines(source, target, positions.source,
-                                       positions.target, seed, progress)
+        return best_cosines(target, source, positions, seed, progress)
+    turned = Positions(positions.source, positions.target)
+    similarity_IJ, null = best_cosines(source, target, turned, seed, progress)
     return similarity_IJ.T, null
 
 
-def best_cosines(fewer, more, positions_fewer, positions_more, seed, progress):
-    """compare_layers, of F layers with fewer neurons and M layers with more.
+def best_cosines(fewer, more, positions, seed, progress):
+    """compare_layers, of F layers with fewer neurons (in the target's place) and M
+    layers with more.
 
     Returns:   (F, M), and null
     ours:      shuffling a neuron's numbers keeps how large and how uneven they are, and
@@ -494,13 +502,13 @@ def best_cosines(fewer, more, positions_fewer, positions_more, seed, progress):
             roles.append(role)
     # The sample, twice: as it is, and shuffled. Its columns are the compared positions
     # only, so that `every` one of them counts.
-    real = sample_neurons(fewer, positions_fewer, roles)
+    real = sample_neurons(fewer, positions.target, roles)
     generator = torch.Generator().manual_seed(seed)
     shuffled = {}
     for role in roles:
         order = torch.rand(real[role].shape, generator=generator).argsort(1)
         shuffled[role] = real[role].gather(1, order)        # each row by itself
-    every = torch.arange(len(positions_fewer))
+    every = torch.arange(len(positions.target))
     real_NU = unit_vectors(real, every, roles)              # N = F SAMPLE
     shuffled_NU = unit_vectors(shuffled, every, roles)
 
@@ -509,7 +517,7 @@ def best_cosines(fewer, more, positions_fewer, positions_more, seed, progress):
     similarity_FM = torch.zeros(len(fewer), len(more))
     null_FM = torch.zeros(len(fewer), len(more))
     for m, number in enumerate(progress(more.numbers, "compare layers")):
-        unit_KU = unit_vectors(more.rows(number, "neurons"), positions_more, roles)
+        unit_KU = unit_vectors(more.rows(number, "neurons"), positions.source, roles)
         best_N = (real_NU @ unit_KU.T).amax(1)
         similarity_FM[:, m] = best_N.view(len(fewer), SAMPLE).mean(1)
         best_N = (shuffled_NU @ unit_KU.T).amax(1)
@@ -519,37 +527,20 @@ def best_cosines(fewer, more, positions_fewer, positions_more, seed, progress):
 
 def sample_neurons(layers, positions_P, roles):
     """Neurons of each layer, evenly spread over it, layer after layer.
-    Returns:   {role: (layers SAMPLE, P)} float32. Some neurons come twice where a layer
-               has fewer than SAMPLE"""
+    Returns:   {role: (layers SAMPLE, P)}. Some neurons come twice where a layer has
+               fewer than SAMPLE"""
     found = {role: [] for role in roles}
     for number in layers.numbers:
         rows = layers.rows(number, "neurons")
         some = torch.linspace(0, len(rows["up"]) - 1, SAMPLE).long()
         for role in roles:
-            found[role].append(rows[role][some][:, positions_P].float())
+            found[role].append(rows[role][some][:, positions_P])
     return {role: torch.cat(parts) for role, parts in found.items()}
-
-
-def match_layers(similarity_JI, slack):
-    """The most similar source layer of each target layer, as an index; None if it is
-    not above the slack.
-    ours:      layers may repeat and stand in any order: models are made by stacking the
-               layers of others, too
-    Example:   three layers on two: [[.9, .1], [.1, .8], [.9, .1]]: [0, 1, 0]
-               one that is new: [[.9, .1], [.2, .1]], slack .3: [0, None]"""
-    layers = []
-    for row_I in similarity_JI:
-        i = row_I.argmax().item()
-        if row_I[i] <= slack:
-            i = None
-        layers.append(i)
-    return layers
 
 
 class Kinship(NamedTuple):
     """Whether two models are related, and how layers and stream of the one stand in the
-    other. Layers are called by their numbers in the names.
-    Example:  see find_kinship"""
+    other. Layers are called by their numbers in the names."""
     related: bool           # half of the layers that could have a partner have one
     layers: dict            # {target layer: its source layer, or None}
     similarity: list        # per target layer: the cosine with the best source layer
@@ -575,16 +566,16 @@ def find_kinship(target, source, seed=0, progress=quiet):
     positions = compared_positions(stream_J)
     similarity_JI, null = compare_layers(target, source, positions, seed, progress)
     slack = max(SLACK, 2 * null)
-    # From indices to the layers' numbers in the names.
-    layers = {}
-    for number, i in zip(target.numbers, match_layers(similarity_JI, slack)):
-        layers[number] = None
-        if i is not None:
+    # The most similar source layer of each. Layers may repeat and stand in any order:
+    # models are made by stacking the layers of others, too.
+    layers = dict.fromkeys(target.numbers)
+    similarity = similarity_JI.amax(1).tolist()
+    for number, best, i in zip(target.numbers, similarity, similarity_JI.argmax(1)):
+        if best > slack:
             layers[number] = source.numbers[i]
     # Half, and not all: a relative may have been made of parts of several models.
     met = len(layers) - list(layers.values()).count(None)
     related = met >= min(len(target), len(source)) / 2
-    similarity = similarity_JI.amax(1).tolist()
     return Kinship(related, layers, similarity, null, slack, stream_J, same_tokens,
                    similarity_JI)
 
@@ -660,10 +651,9 @@ def blocks(index, size):
 
 
 def match_attention(target_rows, source_rows, positions, slack):
-    """`match_heads` for the size that a head has, which no weights file says.
+    """`match_heads` for the size that a head has, which no weights file says. Args and
+    Returns as there, without the score.
 
-    Args:      as match_heads
-    Returns:   {"heads": index of rows, "groups": index of rows}
     ours:      it is the largest that matches as well as the best. A smaller one would
                cut heads apart. A larger one takes two for one, and they match only
                where they happen to stand together. (SmolLM2-135M against itself in
@@ -690,10 +680,8 @@ def match_units(target, source, kinship, progress=quiet):
     target layers have as their partner) is matched twice, as its units may stand in
     another order each time.
 
-    Args:      target, source: Layers, and their Kinship
     Returns:   {target layer: {axis: index of rows, -1 for none}}, without the layers
                that have no partner
-    Memory:    that of a pair of layers
     Example:   {0: {"neurons": (1536,), "heads": (576,), "groups": (192,)}, ...}
     """
     positions = compared_positions(kinship.stream_J)
@@ -720,6 +708,12 @@ def match_units(target, source, kinship, progress=quiet):
 # embedding and a head the stream by their columns, the common vocabulary by their rows.
 # What is not known to follow stays the target's, and is named: better a number that is
 # not merged than one that is merged with a stranger.
+ALONE = "without a partner"
+UNKNOWN = "of unknown order"
+UNFOUND = "whose units found no partner"
+MIXED = (ALONE, UNKNOWN, UNFOUND)       # these leave a layer of two models' numbers
+
+
 class Brought(NamedTuple):
     """How a tensor of the target is read from the source. Both are matrices here; what
     is a vector is a matrix of one row.
@@ -736,6 +730,16 @@ class Brought(NamedTuple):
         """Nothing in it is the target's own."""
         return bool((self.row_J >= 0).all() and (self.column_K >= 0).all())
 
+    @property
+    def empty(self):
+        """All of it is the target's own."""
+        return bool((self.row_J < 0).all() or (self.column_K < 0).all())
+
+    def equals(self, other):
+        """Whether they bring the same rows and columns."""
+        return (torch.equal(self.row_J, other.row_J)
+                and torch.equal(self.column_K, other.column_K))
+
 
 def pair_tensors(target, source, layers):
     """{target name: source name}.
@@ -751,7 +755,7 @@ def pair_tensors(target, source, layers):
             return {}
         return {mine: theirs for mine, theirs in layers.items() if theirs is not None}
 
-    pairs = pair_names(places_of(target.checkpoint), places_of(source.checkpoint),
+    pairs = pair_names(float_places(target.checkpoint), float_places(source.checkpoint),
                        partners_of)
     # The embedding; and a head that repeats it, which must go on doing so.
     for name in target.tied:
@@ -770,7 +774,7 @@ def axes_of(entry, layers):
     role = role_of(entry)
     shape = entry.shape
     sizes = {"stream": layers.stream, "tokens": layers.embedding.shape[0]}
-    inside = entry.place.stack == layers.stack and entry.place.layer is not None
+    inside = layers.holds(entry, layers.numbers)
     if inside:
         sizes |= layers.sizes(entry.place.layer)
     elif entry.place.layer is not None or entry.place.rest.startswith(layers.foreign):
@@ -828,14 +832,14 @@ def plan_tensors(target, source, kinship, units):
     brought = {}
     own = {}
     for name, entry in target.checkpoint.entries.items():
-        other = source.checkpoint.entries.get(pairs.get(name))
-        if other is None or not (entry.is_float and other.is_float):
-            own[name] = "without a partner"
+        if name not in pairs:
+            own[name] = ALONE
             continue
         # What has a partner is brought, unless one of these speaks against it.
+        other = source.checkpoint.entries[pairs[name]]
         axes = axes_of(entry, target)
         if axes is None or axes != axes_of(other, source):
-            own[name] = "of unknown order"
+            own[name] = UNKNOWN
         elif role_of(entry) == "norm" and entry.shape != other.shape:
             own[name] = "norms of another width"
         elif axes[0] == "fixed" and entry.shape[0] != other.shape[0]:
@@ -844,7 +848,11 @@ def plan_tensors(target, source, kinship, units):
             own[name] = "of another vocabulary"
         else:
             index = {"stream": kinship.stream_J, **units.get(entry.place.layer, {})}
-            brought[name] = order_of(entry, other, axes, index)
+            plan = order_of(entry, other, axes, index)
+            if plan.empty:
+                own[name] = UNFOUND
+            else:
+                brought[name] = plan
     return brought, own
 
 
@@ -863,8 +871,7 @@ def order_of(entry, other, axes, index):
         column_K = index.get(axes[0], common_index(entry.numel, other.numel))
         return Brought(other.name, other.numel, one_row, column_K)
     row_J = index.get(axes[0], common_index(entry.shape[0], other.shape[0]))
-    column_K = index[axes[1]]
-    return Brought(other.name, other.shape[1], row_J, column_K)
+    return Brought(other.name, other.shape[1], row_J, index[axes[1]])
 
 
 # --- Reading and writing ------------------------------------------------------------
@@ -907,7 +914,7 @@ def write_matched(output, target, source, brought, progress=quiet):
 
     Args:     target, source   Checkpoints
               brought          {name: Brought}; all other tensors are the target's own
-    Raises:   CheckpointError if a number does not fit the target's dtype: never an Inf
+    Raises:   CheckpointError if numbers do not fit the target's dtype: never an Inf
     """
     for name, entry in progress(list(target.entries.items()), "write"):
         # The target's own: byte for byte, whatever its dtype.
@@ -923,11 +930,81 @@ def write_matched(output, target, source, brought, progress=quiet):
         for start, stop in spans(J, step):
             rows_JK = read_matched(target, source, name, brought[name], start, stop)
             piece_L = rows_JK.to(entry.dtype).view(-1)
-            # 70,000 does not fit float16, which ends at 65,504.
+            # float16 ends at 65,504, and a model of 1e-10 would be one of zeros there.
             fits = piece_L.double().sum().isfinite()
+            fits = fits and (piece_L.any() or not rows_JK.any())
             need(fits, source.path, "has numbers that do not "
                  f"fit the target's {entry.dtype}", "store the target wider", name)
             output.put(name, start * K, piece_L)
+
+
+# --- What may make the result another function --------------------------------------
+def doubts(target, source, kinship, plan):
+    """Warnings: what one of the models computes with and the other has no like of, and
+    what was brought and is unlike the target's.
+
+    Args:     target, source: Layers; their Kinship; what plan_tensors returned
+    Example:  "base computes with what pruned has no place for:
+              model.layers.*.self_attn.q_proj.bias (3); ..."
+    """
+    brought, own = plan
+    mine = stem(target.checkpoint.path)
+    theirs = stem(source.checkpoint.path)
+    warnings = []
+    # Of the source: what belongs to layers that are brought, and a head of its own.
+    lost = []
+    met = pair_tensors(target, source, kinship.layers).values()
+    for name in float_places(source.checkpoint):
+        entry = source.checkpoint.entries[name]
+        needed = source.holds(entry, kinship.layers.values())
+        needed = needed or own_head(source.checkpoint, entry)
+        if needed and name not in met:
+            lost.append(name)
+    if lost:
+        warnings.append(f"{theirs} computes with what {mine} has no place for: "
+                        f"{listed(lost)}; the result does not")
+    # Of the target likewise. A norm of another width is no other function.
+    kept = []
+    for name in float_places(target.checkpoint):
+        entry = target.checkpoint.entries[name]
+        matched = target.holds(entry, target.numbers) and kinship.layers[
+            entry.place.layer] is not None
+        if (matched or entry.place.role == "head") and own.get(name) in MIXED:
+            kept.append(name)
+    if kept:
+        warnings.append(f"{mine} computes with what {theirs} has no partner for: "
+                        f"{listed(kept)}; the result has the target's")
+    # Units were told by all their matrices together. One of these may yet stand in an
+    # order of its own.
+    unlike = []
+    for name in brought:
+        cosine = likeness(target.checkpoint, source.checkpoint, name, brought[name])
+        if cosine <= kinship.slack:
+            unlike.append(name)
+    if unlike:
+        warnings.append(f"of {theirs} these are brought, and yet no more alike than "
+                        f"strangers: {listed(unlike)}; q and k may be in the order "
+                        "of another library's rotary positions: convert them first")
+    return warnings
+
+
+def likeness(target, source, name, brought):
+    """The median cosine of ROWS rows of a matrix that is brought with the target's own,
+    over what has a partner. NaN for vectors, and for rows of zeros."""
+    known_K = brought.column_K >= 0
+    K = len(known_K)
+    rows = (brought.row_J >= 0).nonzero()[:, 0]
+    some = torch.linspace(0, len(rows) - 1, min(len(rows), ROWS)).long()
+    if len(target.entries[name].shape) < 2:
+        some = some[:0]
+    cosines = [torch.empty(0)]
+    for row in rows[some].tolist():
+        own = target.read(name, row * K, (row + 1) * K).view(1, K)
+        new = read_matched(target, source, name, brought, row, row + 1)
+        both = directions(torch.cat([own, new])[:, known_K])
+        if both.any(1).all():
+            cosines.append(both[0].dot(both[1])[None])
+    return torch.cat(cosines).nanmedian().item()
 
 
 # --- Several sources by one match ---------------------------------------------------
@@ -962,6 +1039,19 @@ def check_same_order(first, other, force):
             same = force or not value <= RELATED
             need(same, entry.file, "does not stand in the order of "
                  f"{first.checkpoint.path}", alone, entry.name)
+
+
+def differing(first, other):
+    """Names of tensors that one of two sources brings, and the other does not, or not
+    with the same rows and columns: {name: Brought} of both.
+    Example:  an expert without the base's biases: where the base's file has these, its
+              own would have the target's, and their difference be that of two models"""
+    names = []
+    for name in first | other:
+        both = name in first and name in other
+        if not (both and first[name].equals(other[name])):
+            names.append(name)
+    return names
 
 
 # === The command ====================================================================
@@ -1061,7 +1151,7 @@ def print_plan(target, source, kinship, brought, own):
     Example:
         grown: 29 of 38 tensors are brought, 0 in part
           the target's own, norms of another width: 9, the first is model.norm.weight
-          not used of the source: layer 2, layer 5, model.norm.weight
+          not used of the source: layer 2, layer 5, model.norm.weight (1)
     """
     # Of the target: how much is brought, and why the rest is not.
     partly = [name for name in brought if not brought[name].whole]
@@ -1076,9 +1166,10 @@ def print_plan(target, source, kinship, brought, own):
     for number in source.numbers:
         if number not in kinship.layers.values():
             unused.append(f"layer {number}")
-    for name, entry in source.checkpoint.entries.items():
-        if entry.place.layer is None and name not in used:
-            unused.append(name)
+            used |= set(source.named[number].values())
+    rest = [name for name in source.checkpoint.entries if name not in used]
+    if rest:
+        unused.append(listed(rest))
     if unused:
         say(f"  not used of the source: {', '.join(unused)}")
 
@@ -1179,8 +1270,17 @@ def main(argv=None):
     units = match_units(*pairs[0], first, progress)
     plans = []
     for pair, kinship in zip(pairs, kinships):
-        plans.append(plan_tensors(*pair, kinship, units))
-        print_plan(*pair, kinship, *plans[-1])
+        plan = plan_tensors(*pair, kinship, units)
+        plans.append(plan)
+        print_plan(*pair, kinship, *plan)
+        warnings = doubts(*pair, kinship, plan)
+        names = differing(plans[0][0], plan[0])
+        if names:
+            warnings.append(f"{stem(pair[1].checkpoint.path)} and {stem(a.sources[0])} "
+                            f"do not both bring {listed(names)}: of these their "
+                            "difference means nothing")
+        for warning in warnings:
+            say(f"warning: {warning}", stream=sys.stderr)
     write_all(a, result, pairs, plans, progress)
     if a.report:
         write_report(a, pairs, kinships)
