@@ -193,7 +193,8 @@ def listed(names):
 def called(path):
     """The last part of a path or of a hub's name: 'org/Llama-2-7b' -> 'Llama-2-7b'. As
     text: a path may hold bytes that are none."""
-    name = os.path.basename(str(path or "").rstrip(os.sep)).removesuffix(".safetensors")
+    name = os.path.basename(str(path or "").rstrip(os.sep))
+    name = name.removesuffix(".index.json").removesuffix(".safetensors")
     return name.encode("utf-8", "backslashreplace").decode()
 
 

@@ -68,8 +68,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from align import pair_names, pair_stacks, stacks_of
 from chunking import (PIECE, Checkpoint, Parser, appear, check_output, command,
                       create, need, say, spans, wide)
-from lora import listed
-from merge import (RELATED, Destination, digest, float_places, mean_cosine, own_head)
+from lora import called, listed
+from merge import RELATED, Destination, digest, float_places, mean_cosine
 
 VERSION = 1             # of the report
 
@@ -98,7 +98,7 @@ SLACK = 0.3
 SAMPLE = 32
 # Rows that tell whether a matrix that is brought is like the target's. The median of
 # their cosines is that of most rows, whatever a few hold.
-ROWS = 16
+ROWS = 8
 # Tokens of the vocabulary that tell which position of the stream is which: by chance,
 # columns of 4096 random numbers have cosines of 0.016.
 TOKENS = 4096
@@ -129,8 +129,8 @@ class Layers:
     """The numbered layers of a checkpoint, with their matrices by role.
 
     numbers    of the layers, as they stand in the names
-    named      {number: {(rest of the name, role): name}}, all tensors of the layers
-    entries    {number: {role: Entry}}, the matrices that have a line in AXES
+    named      {number: {(rest of the name, role): name}}, all their tensors
+    entries    {number: {role: Entry}}, their matrices that have a line in AXES
     stream     width of the residual stream
     embedding  the Entry of the embedding of words
     tied       names of the tensors that equal it, itself among them
@@ -162,12 +162,15 @@ class Layers:
 
     def __len__(self): return len(self.numbers)
 
-    def sizes(self, number):
-        """{axis: its length} in a layer. Layers may differ.
-        Example:  SmolLM2-135M: stream 576, neurons 1536, heads 576, groups 192"""
-        entries = self.entries[number]
-        return {"stream": self.stream, "neurons": entries["up"].shape[0],
-                "heads": entries["q"].shape[0], "groups": entries["k"].shape[0]}
+    def sizes(self, number=None):
+        """{axis: its length} outside the layers, or in one; layers may differ.
+        Example:  SmolLM2-135M: tokens 49152, stream 576, neurons 1536, heads 576,
+                  groups 192"""
+        found = {"tokens": self.embedding.shape[0], "stream": self.stream}
+        if number is not None:
+            for axis, role in (("neurons", "up"), ("heads", "q"), ("groups", "k")):
+                found[axis] = self.entries[number][role].shape[0]
+        return found
 
     def rows(self, number, axis):
         """{role: matrix} of a layer, with this axis as rows and the stream as columns.
@@ -203,32 +206,23 @@ def role_of(entry):
 def matrices_by_role(checkpoint, number, names):
     """{role: Entry} of the matrices that AXES knows, among the tensors of one layer.
 
-    Raises:   CheckpointError if one of NEEDED is lacking. If some tensor holds what is
-              lacking (a fused projection, experts), that is the one to name
-    Example:  with q_proj.weight (576, 576): 'q' -> its Entry; with qkv_proj.weight, or
-              with experts.0.up_proj.weight: refused
+    Raises:   CheckpointError if one of NEEDED is lacking. If there is another matrix (a
+              fused projection, an expert's), that is the one to name
     """
     found = {}
-    matrices = []
+    others = [None]
     for name in names:
         entry = checkpoint.entries[name]
         role = entry.place.role
-        if len(entry.shape) > 1:
-            matrices.append(entry)
         if role in AXES and len(entry.shape) == 2:
             need(role not in found, entry.file, f"is the second {role} of its layer",
                  OTHER, name)
             found[role] = entry
-    lacking = [role for role in NEEDED if role not in found]
-    for entry in matrices:
-        role, _, mark = entry.place.role.partition(".")
-        fused = lacking and role in ("qkv", "gate_up")
-        need(not fused, entry.file, "is a fused projection", OTHER, entry.name)
-        several = lacking and role in AXES and mark
-        need(not several, entry.file, "is one of several in its layer (experts, "
-             "cross-attention)", OTHER, entry.name)
-    need(not lacking, checkpoint.path, f"layer {number} has no matrix for "
-         f"{', '.join(lacking)}", OTHER)
+        elif len(entry.shape) > 1:
+            others.append(name)
+    lacking = ", ".join(role for role in NEEDED if role not in found)
+    need(not lacking, checkpoint.path, f"layer {number} has no matrix of its own for "
+         f"{lacking}", OTHER, others[-1])
     return found
 
 
@@ -254,9 +248,7 @@ def word_embedding(checkpoint, stream):
 
 def check_shapes(layers):
     """Refuse matrices that do not fit together, before any of them is read.
-    Example:  up (1536, 576) with down (576, 1408): one of them is wrong, and named. q
-              of 9 heads with k of 2: 9 / 2 is not whole, so that no head knows which
-              keys are its own"""
+    Example:  up (1536, 576) with down (576, 1408): one of them is wrong, and named"""
     for number, entries in layers.entries.items():
         sizes = layers.sizes(number)
         for role, entry in entries.items():
@@ -264,6 +256,7 @@ def check_shapes(layers):
             expected = (sizes[row], sizes[column])
             need(entry.shape == expected, entry.file, f"has shape {entry.shape}; "
                  f"{expected} would go with its layer", OTHER, entry.name)
+        # Otherwise no head of q would know which keys are its own.
         key = entries["k"]
         need(sizes["heads"] % sizes["groups"] == 0, key.file, "has rows that the "
              f"{sizes['heads']} rows of q cannot share", OTHER, key.name)
@@ -480,49 +473,35 @@ def compare_layers(target, source, positions, seed=0, progress=quiet):
     # how far the numbers lie apart, not of the verdict.
     mine = target.sizes(target.numbers[0])["neurons"]
     theirs = source.sizes(source.numbers[0])["neurons"]
-    if mine <= theirs:
-        return best_cosines(target, source, positions, seed, progress)
-    turned = Positions(positions.source, positions.target)
-    similarity_IJ, null = best_cosines(source, target, turned, seed, progress)
-    return similarity_IJ.T, null
-
-
-def best_cosines(fewer, more, positions, seed, progress):
-    """compare_layers, of F layers with fewer neurons (in the target's place) and M
-    layers with more.
-
-    Returns:   (F, M), and null
-    ours:      shuffling a neuron's numbers keeps how large and how uneven they are, and
-               so what their best cosine is by chance. Each layer is read once
-    """
+    if mine > theirs:
+        turned = Positions(positions.source, positions.target)
+        similarity_IJ, null = compare_layers(source, target, turned, seed, progress)
+        return similarity_IJ.T, null
     roles = []
     for role in ("gate", "up", "down"):
-        entries = [*fewer.entries.values(), *more.entries.values()]
+        entries = [*target.entries.values(), *source.entries.values()]
         if all(role in found for found in entries):
             roles.append(role)
-    # The sample, twice: as it is, and shuffled. Its columns are the compared positions
-    # only, so that `every` one of them counts.
-    real = sample_neurons(fewer, positions.target, roles)
+    # The sample as it is, and behind it shuffled, each row by itself. That keeps how
+    # large and how uneven the numbers are, and so what their best cosine is by chance.
+    # Its columns are the compared positions only, so that `every` one of them counts.
     generator = torch.Generator().manual_seed(seed)
-    shuffled = {}
-    for role in roles:
-        order = torch.rand(real[role].shape, generator=generator).argsort(1)
-        shuffled[role] = real[role].gather(1, order)        # each row by itself
+    sample = sample_neurons(target, positions.target, roles)
+    for role, real in sample.items():
+        order = torch.rand(real.shape, generator=generator).argsort(1)
+        sample[role] = torch.cat([real, real.gather(1, order)])
     every = torch.arange(len(positions.target))
-    real_NU = unit_vectors(real, every, roles)              # N = F SAMPLE
-    shuffled_NU = unit_vectors(shuffled, every, roles)
+    sample_NU = unit_vectors(sample, every, roles)          # N = 2 J SAMPLE
 
     # Each neuron's best cosine in each layer of the other model. The mean over the
     # neurons of a layer is how alike the two layers are.
-    similarity_FM = torch.zeros(len(fewer), len(more))
-    null_FM = torch.zeros(len(fewer), len(more))
-    for m, number in enumerate(progress(more.numbers, "compare layers")):
-        unit_KU = unit_vectors(more.rows(number, "neurons"), positions.source, roles)
-        best_N = (real_NU @ unit_KU.T).amax(1)
-        similarity_FM[:, m] = best_N.view(len(fewer), SAMPLE).mean(1)
-        best_N = (shuffled_NU @ unit_KU.T).amax(1)
-        null_FM[:, m] = best_N.view(len(fewer), SAMPLE).mean(1)
-    return similarity_FM, null_FM.mean().item()
+    columns = []
+    for number in progress(source.numbers, "compare layers"):
+        unit_KU = unit_vectors(source.rows(number, "neurons"), positions.source, roles)
+        best_N = (sample_NU @ unit_KU.T).amax(1)
+        columns.append(best_N.view(2, -1, SAMPLE).mean(2))
+    similarity_JI, null_JI = torch.stack(columns, dim=2)
+    return similarity_JI, null_JI.mean().item()
 
 
 def sample_neurons(layers, positions_P, roles):
@@ -587,19 +566,6 @@ def find_kinship(target, source, seed=0, progress=quiet):
 #
 #     rows of q   [head 0] [head 1] [head 2] [head 3]      two groups of two heads each,
 #     rows of k   [    group 0    ] [    group 1    ]      as in grouped-query attention
-def match_neurons(target_rows, source_rows, positions, slack):
-    """(J,): the source's neuron of each of the target's, or -1.
-
-    Args:      target_rows, source_rows   {role: (neurons, stream)} of both layers
-               positions   of the stream, as compared_positions gives them
-               slack       of the Kinship
-    """
-    roles = [role for role in target_rows if role in source_rows]
-    unit_JU = unit_vectors(target_rows, positions.target, roles)
-    unit_IU = unit_vectors(source_rows, positions.source, roles)
-    return assign(strong_cosines(unit_JU, unit_IU, slack), slack)
-
-
 def match_heads(target_rows, source_rows, positions, size, slack):
     """Partners of heads, if a head has `size` rows, as of whole units: rotary positions
     tie the numbers within a head together. First groups, by their keys, values
@@ -689,11 +655,16 @@ def match_units(target, source, kinship, progress=quiet):
     for mine, theirs in progress(list(kinship.layers.items()), "match units"):
         if theirs is None:
             continue
-        # Three matrices of each side are in memory, then four. A head has so many rows
-        # that a quarter of the positions is enough to know it, and takes less time.
-        neurons = match_neurons(target.rows(mine, "neurons"),
-                                source.rows(theirs, "neurons"), positions,
-                                kinship.slack)
+        # Neurons: any neuron may be any other's partner.
+        here = target.rows(mine, "neurons")
+        there = source.rows(theirs, "neurons")
+        roles = [role for role in here if role in there]
+        strong_JI = strong_cosines(unit_vectors(here, positions.target, roles),
+                                   unit_vectors(there, positions.source, roles),
+                                   kinship.slack)
+        neurons = assign(strong_JI, kinship.slack)
+        # A head has so many rows that a quarter of the positions is enough to know it,
+        # and takes less time.
         here = {axis: target.rows(mine, axis) for axis in ("heads", "groups")}
         there = {axis: source.rows(theirs, axis) for axis in ("heads", "groups")}
         some = Positions(positions.target[::4], positions.source[::4])
@@ -730,17 +701,6 @@ class Brought(NamedTuple):
         """Nothing in it is the target's own."""
         return bool((self.row_J >= 0).all() and (self.column_K >= 0).all())
 
-    @property
-    def empty(self):
-        """All of it is the target's own."""
-        return bool((self.row_J < 0).all() or (self.column_K < 0).all())
-
-    def equals(self, other):
-        """Whether they bring the same rows and columns."""
-        return (torch.equal(self.row_J, other.row_J)
-                and torch.equal(self.column_K, other.column_K))
-
-
 def pair_tensors(target, source, layers):
     """{target name: source name}.
 
@@ -771,27 +731,24 @@ def axes_of(entry, layers):
     Example:  q_proj.weight -> (heads, stream);  q_proj.bias -> (heads,)
               embed_tokens.weight -> (tokens, stream);  input_layernorm -> (stream,)
     """
+    place = entry.place
+    inside = layers.holds(entry, layers.numbers)
+    if not inside and (place.layer is not None or place.rest.startswith(layers.foreign)):
+        return None                     # of another tower, with a stream of its own
+    sizes = layers.sizes(place.layer)
+    # First the role: which axes should this tensor have?
     role = role_of(entry)
     shape = entry.shape
-    sizes = {"stream": layers.stream, "tokens": layers.embedding.shape[0]}
-    inside = layers.holds(entry, layers.numbers)
-    if inside:
-        sizes |= layers.sizes(entry.place.layer)
-    elif entry.place.layer is not None or entry.place.rest.startswith(layers.foreign):
-        return None                     # of another tower, with a stream of its own
-
-    # First the roles: which axes should this tensor have?
-    if entry.name in layers.tied:
+    of_words = role in ("embed", "head") and shape[:1] == (sizes["tokens"],)
+    if of_words or entry.name in layers.tied:
         axes = ("tokens", "stream")
+    elif role in ("embed", "head"):
+        axes = ("fixed", "stream")
     elif role == "norm":
         shape = (entry.numel,)          # some are stored as (heads, numbers in a head)
         axes = (norm_axis(entry, sizes),)
     elif role in AXES and inside:
         axes = AXES[role]
-    elif role in ("embed", "head") and shape[:1] == (sizes["tokens"],):
-        axes = ("tokens", "stream")
-    elif role in ("embed", "head"):
-        axes = ("fixed", "stream")
     else:
         return None
     if not 1 <= len(shape) <= 2:
@@ -849,7 +806,7 @@ def plan_tensors(target, source, kinship, units):
         else:
             index = {"stream": kinship.stream_J, **units.get(entry.place.layer, {})}
             plan = order_of(entry, other, axes, index)
-            if plan.empty:
+            if plan.row_J.max() < 0 or plan.column_K.max() < 0:
                 own[name] = UNFOUND
             else:
                 brought[name] = plan
@@ -944,36 +901,20 @@ def doubts(target, source, kinship, plan):
     what was brought and is unlike the target's.
 
     Args:     target, source: Layers; their Kinship; what plan_tensors returned
-    Example:  "base computes with what pruned has no place for:
-              model.layers.*.self_attn.q_proj.bias (3); ..."
+    Example:  "model.layers.*.self_attn.q_proj.bias (3): the source computes with it,
+              and the target has no place for it"
     """
     brought, own = plan
-    mine = stem(target.checkpoint.path)
-    theirs = stem(source.checkpoint.path)
-    warnings = []
-    # Of the source: what belongs to layers that are brought, and a head of its own.
-    lost = []
     met = pair_tensors(target, source, kinship.layers).values()
-    for name in float_places(source.checkpoint):
-        entry = source.checkpoint.entries[name]
-        needed = source.holds(entry, kinship.layers.values())
-        needed = needed or own_head(source.checkpoint, entry)
-        if needed and name not in met:
+    lost = []
+    for name in computed_with(source, kinship.layers.values()):
+        if name not in met:
             lost.append(name)
-    if lost:
-        warnings.append(f"{theirs} computes with what {mine} has no place for: "
-                        f"{listed(lost)}; the result does not")
-    # Of the target likewise. A norm of another width is no other function.
     kept = []
-    for name in float_places(target.checkpoint):
-        entry = target.checkpoint.entries[name]
-        matched = target.holds(entry, target.numbers) and kinship.layers[
-            entry.place.layer] is not None
-        if (matched or entry.place.role == "head") and own.get(name) in MIXED:
+    matched = [number for number in target.numbers if kinship.layers[number] is not None]
+    for name in computed_with(target, matched):
+        if own.get(name) in MIXED:
             kept.append(name)
-    if kept:
-        warnings.append(f"{mine} computes with what {theirs} has no partner for: "
-                        f"{listed(kept)}; the result has the target's")
     # Units were told by all their matrices together. One of these may yet stand in an
     # order of its own.
     unlike = []
@@ -981,30 +922,42 @@ def doubts(target, source, kinship, plan):
         cosine = likeness(target.checkpoint, source.checkpoint, name, brought[name])
         if cosine <= kinship.slack:
             unlike.append(name)
-    if unlike:
-        warnings.append(f"of {theirs} these are brought, and yet no more alike than "
-                        f"strangers: {listed(unlike)}; q and k may be in the order "
-                        "of another library's rotary positions: convert them first")
-    return warnings
+    texts = {"the source computes with it, and the target has no place for it": lost,
+             "the target computes with it, and the source has no partner for it": kept,
+             "brought, and yet no more alike than strangers (are q and k in the order "
+             "of another library's rotary positions?)": unlike}
+    return [f"{listed(names)}: {text}" for text, names in texts.items() if names]
+
+
+def computed_with(layers, numbers):
+    """Names of what these layers compute with, and of a head of the model's own."""
+    names = []
+    for name in float_places(layers.checkpoint):
+        entry = layers.checkpoint.entries[name]
+        head = entry.place.role == "head" and name not in layers.tied
+        if head or layers.holds(entry, numbers):
+            names.append(name)
+    return names
 
 
 def likeness(target, source, name, brought):
     """The median cosine of ROWS rows of a matrix that is brought with the target's own,
     over what has a partner. NaN for vectors, and for rows of zeros."""
+    if len(target.entries[name].shape) < 2:
+        return math.nan
     known_K = brought.column_K >= 0
     K = len(known_K)
-    rows = (brought.row_J >= 0).nonzero()[:, 0]
-    some = torch.linspace(0, len(rows) - 1, min(len(rows), ROWS)).long()
-    if len(target.entries[name].shape) < 2:
-        some = some[:0]
-    cosines = [torch.empty(0)]
-    for row in rows[some].tolist():
+    known = (brought.row_J >= 0).nonzero()[:, 0]
+    # Evenly spread over all, so that these rows do not stand at one place of the heads.
+    some = torch.linspace(0, len(known) - 1, ROWS).long()
+    cosines = []
+    for row in known[some].tolist():
         own = target.read(name, row * K, (row + 1) * K).view(1, K)
         new = read_matched(target, source, name, brought, row, row + 1)
         both = directions(torch.cat([own, new])[:, known_K])
         if both.any(1).all():
-            cosines.append(both[0].dot(both[1])[None])
-    return torch.cat(cosines).nanmedian().item()
+            cosines.append(both[0].dot(both[1]).item())
+    return torch.tensor(cosines).nanmedian().item()
 
 
 # --- Several sources by one match ---------------------------------------------------
@@ -1042,27 +995,21 @@ def check_same_order(first, other, force):
 
 
 def differing(first, other):
-    """Names of tensors that one of two sources brings, and the other does not, or not
-    with the same rows and columns: {name: Brought} of both.
+    """Names of tensors that not both of two sources bring, with the same rows and
+    columns: {name: Brought} of both.
     Example:  an expert without the base's biases: where the base's file has these, its
               own would have the target's, and their difference be that of two models"""
     names = []
     for name in first | other:
-        both = name in first and name in other
-        if not (both and first[name].equals(other[name])):
+        one = first.get(name)
+        two = other.get(name)
+        if not (one and two and torch.equal(one.row_J, two.row_J)
+                and torch.equal(one.column_K, two.column_K)):
             names.append(name)
     return names
 
 
 # === The command ====================================================================
-def stem(path):
-    """A model's name: that of its file or folder, without an ending.
-    Example:  'models/base.safetensors' -> 'base'
-              'SmolLM2-135M/' -> 'SmolLM2-135M'"""
-    name = os.path.basename(os.path.normpath(path))
-    return name.removesuffix(".index.json").removesuffix(".safetensors")
-
-
 def parse(argv):
     """The arguments. What the command line alone decides is refused here, with exit
     code 2; what depends on files, by all that follows, with exit code 1."""
@@ -1082,36 +1029,34 @@ def parse(argv):
     add("--quiet", action="store_true", help="no progress bars")
     a = parser.read(argv)
     # What is wrong without a look at any file.
-    stems = [stem(path) for path in a.sources]
-    repeated = [name for name in stems if stems.count(name) > 1]
-    several = a.output and len(a.sources) > 1
     if not 0 <= a.seed < 2 ** 32:
         parser.error("--seed must be from 0 to 2^32 - 1")
     if a.force and not (a.output or a.report):
         parser.error("nothing is written: drop --force")
-    if several and a.output.endswith(".safetensors"):
-        parser.error("several sources go into a folder: give -o the name of one")
-    if several and repeated:
-        parser.error(f"two sources would become {repeated[0]}.safetensors: rename one")
+    if a.output and len(a.sources) > 1:
+        names = {called(path) for path in a.sources}
+        if a.output.endswith(".safetensors"):
+            parser.error("several sources go into a folder: give -o the name of one")
+        if len(names) < len(a.sources):
+            parser.error("two sources would become one file: rename one")
     return a
 
 
 def check_outputs(a, target, sources):
-    """Refuse what cannot be written, before any work.
+    """Refuse what cannot be written, before any work: what exists (--force replaces
+    it), is an input, or cannot be made.
 
     Returns:  the Destination of one source's result; None for several, and for none
-    Raises:   CheckpointError if an output exists (--force replaces it), is an input, or
-              cannot be made
     """
     result = None
     held = None
     if a.output and len(sources) > 1:
-        held = [f"{stem(source.path)}.safetensors" for source in sources]
+        held = [f"{called(source.path)}.safetensors" for source in sources]
     elif a.output:
         result = Destination(target, a.output)
         held = result.files
     # No output may be an input, nor stand in another output's way.
-    others = list(target.files)
+    others = [*target.files]
     for source in sources:
         others += source.files
     if a.output:
@@ -1123,43 +1068,34 @@ def check_outputs(a, target, sources):
 
 
 def print_kinship(target, source, kinship):
-    """Related or not, and a line per layer: target <- source, and their cosine.
-    Example:
-        pruned is related to base: 3 of 4 layers have a partner (cosine of strangers:
-        0.147)
-          layer 0 <- 0  0.994
-          layer 1 <- 1  0.993
-          layer 2 <- 2  0.991
-          layer 3 <- none  0.243
-    """
-    # The verdict, with how many layers it rests on; then each layer's own evidence.
+    """Related or not, with how many layers that rests on; then a line per layer."""
     verdict = "no relative of"
     if kinship.related:
         verdict = "related to"
-    met = [partner for partner in kinship.layers.values() if partner is not None]
-    say(f"{stem(source.checkpoint.path)} is {verdict} {stem(target.checkpoint.path)}: "
-        f"{len(met)} of {len(target)} layers have a partner (cosine of strangers: "
-        f"{kinship.null:.3f})")
+    met = len(target) - list(kinship.layers.values()).count(None)
+    say(f"{called(source.checkpoint.path)} is {verdict} "
+        f"{called(target.checkpoint.path)}: {met} of {len(target)} layers have a partner "
+        f"(cosine of strangers: {kinship.null:.3f})")
     for (mine, theirs), value in zip(kinship.layers.items(), kinship.similarity):
         if theirs is None:
             theirs = "none"
         say(f"  layer {mine} <- {theirs}  {value:.3f}")
 
 
-def print_plan(target, source, kinship, brought, own):
+def print_plan(target, source, kinship, plan):
     """What was brought along, and what was not: of the target, and of the source.
     Example:
         grown: 29 of 38 tensors are brought, 0 in part
-          the target's own, norms of another width: 9, the first is model.norm.weight
+          the target's own, norms of another width: model.norm.weight (1)
           not used of the source: layer 2, layer 5, model.norm.weight (1)
     """
-    # Of the target: how much is brought, and why the rest is not.
+    brought, own = plan
     partly = [name for name in brought if not brought[name].whole]
-    say(f"{stem(source.checkpoint.path)}: {len(brought)} of "
-        f"{len(target.checkpoint.entries)} tensors are brought, {len(partly)} in part")
+    say(f"{called(source.checkpoint.path)}: {len(brought)} of "
+        f"{len(brought) + len(own)} tensors are brought, {len(partly)} in part")
     for why in dict.fromkeys(own.values()):
         names = [name for name in own if own[name] == why]
-        say(f"  the target's own, {why}: {len(names)}, the first is {names[0]}")
+        say(f"  the target's own, {why}: {listed(names)}")
     # Of the source: what found no place in the target.
     used = {each.source for each in brought.values()}
     unused = []
@@ -1167,11 +1103,9 @@ def print_plan(target, source, kinship, brought, own):
         if number not in kinship.layers.values():
             unused.append(f"layer {number}")
             used |= set(source.named[number].values())
-    rest = [name for name in source.checkpoint.entries if name not in used]
-    if rest:
-        unused.append(listed(rest))
-    if unused:
-        say(f"  not used of the source: {', '.join(unused)}")
+    unused.append(listed(name for name in source.checkpoint.entries if name not in used))
+    if any(unused):
+        say(f"  not used of the source: {', '.join(filter(None, unused))}")
 
 
 def write_report(a, pairs, kinships):
@@ -1185,12 +1119,12 @@ def write_report(a, pairs, kinships):
     records = []
     for (_, source), kinship in zip(pairs, kinships):
         records.append({
-            "source": stem(source.checkpoint.path), "related": kinship.related,
+            "source": called(source.checkpoint.path), "related": kinship.related,
             "layers": list(kinship.layers.values()), "similarity": kinship.similarity,
             "null": kinship.null})
-    report = {"version": VERSION, "target": stem(a.target), "kinship": records}
+    report = {"version": VERSION, "target": called(a.target), "kinship": records}
     with appear(a.report, a.force) as path:
-        with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
+        with open(path, "w") as file:
             json.dump(report, file, indent=1, allow_nan=False)
 
 
@@ -1210,15 +1144,15 @@ def write_all(a, result, pairs, plans, progress):
         with appear(a.output, a.force) as folder:
             os.mkdir(folder)
             for (_, source), (brought, _) in zip(pairs, plans):
-                name = f"{stem(source.checkpoint.path)}.safetensors"
+                name = f"{called(source.checkpoint.path)}.safetensors"
                 with create(os.path.join(folder, name), entries) as output:
                     write_matched(output, target, source.checkpoint, brought, progress)
         return
     # One source: a file, or a folder in which the target's companions lie beside it.
     source = pairs[0][1].checkpoint
     brought, _ = plans[0]
-    card = (f"`{stem(source.path)}` in the order, shapes and names of "
-            f"`{stem(target.path)}`, by `experiments/tools/match.py` of lsmerge.\n")
+    card = (f"`{called(source.path)}` in the order, shapes and names of "
+            f"`{called(target.path)}`, by `experiments/tools/match.py` of lsmerge.\n")
     with create(result.path, entries, inside=result.weights, force=a.force) as output:
         result.fill(os.path.dirname(output.path), card)
         write_matched(output, target, source, brought, progress)
@@ -1272,15 +1206,14 @@ def main(argv=None):
     for pair, kinship in zip(pairs, kinships):
         plan = plan_tensors(*pair, kinship, units)
         plans.append(plan)
-        print_plan(*pair, kinship, *plan)
+        print_plan(*pair, kinship, plan)
         warnings = doubts(*pair, kinship, plan)
         names = differing(plans[0][0], plan[0])
         if names:
-            warnings.append(f"{stem(pair[1].checkpoint.path)} and {stem(a.sources[0])} "
-                            f"do not both bring {listed(names)}: of these their "
-                            "difference means nothing")
+            warnings.append(f"{listed(names)}: not brought as of {a.sources[0]}, so that "
+                            "their difference is that of two models")
         for warning in warnings:
-            say(f"warning: {warning}", stream=sys.stderr)
+            say(f"warning: {pair[1].checkpoint.path}: {warning}", stream=sys.stderr)
     write_all(a, result, pairs, plans, progress)
     if a.report:
         write_report(a, pairs, kinships)
