@@ -104,6 +104,7 @@ train.py a --init ''                                     | 2 | empty
 train.py a --resume                                      | 2 | --resume
 train.py a --init vae --ratio 2                          | 2 | network
 train.py a --init vae --beta 0.5                         | 2 | network
+train.py a --init vae --steps1 5                         | 2 | drop --steps1
 lsmerge.py a b c                                         | 2 | c
 lsmerge.py ''                                            | 2 | empty
 lora.py                                                  | 2 | -o
@@ -168,7 +169,7 @@ merge.py a /dev/zero                                     | 1 | regular
 merge.py a pipe                                          | 1 | pipe
 merge.py a circle                                        | 1 | circle
 merge.py a empty                                         | 1 | no, .safetensors
-merge.py tiny huge                                       | 1 | huge, layers.0, 4096
+merge.py tiny huge                                       | 1 | huge, layers.0, 256 times
 merge.py a wide --operator slerp                         | 1 | wide, layers.0.mlp.down
 merge.py a wide --space weight                           | 1 | [64\\, 96], [96\\, 160]
 merge.py a wide --operator task-arithmetic --base a      | 1 | wide, match.py
