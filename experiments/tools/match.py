@@ -122,13 +122,12 @@ def quiet(things, label):
 
 # === Match ==========================================================================
 # --- What a model is, for matching --------------------------------------------------
-# An embedding, and layers of q, k, v, o and an MLP. Names and shapes stand in the
-# header of a file, so that all that does not fit is refused before any layer is read,
-# and by the name of the file and the tensor that is to blame.
+# An embedding, and layers of q, k, v, o and an MLP. Headers say so: what does not fit
+# is refused before any layer is read, by file and tensor.
 class Layers:
     """The numbered layers of a checkpoint, with their matrices by role.
 
-    numbers    of the layers, as they stand in the names
+    numbers    of the layers, as they stand in the names, sorted
     named      {number: {(rest of the name, role): name}}, all their tensors
     entries    {number: {role: Entry}}, their matrices that have a line in AXES
     stream     width of the residual stream
@@ -529,6 +528,11 @@ class Kinship(NamedTuple):
     same_tokens: bool       # both embeddings are of the same tokens
     similarity_JI: torch.Tensor     # of every pair of layers: for pictures
 
+    @property
+    def met(self):
+        """{target layer: source layer}, without those that have no partner."""
+        return {j: i for j, i in self.layers.items() if i is not None}
+
 
 def find_kinship(target, source, seed=0, progress=quiet):
     """The Kinship of two models, from weights alone.
@@ -552,11 +556,11 @@ def find_kinship(target, source, seed=0, progress=quiet):
     for number, best, i in zip(target.numbers, similarity, similarity_JI.argmax(1)):
         if best > slack:
             layers[number] = source.numbers[i]
+    kinship = Kinship(False, layers, similarity, null, slack, stream_J, same_tokens,
+                      similarity_JI)
     # Half, and not all: a relative may have been made of parts of several models.
-    met = len(layers) - list(layers.values()).count(None)
-    related = met >= min(len(target), len(source)) / 2
-    return Kinship(related, layers, similarity, null, slack, stream_J, same_tokens,
-                   similarity_JI)
+    related = len(kinship.met) >= min(len(target), len(source)) / 2
+    return kinship._replace(related=related)
 
 
 # --- Neurons and heads of a pair of layers ------------------------------------------
@@ -652,9 +656,7 @@ def match_units(target, source, kinship, progress=quiet):
     """
     positions = compared_positions(kinship.stream_J)
     units = {}
-    for mine, theirs in progress(list(kinship.layers.items()), "match units"):
-        if theirs is None:
-            continue
+    for mine, theirs in progress(list(kinship.met.items()), "match units"):
         # Neurons: any neuron may be any other's partner.
         here = target.rows(mine, "neurons")
         there = source.rows(theirs, "neurons")
@@ -702,10 +704,10 @@ class Brought(NamedTuple):
         return bool((self.row_J >= 0).all() and (self.column_K >= 0).all())
 
 def pair_tensors(target, source, layers):
-    """{target name: source name}.
+    """{target name: source name}, of two Layers.
 
-    Args:     target, source: Layers; layers: of their Kinship
-    Example:  with layers {0: 0, 1: None, 2: 1}:
+    Args:     layers: {target layer: source layer}
+    Example:  with layers {0: 0, 2: 1}:
               model.layers.2.mlp.up_proj.weight -> model.layers.1.mlp.up_proj.weight
               Layer 1 is not in it, nor are other stacks of layers: they meet nobody
     """
@@ -713,7 +715,7 @@ def pair_tensors(target, source, layers):
     def partners_of(target_stack, source_stack):
         if target_stack != target.named:
             return {}
-        return {mine: theirs for mine, theirs in layers.items() if theirs is not None}
+        return layers
 
     pairs = pair_names(float_places(target.checkpoint), float_places(source.checkpoint),
                        partners_of)
@@ -733,7 +735,8 @@ def axes_of(entry, layers):
     """
     place = entry.place
     inside = layers.holds(entry, layers.numbers)
-    if not inside and (place.layer is not None or place.rest.startswith(layers.foreign)):
+    foreign = place.layer is not None or place.rest.startswith(layers.foreign)
+    if foreign and not inside:
         return None                     # of another tower, with a stream of its own
     sizes = layers.sizes(place.layer)
     # First the role: which axes should this tensor have?
@@ -785,7 +788,7 @@ def plan_tensors(target, source, kinship, units):
     ours:     norms are brought where widths are equal. The gains of a grown model
               differ by a factor, since its mean square is over more numbers
     """
-    pairs = pair_tensors(target, source, kinship.layers)
+    pairs = pair_tensors(target, source, kinship.met)
     brought = {}
     own = {}
     for name, entry in target.checkpoint.entries.items():
@@ -901,20 +904,18 @@ def doubts(target, source, kinship, plan):
     what was brought and is unlike the target's.
 
     Args:     target, source: Layers; their Kinship; what plan_tensors returned
-    Example:  "model.layers.*.self_attn.q_proj.bias (3): the source computes with it,
-              and the target has no place for it"
+    Example:  biases of q, k and v, of which the target has none; rows of q and k in
+              another order within each head
     """
     brought, own = plan
-    met = pair_tensors(target, source, kinship.layers).values()
-    lost = []
-    for name in computed_with(source, kinship.layers.values()):
-        if name not in met:
-            lost.append(name)
-    kept = []
-    matched = [number for number in target.numbers if kinship.layers[number] is not None]
-    for name in computed_with(target, matched):
+    paired = pair_tensors(target, source, kinship.met).values()
+    alone = []
+    for name in computed_with(source, kinship.met.values()):
+        if name not in paired:
+            alone.append(name)
+    for name in computed_with(target, kinship.met):
         if own.get(name) in MIXED:
-            kept.append(name)
+            alone.append(name)
     # Units were told by all their matrices together. One of these may yet stand in an
     # order of its own.
     unlike = []
@@ -922,11 +923,16 @@ def doubts(target, source, kinship, plan):
         cosine = likeness(target.checkpoint, source.checkpoint, name, brought[name])
         if cosine <= kinship.slack:
             unlike.append(name)
-    texts = {"the source computes with it, and the target has no place for it": lost,
-             "the target computes with it, and the source has no partner for it": kept,
-             "brought, and yet no more alike than strangers (are q and k in the order "
-             "of another library's rotary positions?)": unlike}
-    return [f"{listed(names)}: {text}" for text, names in texts.items() if names]
+    warnings = []
+    if alone:
+        warnings.append(f"{listed(alone)}: only one of the two models computes with "
+                        "that, or its units found no partner; the result is as the "
+                        "target")
+    if unlike:
+        warnings.append(f"{listed(unlike)}: brought, and yet no more alike than "
+                        "strangers (q and k may be in the order of another library's "
+                        "rotary positions)")
+    return warnings
 
 
 def computed_with(layers, numbers):
@@ -1072,10 +1078,9 @@ def print_kinship(target, source, kinship):
     verdict = "no relative of"
     if kinship.related:
         verdict = "related to"
-    met = len(target) - list(kinship.layers.values()).count(None)
     say(f"{called(source.checkpoint.path)} is {verdict} "
-        f"{called(target.checkpoint.path)}: {met} of {len(target)} layers have a partner "
-        f"(cosine of strangers: {kinship.null:.3f})")
+        f"{called(target.checkpoint.path)}: {len(kinship.met)} of {len(target)} layers "
+        f"have a partner (cosine of strangers: {kinship.null:.3f})")
     for (mine, theirs), value in zip(kinship.layers.items(), kinship.similarity):
         if theirs is None:
             theirs = "none"
@@ -1100,12 +1105,14 @@ def print_plan(target, source, kinship, plan):
     used = {each.source for each in brought.values()}
     unused = []
     for number in source.numbers:
-        if number not in kinship.layers.values():
+        if number not in kinship.met.values():
             unused.append(f"layer {number}")
             used |= set(source.named[number].values())
-    unused.append(listed(name for name in source.checkpoint.entries if name not in used))
-    if any(unused):
-        say(f"  not used of the source: {', '.join(filter(None, unused))}")
+    rest = [name for name in source.checkpoint.entries if name not in used]
+    if rest:
+        unused.append(listed(rest))
+    if unused:
+        say(f"  not used of the source: {', '.join(unused)}")
 
 
 def write_report(a, pairs, kinships):
@@ -1210,8 +1217,8 @@ def main(argv=None):
         warnings = doubts(*pair, kinship, plan)
         names = differing(plans[0][0], plan[0])
         if names:
-            warnings.append(f"{listed(names)}: not brought as of {a.sources[0]}, so that "
-                            "their difference is that of two models")
+            warnings.append(f"{listed(names)}: not brought as of {a.sources[0]}: there "
+                            "the difference of the two is that of two models")
         for warning in warnings:
             say(f"warning: {pair[1].checkpoint.path}: {warning}", stream=sys.stderr)
     write_all(a, result, pairs, plans, progress)
