@@ -236,12 +236,11 @@ def word_embedding(checkpoint, stream):
         outside = entry.place.layer is None     # of the numbered layers
         if outside and entry.place.role == "embed" and entry.is_float:
             found.append(entry)
-    need(found, checkpoint.path, "has no embedding, which would tell the order of the "
-         "residual stream", OTHER)
+    need(found, checkpoint.path, "has no embedding to tell the stream's order", OTHER)
     largest = max(found, key=lambda entry: entry.numel)
     fits = largest.numel > 0 and largest.shape[1:] == (stream,)
-    need(fits, largest.file, f"has shape {largest.shape}; the layers ask for "
-         f"{stream} columns", OTHER, largest.name)
+    what = f"has shape {largest.shape}; the layers ask for {stream} columns"
+    need(fits, largest.file, what, OTHER, largest.name)
     return largest
 
 
@@ -253,12 +252,12 @@ def check_shapes(layers):
         for role, entry in entries.items():
             row, column = AXES[role]
             expected = (sizes[row], sizes[column])
-            need(entry.shape == expected, entry.file, f"has shape {entry.shape}; "
-                 f"{expected} would go with its layer", OTHER, entry.name)
+            what = f"has shape {entry.shape}; {expected} would go with its layer"
+            need(entry.shape == expected, entry.file, what, OTHER, entry.name)
         # Otherwise no head of q would know which keys are its own.
-        key = entries["k"]
-        need(sizes["heads"] % sizes["groups"] == 0, key.file, "has rows that the "
-             f"{sizes['heads']} rows of q cannot share", OTHER, key.name)
+        whole = sizes["heads"] % sizes["groups"] == 0
+        need(whole, layers.checkpoint.path, "has rows that those of q cannot share",
+             OTHER, entries["k"].name)
 
 
 def open_layers(target, source):
@@ -268,10 +267,10 @@ def open_layers(target, source):
     ours:     of those that pair, it is the one that holds the most weights of the
               target. Others (a vision tower) are not matched
     """
-    pairs = pair_stacks(stacks_of(float_places(target)),
-                        stacks_of(float_places(source)))
-    need(pairs, source.path, "has no layers that pair by name with those of "
-         f"{target.path}", OTHER)
+    mine = stacks_of(float_places(target))
+    pairs = pair_stacks(mine, stacks_of(float_places(source)))
+    need(pairs, source.path, f"no layers pair by name with those of {target.path}",
+         OTHER)
     weights = dict.fromkeys(pairs, 0)
     for entry in target.entries.values():
         if entry.place.stack in pairs:
@@ -412,9 +411,8 @@ def find_stream(target, source):
                taken as it stands: a relative with a new vocabulary is found, and
                strangers are strangers in any order
     """
-    vocabulary = min(target.embedding.shape[0], source.embedding.shape[0])
-    stream_J = match_stream(some_tokens(target, vocabulary),
-                            some_tokens(source, vocabulary))
+    V = min(target.embedding.shape[0], source.embedding.shape[0])
+    stream_J = match_stream(some_tokens(target, V), some_tokens(source, V))
     met = (stream_J >= 0).sum().item()
     if met >= min(target.stream, source.stream) / 2:
         return stream_J, True
@@ -986,18 +984,17 @@ def check_same_order(first, other, force):
     """
     # The same layers, in each the same matrices, and these alike as they stand.
     alone = f"match it by itself: {first.checkpoint.path} says nothing of its order"
-    need(other.numbers == first.numbers, other.checkpoint.path, "has other layers than "
-         f"{first.checkpoint.path}", alone)
+    need(other.numbers == first.numbers, other.checkpoint.path, "has other layers",
+         alone)
     for number, entries in other.entries.items():
         for role, entry in entries.items():
             like = first.entries[number].get(role)
-            need(like and like.shape == entry.shape, entry.file, "has no like of its "
-                 f"shape in {first.checkpoint.path}", alone, entry.name)
+            fits = like is not None and like.shape == entry.shape
+            need(fits, entry.file, "has no like of its shape", alone, entry.name)
             value = mean_cosine(first.checkpoint, other.checkpoint,
                                 [(like.name, entry.name)])
             same = force or not value <= RELATED
-            need(same, entry.file, "does not stand in the order of "
-                 f"{first.checkpoint.path}", alone, entry.name)
+            need(same, entry.file, "stands in another order", alone, entry.name)
 
 
 def differing(first, other):
@@ -1019,16 +1016,13 @@ def differing(first, other):
 def parse(argv):
     """The arguments. What the command line alone decides is refused here, with exit
     code 2; what depends on files, by all that follows, with exit code 1."""
-    parser = Parser(prog="match.py", description="Bring relatives of another shape, or "
-                    "of another order of hidden units, to the target.")
-    # Of the contract: what each flag promises is in the text that --help prints.
+    parser = Parser(prog="match.py", description="Bring relatives of another shape or "
+                    "order of hidden units to the target.")
     add = parser.add_argument
     add("target", metavar="TARGET", help="gives order, shapes, names and dtypes")
-    add("sources", metavar="SOURCE", nargs="+", help="what is brought there; the first "
-        "one's match serves all")
-    add("-o", "--output", metavar="OUT", help="with one source a .safetensors file, or "
-        "a folder if TARGET is one; with several a folder of STEM.safetensors. Without "
-        "it the kinship of each source is told, and nothing is brought")
+    add("sources", metavar="SOURCE", nargs="+", help="are brought, by the first's match")
+    add("-o", "--output", metavar="OUT", help="a .safetensors file, or a folder if "
+        "TARGET is one or there are several sources. Without it nothing is brought")
     add("--report", metavar="FILE", help="a JSON report")
     add("--seed", type=int, default=0, help="of the strangers to compare with")
     add("--force", action="store_true", help="write even strangers, and replace OUT")
