@@ -553,7 +553,7 @@ def folded_tensors(base, adapter):
     plan = Fold(base, adapter)
     tensors = {}
     for name, entry in plan.base.entries.items():
-        pieces = [torch.empty(0, dtype=entry.dtype)]    # the only one of an empty tensor
+        pieces = [torch.empty(0, dtype=entry.dtype)]    # all of an empty tensor
         for _, piece_L, _ in folded(plan, name):
             pieces.append(piece_L)
         tensors[name] = torch.cat(pieces).reshape(entry.shape)
@@ -680,7 +680,8 @@ class Pair:
                 difference += (new - old).square().sum().item()
             size += old.square().sum().item()
         sound = difference == 0 or math.isfinite(difference + size)
-        need(sound, ours.file, "here or in the base: NaN or Inf", "repair it", ours.name)
+        need(sound, ours.file, "here or in the base: NaN or Inf", "repair it",
+             ours.name)
         return difference, size
 
 

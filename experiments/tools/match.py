@@ -98,7 +98,7 @@ SLACK = 0.3
 SAMPLE = 32
 # Rows that tell whether a matrix that is brought is like the target's. The median of
 # their cosines is that of most rows, whatever a few hold.
-ROWS = 8
+ROWS = 16
 # Tokens of the vocabulary that tell which position of the stream is which: by chance,
 # columns of 4096 random numbers have cosines of 0.016.
 TOKENS = 4096
@@ -1020,7 +1020,7 @@ def parse(argv):
                     "order of hidden units to the target.")
     add = parser.add_argument
     add("target", metavar="TARGET", help="gives order, shapes, names and dtypes")
-    add("sources", metavar="SOURCE", nargs="+", help="are brought, by the first's match")
+    add("sources", metavar="SOURCE", nargs="+", help="brought, by the first's match")
     add("-o", "--output", metavar="OUT", help="a .safetensors file, or a folder if "
         "TARGET is one or there are several sources. Without it nothing is brought")
     add("--report", metavar="FILE", help="a JSON report")
