@@ -493,3 +493,10 @@ def test_what_we_extract_peft_loads_as_the_model(tmp_path, name):
     for tensor in expected:
         wanted = base if tensor in left_out else expected
         torch.testing.assert_close(got[tensor], wanted[tensor], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("path, name", [
+    ("org/Llama-2-7b", "Llama-2-7b"), ("a/b.safetensors", "b"), ("a/b/", "b"),
+    ("a/model.safetensors.index.json", "model"), (None, "")])
+def test_how_a_model_is_called(path, name):
+    assert lora.called(path) == name

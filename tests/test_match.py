@@ -1,6 +1,8 @@
 """experiments/tools/match.py: against brute force, planted orders, known relatives."""
 import itertools
 import json
+import math
+import re
 
 import pytest
 import torch
@@ -471,3 +473,152 @@ def test_a_folder_gets_the_targets_companions(desk):
     assert (out / "config.json").read_text() == (folder / "config.json").read_text()
     assert (out / "1_Pooling/config.json").read_text() == "[]"
     assert_equal(load_file(out / "model.safetensors"), target)
+
+
+# --- At any scale -------------------------------------------------------------------
+@pytest.mark.parametrize("scale", [1e-60, 1e-30, 1e-20, 1e20, 1e29])
+def test_a_permuted_copy_is_found_at_any_scale(files, scale):
+    """Squares of float32 end at 1e-45 and at 1e38; one matrix alone is of another
+    scale, too. Powers of two: what is scaled comes back exactly."""
+    dtype = torch.float32
+    if scale < 1e-38:
+        dtype = torch.float64
+    factor = 2.0 ** round(math.log2(scale))
+    target = {name: tensor.to(dtype) for name, tensor in made(3).items()}
+    source, _, _ = planted(target, 4, (0, 1, 2))
+    scaled = {name: factor * tensor for name, tensor in source.items()}
+    expected = {name: factor * tensor for name, tensor in target.items()}
+    up = "model.layers.1.mlp.up_proj.weight"
+    scaled[up] = source[up]
+    expected[up] = target[up]
+    found = brought(files, target, scaled)
+    assert_equal(found, expected)
+
+
+def test_numbers_that_vanish_in_the_targets_dtype_are_refused(files):
+    target = made(3)
+    source = {name: 1e-12 * tensor for name, tensor in target.items()}
+    half = {name: tensor.half() for name, tensor in target.items()}
+    paths = files(target=half, source=source)
+    out = paths["target"].with_name("out.safetensors")
+    assert "float16" in refused(*paths.values(), "-o", out) and not out.exists()
+
+
+# --- What may make the result another function --------------------------------------
+def told(desk, target, source, *more):
+    """(stdout, stderr, tensors) of a run that must succeed."""
+    paths = [desk.put(tensors, name) for name, tensors in
+             zip(("target", "source", "expert"), (target, source, *more))]
+    out = desk / ("out" if more else "out.safetensors")
+    code, said, error = desk.run(*paths, "-o", out, "--force", main=match.main)
+    assert code == 0, error
+    if more:
+        out = out / "expert.safetensors"
+    return said, error, load_file(out)
+
+
+def less(tensors, *words):
+    return {name: tensor for name, tensor in tensors.items()
+            if not any(word in name for word in words)}
+
+
+HEAD = "lm_head.weight"
+
+
+@pytest.mark.parametrize("words", [("_proj.bias",), ("q_norm",), (HEAD,)])
+def test_what_only_one_of_two_models_computes_with(desk, words):
+    """In the source it is lost, in the target it stays: either is another function."""
+    full = made(3, bias=True)
+    part = less(full, *words)
+    lost = sorted(set(full) - set(part))
+    said, error, result = told(desk, part, planted(full, 4, (0, 1, 2))[0])
+    assert_equal(result, part)
+    assert "only one of the two models computes with" in error
+    assert error.count("\n") == 1
+    for name in lost:
+        general = re.sub(r"\.\d+\.", ".*.", name)
+        assert general in error and general in said.split("not used of the source")[1]
+    _, error, result = told(desk, full, planted(part, 4, (0, 1, 2))[0])
+    assert_equal(result, full)
+    assert "only one of the two models computes with" in error
+    assert re.sub(r"\.\d+\.", ".*.", lost[0]) in error
+
+
+def test_a_head_that_only_repeats_the_embedding_is_not_lost(desk):
+    full = made(3)
+    full[HEAD] = full["model.embed_tokens.weight"].clone()
+    source = planted(full, 4, (0, 1, 2))[0]
+    assert told(desk, less(full, HEAD), source)[1] == ""
+    assert told(desk, full, less(source, HEAD))[1] == ""
+
+
+def test_a_pruned_relative_is_no_cause_for_warnings(desk):
+    """Norms of another width, other layers, and tables that nobody has trained."""
+    large = made(5, layers=5, stream=64, heads=8, groups=4, neurons=56)
+    small, _, _ = planted(large, 6, (0, 3, 1), stream=48, neurons=40, groups=3)
+    small["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    assert told(desk, large, small)[1] == "" == told(desk, small, large)[1]
+
+
+ORDERS = {"halves to pairs": torch.arange(SIZE).view(2, -1).T.flatten(),
+          "pairs to halves": torch.arange(SIZE).view(-1, 2).T.flatten(),
+          "half of them": torch.tensor([0, 2, 1, 3, 4, 5, 6, 7]).roll(1)}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_another_order_within_a_head_is_a_warning(desk, order):
+    """Of rotary positions, as other libraries have it. All else comes back bit for
+    bit, and q and k are named."""
+    target = made(3)
+    within = (torch.arange(0, 48, SIZE)[:, None] + ORDERS[order]).flatten()
+    turned = dict(target)
+    for name, tensor in target.items():
+        if "q_proj" in name or "k_proj" in name:
+            turned[name] = tensor[within[:len(tensor)]]
+    _, error, result = told(desk, target, planted(turned, 4, (0, 1, 2))[0])
+    assert_equal(result, turned)
+    assert error.startswith("warning: ") and "no more alike than strangers" in error
+    for role in "qk":
+        assert f"model.layers.*.self_attn.{role}_proj.weight (3)" in error
+    assert error.count("_proj") == 2 and error.count("\n") == 1
+
+
+def test_units_that_find_nobody_are_named(desk):
+    """The attention of one layer is a stranger's."""
+    target = made(3)
+    source = planted(target, 4, (0, 1, 2))[0]
+    alien = made(9)
+    for name in target:
+        if "layers.1.self_attn" in name and "_proj" in name:
+            source[name] = alien[name]
+    said, error, result = told(desk, target, source)
+    assert_equal(result, target)
+    unfound = said.split("whose units found no partner: ")[1].split("\n")[0]
+    assert unfound.count("(1)") == 5                        # q_norm as well
+    assert "layers.*.self_attn.q_proj.weight (1)" in error
+
+
+@pytest.mark.parametrize("size", [12, 20])
+def test_heads_of_any_size_are_found(files, monkeypatch, size):
+    """Not only of multiples of eight rows."""
+    monkeypatch.setitem(globals(), "SIZE", size)
+    target = made(3, stream=60)
+    source, _, _ = planted(target, 4, (0, 1, 2))
+    assert_equal(brought(files, target, source), target)
+
+
+def test_an_expert_that_lacks_what_its_base_has_is_told(desk):
+    """Its file would hold the target's numbers there, and the base's file the base's:
+    their difference means nothing."""
+    target = made(3, bias=True)
+    base = planted(target, 4, (0, 1, 2))[0]
+    assert told(desk, target, base, base)[1] == ""
+    gate = "model.layers.1.mlp.gate_proj.weight"
+    _, error, result = told(desk, target, base, less(base, gate))
+    assert torch.equal(result[gate], target[gate])
+    assert "mlp.gate_proj.weight (1): not brought as of" in error
+    wider = dict(base)
+    grown = made(3, vocabulary=310)[HEAD]
+    target[HEAD] = grown
+    wider[HEAD] = grown
+    assert f"{HEAD} (1)" in told(desk, target, base, wider)[1]

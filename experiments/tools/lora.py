@@ -18,9 +18,8 @@ ours:  experts are merged as whole models, which is all that merge.py knows: the
 Left out on purpose: whatever is more than W + s B A (DoRA, PiSSA, biases, embeddings,
        convolutions, saved modules). It is refused by name.
 
-Straight down: names (which tensor of a file is which module of PEFT's model), what a
-base says about its matrices, the adapter's two files, fold, extract, the command. The
-arithmetic is in `folded` (a sum) and `best_factors` (a singular value decomposition).
+The arithmetic is in `folded` (a sum) and `best_factors` (a singular value
+decomposition). All else is names: which tensor of a file is which module for PEFT.
 """
 import json
 import math
@@ -57,14 +56,13 @@ NOISE = 2e-6
 def pair_names(wanted, names, fits):
     """{name wanted: the one of `names` that is the same tensor}.
 
-    Equal names first. The others take the nearest name that is left: as many parts in
-    common as can be. Of several that are equally near they take the only one whose
-    shape fits: fits(name wanted, name). A name that stays ambiguous, or that two want,
-    has no partner.
+    Equal names first. The others take the nearest that is left; of several the only one
+    whose shape fits: fits(name wanted, name). A name that stays ambiguous, or that two
+    want, has no partner.
 
-    ours:     align.pair_names finds relatives; here both must be of one model. Names
-              on disk and in memory differ in front of the layer's number: there
-              transformers adds, drops and reorders parts. Behind it they are equal.
+    ours:     align.pair_names finds relatives; these are names of one model, on disk
+              and in memory. In front of the layer's number transformers adds, drops and
+              reorders parts, behind it names are equal.
     Example:  'transformer.h.0.attn.c_attn.weight' is 'h.0.attn.c_attn.weight'
     """
     pairs = {name: name for name in wanted if name in names}
@@ -98,12 +96,10 @@ def pair_names(wanted, names, fits):
 
 
 def take_apart(name):
-    """(what two names of one tensor have in common, parts in which they may differ). Of
-    the parts, one name must hold all of the other's, in any order; `model` means
-    nothing. So an encoder never meets a decoder.
+    """(what two names of one tensor have in common, parts in which they may differ):
+    one name must hold all parts of the other's, so that no encoder meets a decoder.
 
-    Example:  'model.language_model.layers.3.mlp.up_proj.weight' and
-              'language_model.model.layers.3.mlp.up_proj.weight' both give
+    Example:  'model.language_model.layers.3.mlp.up_proj.weight' gives
               (3, 'mlp.up_proj.weight'), {'language_model', 'layers'}
     """
     place = parse_name(name)            # drops what wrappers add (module, _orig_mod)
@@ -128,12 +124,9 @@ def linear_modules(base):
     transformers builds; None where that cannot be known.
 
     PEFT looks for its modules there, and only transformers knows how it calls them
-    today: GPT-2's `h.0` is `transformer.h.0`, ViT's `attention.query` is `q_proj`, and
-    what was linear once may be one tensor of all experts. So it is asked, in its
-    version 5, if the base has a config.json. (PEFT asks the same functions.)
+    today: ViT's `attention.query` is `q_proj`. So it is asked, in its version 5, if the
+    base has a config.json. Without it, names are those of the file, and a note says so.
 
-    ours:     without it, names are those of the file, and a note says so: extract runs
-              with the six packages of the core alone.
     Example:  {'h.0.mlp.c_fc.weight': 'transformer.h.0.mlp.c_fc', ...}, without wte
     """
     if not model_config(base).get("architectures"):
@@ -191,9 +184,10 @@ def listed(names):
 
 
 def called(path):
-    """The last part of a path or of a hub's name: 'org/Llama-2-7b' -> 'Llama-2-7b'. As
-    text: a path may hold bytes that are none."""
-    name = os.path.basename(str(path or "").rstrip(os.sep)).removesuffix(".safetensors")
+    """A model's name: the last part of a path or of a hub's name, without its ending;
+    as text, since a path may hold bytes that are none."""
+    name = os.path.basename(str(path or "").rstrip(os.sep))
+    name = name.removesuffix(".index.json").removesuffix(".safetensors")
     return name.encode("utf-8", "backslashreplace").decode()
 
 
@@ -212,13 +206,11 @@ NOT_LINEAR = re.compile(EMBEDDING.pattern + r"|bias|position|norm|\bln_|conv|rou
 def is_transposed(base, name):
     """Whether the base stores a matrix as (inputs, outputs), as Conv1D does.
 
-    ours:    the base itself says it, whatever the shape of this matrix: c_attn (two or
-             three maps in one) and c_fc (the map into the wider MLP) of the same stack
-             have more outputs than inputs.
-    differs: PEFT's configuration has one flag for all, fan_in_fan_out. It holds what
-             was true for the last matrix, and is not asked.
-    Example: GPT-2: c_attn (768, 2304), so c_proj (768, 768) is transposed; its square
-             classifier is not, as it has no such name. GPTBigCode: (2304, 768), so not.
+    ours:    the base itself says it: c_attn (two or three maps in one) and c_fc (into
+             the wider MLP) of the same stack have more outputs than inputs.
+    differs: PEFT's one flag for all, fan_in_fan_out, holds what was true for the last
+             matrix, and is not asked.
+    Example: GPT-2: c_attn (768, 2304), so c_proj (768, 768) is transposed
     """
     if not CONV1D.search(name):
         return False
@@ -239,9 +231,8 @@ def is_linear(entry):
 def tied_to(base, name):
     """The embedding that a head repeats bit for bit; None if there is none.
 
-    ours:  a loader may then read the embedding alone, and drop what stands in the head:
-           what is added to it would be lost. config.json may say that it is no such
-           head (tie_word_embeddings: false); what else it says depends on the version.
+    ours:  a loader may then read the embedding alone: what is added to the head would
+           be lost. config.json may say that it is no such head.
     """
     untied = model_config(base).get("tie_word_embeddings") is False
     entry = base.entries[name]
@@ -321,11 +312,8 @@ class Adapter:
     added:   {tensor of the model in which PEFT trained it: Factors}
     copies:  {tensor of that model: Entry of the adapter}, what PEFT saved of the base
              itself: a head or an embedding that was targeted or resized
-    Example: of a file with these three tensors
-                 base_model.model.lm_head.lora_A.weight            (8, 64)
-                 base_model.model.lm_head.lora_B.weight            (100, 8)
-                 base_model.model.lm_head.base_layer.weight        (100, 64)
-             the first two are added['lm_head.weight'], the third is its copy
+    Example: of base_model.model.lm_head.{lora_A,lora_B,base_layer}.weight the first two
+             are added['lm_head.weight'], the third is its copy
     Raises:  CheckpointError, by name, for what is more than W + s B A
     """
 
@@ -367,8 +355,6 @@ class Adapter:
         """The factors of one module, checked, and s.
 
         Equation:  s = alpha / r;  alpha / sqrt(r) under use_rslora (Kalajdzievski 2023)
-        Source:    PEFT: r and alpha may differ by module, in rank_pattern and
-                   alpha_pattern
         """
         name = next(iter(pair.values())).name
         need(len(pair) == 2, self.path, "its other factor is missing", tensor=name)
@@ -414,10 +400,8 @@ def read_config(path):
 def read_patterns(config, key, path):
     """[(compiled pattern, value), ...] of rank_pattern or alpha_pattern.
 
-    Source:   PEFT's rule: the first pattern that matches whole dotted parts at the end
-              of a module's name
-    Example:  'self_attn.q_proj' matches 'model.layers.0.self_attn.q_proj'; 'proj' does
-              not
+    Source:   PEFT's rule: the first that matches whole dotted parts at a name's end
+    Example:  'q_proj' matches 'model.layers.0.self_attn.q_proj'; 'proj' does not
     """
     table = config.get(key) or {}
     need(isinstance(table, dict), path, f"{key} is no table of regular expressions")
@@ -563,15 +547,13 @@ def folded(plan, name):
 def folded_tensors(base, adapter):
     """The folded model in memory, name -> tensor, for tables and scores.
 
-    Args:     base: a path, or what is open already. The result has its dtypes; to keep
-              what an adapter adds to a bfloat16 base, pass a chunking.StateDict of a
-              float32 copy.
-    Example:  TinyLM.from_state_dict(folded_tensors("base.safetensors", "lora-code-a"))
+    Args:     base: a path, or what is open already: to keep what an adapter adds to a
+              bfloat16 base, a chunking.StateDict of a float32 copy
     """
     plan = Fold(base, adapter)
     tensors = {}
     for name, entry in plan.base.entries.items():
-        pieces = [torch.empty(0, dtype=entry.dtype)]        # of an empty tensor the only
+        pieces = [torch.empty(0, dtype=entry.dtype)]    # all of an empty tensor
         for _, piece_L, _ in folded(plan, name):
             pieces.append(piece_L)
         tensors[name] = torch.cat(pieces).reshape(entry.shape)
@@ -579,12 +561,10 @@ def folded_tensors(base, adapter):
 
 
 def fold(base, adapter, output, force=False, quiet=True):
-    """Write the folded model, tensor by tensor.  base, adapter, output: paths; force:
-    overwrite.
+    """Write the folded model, tensor by tensor.
 
     Returns:  {"folded": number of matrices that change, "rounding": how far rounding to
-              the base's dtype moves them, over the norm of what the adapter adds,
-              "notes": [...]}
+              the base's dtype moves them, over the norm of what is added, "notes"}
     """
     plan = Fold(base, adapter)
     base = plan.base
@@ -697,12 +677,11 @@ class Pair:
             old = self.base.read(name, start, stop).double()
             new = self.model.read(ours.name, start, stop).double()
             if not torch.equal(new, old):
-                check_finite(old, theirs.file, name)
-                check_finite(new, ours.file, ours.name)
                 difference += (new - old).square().sum().item()
             size += old.square().sum().item()
-        need(difference == 0 or math.isfinite(size), theirs.file, "holds Inf",
-             "repair it", name)
+        sound = difference == 0 or math.isfinite(difference + size)
+        need(sound, ours.file, "here or in the base: NaN or Inf", "repair it",
+             ours.name)
         return difference, size
 
 
@@ -731,14 +710,10 @@ def factorise(pair, rank, quiet=True):
     """MODEL - BASE as factors.
 
     Returns:  {tensor name of the adapter: float32 factor}, and a record:
-              lost       share of the difference's Frobenius norm that the factors do
-                         not hold
-              worst      (matrix, that share, its share of the matrix's own difference):
-                         the largest loss
-              left_out   names of changed tensors that plain factors cannot hold (norms,
-                         biases, embeddings, experts); left_out_share of the norm, part
-                         of `lost`
-    ours:     float32 whatever the models are, so that the rank alone limits the factors
+              lost       share of the difference's Frobenius norm that they do not hold
+              worst      the largest loss: (matrix, that share, share of its own norm)
+              left_out   changed tensors that plain factors cannot hold (norms, biases,
+                         embeddings, experts), with their share of the norm
     """
     factors = {}
     losses = {}         # matrix -> (square that is lost, square of its difference)
@@ -784,12 +759,8 @@ def factorise(pair, rank, quiet=True):
 
 
 def extract(model, base, rank, output, force=False, quiet=True):
-    """Write the adapter of a rank that is nearest to a model over its base. One matrix
-    and the factors are in memory.
-
-    Args:     model, base, output: paths; force: overwrite
-    Returns:  the record of `factorise`, and "notes"
-    """
+    """Write the adapter of a rank that is nearest to a model over its base; paths.
+    Returns the record of `factorise`, and "notes"."""
     pair = Pair(model, base)
     output = os.fspath(output)
     inputs = [*pair.model.files, *pair.base.files]

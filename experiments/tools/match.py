@@ -9,9 +9,9 @@ units. Shuffle the neurons of an MLP, the heads of an attention, the positions o
 residual stream: the model computes the same function, and yet its weights, read as
 they stand, have nothing in common with what they were. A pruned or a grown model is
 shuffled in this sense, too: behind each missing neuron everything has moved. So,
-before chunks are encoded or weights are averaged, somebody must say which unit is
-which. Of relatives (one was made from the other, or both from a third) the weights
-say it, since they still resemble each other. Between strangers there is nothing to say.
+before weights are averaged, somebody must say which unit is which. Of relatives (one
+was made from the other, or both from a third) the weights say it, since they still
+resemble each other. Between strangers there is nothing to say.
 
     match    weights -> which unit of the source is which of the target
                find_stream      the order of the residual stream, from the embeddings
@@ -21,10 +21,10 @@ say it, since they still resemble each other. Between strangers there is nothing
     write    the source's numbers in the target's order, shapes, names and dtypes
                plan_tensors     which tensor is brought, with which rows and columns
                read_matched     its rows; where nobody is a partner, the target's own
+               doubts           what may make the result another function: warnings
 
 What is written merges with the target by merge.py, or by any other tool, as equal
-shapes do. An example,
-with neurons as rows (there are two in the source, three in the target):
+shapes do. An example, with neurons as rows:
 
     source  b [5 1]      target  a [2 9]      written  a [2 9]    nobody's: the target's
             c [0 7]              c [1 8]               c [0 7]
@@ -44,8 +44,8 @@ Paper: Sec. 3.3 merges across shapes by chunks alone. ours: weights are matched 
        shapes (Ainsworth et al. 2022, "Git Re-Basin"). Here either side may have more
        units, and layers may be missing, repeat, or stand in another order.
 Not here: mixtures of experts and fused projections (refused by name); vision towers
-       (they stay the target's); another order of the numbers within a head (rotary
-       positions fix it in q and k); what only activations would show.
+       (they stay the target's); another order of the numbers within a head, as rotary
+       positions have in other libraries (a warning); what only activations would show.
 """
 if __name__ == "__main__":      # Ctrl-C during the imports: end without a traceback
     import signal
@@ -68,7 +68,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from align import pair_names, pair_stacks, stacks_of
 from chunking import (PIECE, Checkpoint, Parser, appear, check_output, command,
                       create, need, say, spans, wide)
-from merge import RELATED, Destination, digest, mean_cosine
+from lora import called, listed
+from merge import RELATED, Destination, digest, float_places, mean_cosine
 
 VERSION = 1             # of the report
 
@@ -85,7 +86,7 @@ AXES = {
     "down": ("stream", "neurons")}
 NEEDED = ("q", "k", "v", "o", "up", "down")     # an MLP without a gate is fine
 # A norm scales the stream, unless its name says otherwise.
-NORM_AXES = [("heads", r"q_(layer_?)?norm|attn_sub_norm"),
+NORM_AXES = [("heads", r"q_(layer_?)?norm|attn_sub_norm|inner_attn"),
              ("groups", r"k_(layer_?)?norm"),
              ("neurons", r"ffn_sub_norm")]
 
@@ -95,6 +96,9 @@ SLACK = 0.3
 # Neurons of a layer that tell which layer is which. Those of a relative have a partner
 # each, so that few are enough.
 SAMPLE = 32
+# Rows that tell whether a matrix that is brought is like the target's. The median of
+# their cosines is that of most rows, whatever a few hold.
+ROWS = 16
 # Tokens of the vocabulary that tell which position of the stream is which: by chance,
 # columns of 4096 random numbers have cosines of 0.016.
 TOKENS = 4096
@@ -102,8 +106,9 @@ TOKENS = 4096
 # 768 numbers. The cosines of strangers have a spread of 1 / sqrt(768) = 0.036; of all
 # pairs of 14,336 neurons the largest is about 0.2. Twice as many take twice the time.
 POSITIONS = 256
-# Rows of a head that come into question: multiples of eight, the largest first.
-HEAD_SIZES = range(256, 7, -8)
+# Rows of a head that come into question, the largest first. With less than eight, one
+# unit would often be taken for another.
+HEAD_SIZES = range(256, 7, -1)
 # Neurons that are compared with all others at a time: 59 MB for 14,336 others.
 BLOCK = 1024
 OTHER = "match models whose q, k, v, o, up and down are matrices of their own"
@@ -111,21 +116,20 @@ OTHER = "match models whose q, k, v, o, up and down are matrices of their own"
 
 def quiet(things, label):
     """The progress bar of a library function: none. The command passes one that draws.
-    Args:     things to go through; label: what is being done"""
+    """
     return things
 
 
 # === Match ==========================================================================
 # --- What a model is, for matching --------------------------------------------------
-# An embedding, and layers of q, k, v, o and an MLP. Names and shapes stand in the
-# header of a file, so that all that does not fit is refused before any layer is read,
-# and by the name of the file and the tensor that is to blame.
+# An embedding, and layers of q, k, v, o and an MLP. Headers say so: what does not fit
+# is refused before any layer is read, by file and tensor.
 class Layers:
     """The numbered layers of a checkpoint, with their matrices by role.
 
-    numbers    of the layers, as they stand in the names
-    entries    {number: {role: Entry}}, the matrices that have a line in AXES
-    named      {number: {(rest of the name, role): name}}, all tensors of the layers
+    numbers    of the layers, as they stand in the names, sorted
+    named      {number: {(rest of the name, role): name}}, all their tensors
+    entries    {number: {role: Entry}}, their matrices that have a line in AXES
     stream     width of the residual stream
     embedding  the Entry of the embedding of words
     tied       names of the tensors that equal it, itself among them
@@ -138,14 +142,13 @@ class Layers:
         number of a layer, 'model.layers'."""
         self.checkpoint = checkpoint
         self.stack = stack
-        stacks = stacks_of(places_of(checkpoint))
+        stacks = stacks_of(float_places(checkpoint))
         self.named = stacks.pop(stack)
         self.foreign = tuple(apart(stack, other) for other in stacks)
         self.numbers = sorted(self.named)
         self.entries = {}
         for number, names in self.named.items():
-            entries = [checkpoint.entries[name] for name in names.values()]
-            self.entries[number] = matrices_by_role(checkpoint, number, entries)
+            self.entries[number] = matrices_by_role(checkpoint, number, names.values())
         # q reads the stream: it is as wide as q has columns.
         self.stream = self.entries[self.numbers[0]]["q"].shape[1]
         self.embedding = word_embedding(checkpoint, self.stream)
@@ -158,12 +161,15 @@ class Layers:
 
     def __len__(self): return len(self.numbers)
 
-    def sizes(self, number):
-        """{axis: its length} in a layer. Layers may differ.
-        Example:  SmolLM2-135M: stream 576, neurons 1536, heads 576, groups 192"""
-        entries = self.entries[number]
-        return {"stream": self.stream, "neurons": entries["up"].shape[0],
-                "heads": entries["q"].shape[0], "groups": entries["k"].shape[0]}
+    def sizes(self, number=None):
+        """{axis: its length} outside the layers, or in one; layers may differ.
+        Example:  SmolLM2-135M: tokens 49152, stream 576, neurons 1536, heads 576,
+                  groups 192"""
+        found = {"tokens": self.embedding.shape[0], "stream": self.stream}
+        if number is not None:
+            for axis, role in (("neurons", "up"), ("heads", "q"), ("groups", "k")):
+                found[axis] = self.entries[number][role].shape[0]
+        return found
 
     def rows(self, number, axis):
         """{role: matrix} of a layer, with this axis as rows and the stream as columns.
@@ -176,12 +182,9 @@ class Layers:
                 found[role] = self.checkpoint.read_tensor(entry.name).T
         return found
 
-
-def places_of(checkpoint):
-    """{name: Place}, as the functions of align.py that pair names ask for it.
-    Example:  'model.layers.3.mlp.up_proj.weight' -> stack 'model.layers', layer 3,
-              role 'up', rest 'mlp.up_proj.weight'"""
-    return {name: entry.place for name, entry in checkpoint.entries.items()}
+    def holds(self, entry, numbers):
+        """Whether a tensor is of one of these layers."""
+        return entry.place.stack == self.stack and entry.place.layer in numbers
 
 
 def apart(stack, other):
@@ -195,36 +198,30 @@ def apart(stack, other):
 
 
 def role_of(entry):
-    """The role of a weight, or of the bias that goes with it.
-    Example:  'q.bias' -> 'q'"""
+    """The role of a weight, or of the bias that goes with it: 'q.bias' -> 'q'."""
     return entry.place.role.removesuffix(".bias")
 
 
-def matrices_by_role(checkpoint, number, entries):
-    """{role: Entry} of the matrices that AXES knows, among the entries of one layer.
+def matrices_by_role(checkpoint, number, names):
+    """{role: Entry} of the matrices that AXES knows, among the tensors of one layer.
 
-    Raises:   CheckpointError if one of NEEDED is lacking. If some tensor holds what is
-              lacking (a fused projection, experts), that is the one to name
-    Example:  with q_proj.weight (576, 576): 'q' -> its Entry; with qkv_proj.weight, or
-              with experts.0.up_proj.weight: refused
+    Raises:   CheckpointError if one of NEEDED is lacking. If there is another matrix (a
+              fused projection, an expert's), that is the one to name
     """
     found = {}
-    for entry in entries:
+    others = [None]
+    for name in names:
+        entry = checkpoint.entries[name]
         role = entry.place.role
-        if role in AXES and entry.is_float and len(entry.shape) == 2:
+        if role in AXES and len(entry.shape) == 2:
             need(role not in found, entry.file, f"is the second {role} of its layer",
-                 OTHER, entry.name)
+                 OTHER, name)
             found[role] = entry
-    lacking = [role for role in NEEDED if role not in found]
-    for entry in entries:
-        role, _, mark = entry.place.role.partition(".")
-        if lacking and len(entry.shape) > 1:
-            need(role not in ("qkv", "gate_up"), entry.file, "is a fused projection",
-                 OTHER, entry.name)
-            need(role not in AXES or not mark, entry.file, "is one of several in its "
-                 "layer (experts, cross-attention)", OTHER, entry.name)
-    need(not lacking, checkpoint.path, f"layer {number} has no matrix for "
-         f"{', '.join(lacking)}", OTHER)
+        elif len(entry.shape) > 1:
+            others.append(name)
+    lacking = ", ".join(role for role in NEEDED if role not in found)
+    need(not lacking, checkpoint.path, f"layer {number} has no matrix of its own for "
+         f"{lacking}", OTHER, others[-1])
     return found
 
 
@@ -239,31 +236,28 @@ def word_embedding(checkpoint, stream):
         outside = entry.place.layer is None     # of the numbered layers
         if outside and entry.place.role == "embed" and entry.is_float:
             found.append(entry)
-    need(found, checkpoint.path, "has no embedding, which would tell the order of the "
-         "residual stream", OTHER)
+    need(found, checkpoint.path, "has no embedding to tell the stream's order", OTHER)
     largest = max(found, key=lambda entry: entry.numel)
     fits = largest.numel > 0 and largest.shape[1:] == (stream,)
-    need(fits, largest.file, f"has shape {largest.shape}; the layers ask for "
-         f"{stream} columns", OTHER, largest.name)
+    what = f"has shape {largest.shape}; the layers ask for {stream} columns"
+    need(fits, largest.file, what, OTHER, largest.name)
     return largest
 
 
 def check_shapes(layers):
     """Refuse matrices that do not fit together, before any of them is read.
-    Example:  up (1536, 576) with down (576, 1408): which of the two is wrong nobody
-              knows, but one of them is named. q of 9 heads with k of 2: 9 / 2 is not
-              whole, so that no head knows which keys are its own"""
+    Example:  up (1536, 576) with down (576, 1408): one of them is wrong, and named"""
     for number, entries in layers.entries.items():
         sizes = layers.sizes(number)
         for role, entry in entries.items():
             row, column = AXES[role]
             expected = (sizes[row], sizes[column])
-            need(entry.shape == expected and entry.numel > 0, entry.file,
-                 f"has shape {entry.shape}; {expected} would go with its layer", OTHER,
-                 entry.name)
-        key = entries["k"]
-        need(sizes["heads"] % sizes["groups"] == 0, key.file, "has rows that the "
-             f"{sizes['heads']} rows of q cannot share", OTHER, key.name)
+            what = f"has shape {entry.shape}; {expected} would go with its layer"
+            need(entry.shape == expected, entry.file, what, OTHER, entry.name)
+        # Otherwise no head of q would know which keys are its own.
+        whole = sizes["heads"] % sizes["groups"] == 0
+        need(whole, layers.checkpoint.path, "has rows that those of q cannot share",
+             OTHER, entries["k"].name)
 
 
 def open_layers(target, source):
@@ -273,9 +267,10 @@ def open_layers(target, source):
     ours:     of those that pair, it is the one that holds the most weights of the
               target. Others (a vision tower) are not matched
     """
-    pairs = pair_stacks(stacks_of(places_of(target)), stacks_of(places_of(source)))
-    need(pairs, source.path, "has no layers that pair by name with those of "
-         f"{target.path}", OTHER)
+    mine = stacks_of(float_places(target))
+    pairs = pair_stacks(mine, stacks_of(float_places(source)))
+    need(pairs, source.path, f"no layers pair by name with those of {target.path}",
+         OTHER)
     weights = dict.fromkeys(pairs, 0)
     for entry in target.entries.values():
         if entry.place.stack in pairs:
@@ -285,24 +280,19 @@ def open_layers(target, source):
 
 
 def check_finite(layers, progress=quiet):
-    """Refuse NaN and Inf in whatever may be compared or brought: a cosine with them is
-    NaN, and so no evidence of anything. What is only copied need not be finite
-    (GPT-NeoX keeps a mask of -inf).
-
-    Args:     layers: Layers, of whose checkpoint every such tensor is read once
-    Raises:   CheckpointError, by file and tensor
-    """
+    """Refuse NaN and Inf in whatever may be compared or brought, by file and tensor: a
+    cosine with them is NaN, and so no evidence of anything. What is only copied need
+    not be finite (GPT-NeoX keeps a mask of -inf)."""
     checkpoint = layers.checkpoint
     for entry in progress(list(checkpoint.entries.values()), "check"):
         if not entry.is_float or axes_of(entry, layers) is None:
             continue
         for start, stop in spans(entry.numel):
-            piece_L = checkpoint.read(entry.name, start, stop).float()
-            # In one sum every NaN and Inf shows, and so does what has no square in
-            # float32: its cosines would be 0.
-            fine = piece_L.dot(piece_L).isfinite()
-            need(fine, entry.file, "holds NaN, Inf or a number above 1e16 in elements "
-                 f"{start} to {stop}", "repair or re-export it", entry.name)
+            piece_L = checkpoint.read(entry.name, start, stop).to(wide(entry.dtype))
+            # In one sum every NaN and Inf shows.
+            need(piece_L.sum().isfinite(), entry.file, "holds NaN or Inf, or numbers "
+                 f"too large to add up, in elements {start} to {stop}",
+                 "repair or re-export it", entry.name)
 
 
 # --- Cosines, and one-to-one partners -----------------------------------------------
@@ -317,6 +307,17 @@ class Positions(NamedTuple):
     source: torch.Tensor        # (P,)
 
 
+def directions(rows):
+    """Every row divided by its length, in float32: two rows of it multiply to their
+    cosine. A row of zeros stays zero.
+    ours:      by its largest number first: squares of 1e-30 are 0 in float32, those of
+               1e30 are infinite
+    Example:   [[3e30, 4e30]]: [[.6, .8]]"""
+    exact = rows.to(wide(rows.dtype))
+    largest = exact.abs().amax(1, keepdim=True)
+    return normalize((exact / largest.masked_fill(largest == 0, 1)).float(), dim=1)
+
+
 def unit_vectors(rows, positions_P, roles, size=1):
     """A vector of length 1 for each unit (a neuron, a head). The product of two of them
     is the mean of their cosines, matrix by matrix.
@@ -328,13 +329,11 @@ def unit_vectors(rows, positions_P, roles, size=1):
                size         rows of a unit: 1 for a neuron, more for a head
     Returns:   (N, U) float32, with U = roles size P
     ours:      each matrix counts alike, however large its weights are
-    Example:   one role, one neuron [3, 4]: [.6, .8]
     """
     parts = []
     for role in roles:
-        part = rows[role][:, positions_P].float()           # (N size, P)
-        part = part.reshape(len(part) // size, -1)          # (N, size P)
-        parts.append(normalize(part, dim=1))                # a unit of zeros stays zero
+        part = rows[role][:, positions_P]                               # (N size, P)
+        parts.append(directions(part.reshape(len(part) // size, -1)))   # (N, size P)
     return torch.cat(parts, dim=1) / math.sqrt(len(roles))
 
 
@@ -398,10 +397,10 @@ def match_stream(embedding_VJ, embedding_VI):
     for embedding in (embedding_VJ, embedding_VI):
         # Scaled by its length no token outweighs others; centred, a column no longer
         # holds what all tokens share.
-        token = normalize(embedding.float(), dim=1)
-        columns.append(normalize(token - token.mean(0), dim=0))
-    target_VJ, source_VI = columns
-    return assign(strong_cosines(target_VJ.T, source_VI.T, SLACK), SLACK)
+        token = directions(embedding)
+        columns.append(directions((token - token.mean(0)).T))
+    target_JV, source_IV = columns
+    return assign(strong_cosines(target_JV, source_IV, SLACK), SLACK)
 
 
 def find_stream(target, source):
@@ -412,9 +411,8 @@ def find_stream(target, source):
                taken as it stands: a relative with a new vocabulary is found, and
                strangers are strangers in any order
     """
-    vocabulary = min(target.embedding.shape[0], source.embedding.shape[0])
-    stream_J = match_stream(some_tokens(target, vocabulary),
-                            some_tokens(source, vocabulary))
+    V = min(target.embedding.shape[0], source.embedding.shape[0])
+    stream_J = match_stream(some_tokens(target, V), some_tokens(source, V))
     met = (stream_J >= 0).sum().item()
     if met >= min(target.stream, source.stream) / 2:
         return stream_J, True
@@ -472,84 +470,53 @@ def compare_layers(target, source, positions, seed=0, progress=quiet):
     # how far the numbers lie apart, not of the verdict.
     mine = target.sizes(target.numbers[0])["neurons"]
     theirs = source.sizes(source.numbers[0])["neurons"]
-    if mine <= theirs:
-        return best_cosines(target, source, positions.target, positions.source, seed,
-                            progress)
-    similarity_IJ, null = best_cosines(source, target, positions.source,
-                                       positions.target, seed, progress)
-    return similarity_IJ.T, null
-
-
-def best_cosines(fewer, more, positions_fewer, positions_more, seed, progress):
-    """compare_layers, of F layers with fewer neurons and M layers with more.
-
-    Returns:   (F, M), and null
-    ours:      shuffling a neuron's numbers keeps how large and how uneven they are, and
-               so what their best cosine is by chance. Each layer is read once
-    """
+    if mine > theirs:
+        turned = Positions(positions.source, positions.target)
+        similarity_IJ, null = compare_layers(source, target, turned, seed, progress)
+        return similarity_IJ.T, null
     roles = []
     for role in ("gate", "up", "down"):
-        entries = [*fewer.entries.values(), *more.entries.values()]
+        entries = [*target.entries.values(), *source.entries.values()]
         if all(role in found for found in entries):
             roles.append(role)
-    # The sample, twice: as it is, and shuffled. Its columns are the compared positions
-    # only, so that `every` one of them counts.
-    real = sample_neurons(fewer, positions_fewer, roles)
+    # The sample as it is, and behind it shuffled, each row by itself. That keeps how
+    # large and how uneven the numbers are, and so what their best cosine is by chance.
+    # Its columns are the compared positions only, so that `every` one of them counts.
     generator = torch.Generator().manual_seed(seed)
-    shuffled = {}
-    for role in roles:
-        order = torch.rand(real[role].shape, generator=generator).argsort(1)
-        shuffled[role] = real[role].gather(1, order)        # each row by itself
-    every = torch.arange(len(positions_fewer))
-    real_NU = unit_vectors(real, every, roles)              # N = F SAMPLE
-    shuffled_NU = unit_vectors(shuffled, every, roles)
+    sample = sample_neurons(target, positions.target, roles)
+    for role, real in sample.items():
+        order = torch.rand(real.shape, generator=generator).argsort(1)
+        sample[role] = torch.cat([real, real.gather(1, order)])
+    every = torch.arange(len(positions.target))
+    sample_NU = unit_vectors(sample, every, roles)          # N = 2 J SAMPLE
 
     # Each neuron's best cosine in each layer of the other model. The mean over the
     # neurons of a layer is how alike the two layers are.
-    similarity_FM = torch.zeros(len(fewer), len(more))
-    null_FM = torch.zeros(len(fewer), len(more))
-    for m, number in enumerate(progress(more.numbers, "compare layers")):
-        unit_KU = unit_vectors(more.rows(number, "neurons"), positions_more, roles)
-        best_N = (real_NU @ unit_KU.T).amax(1)
-        similarity_FM[:, m] = best_N.view(len(fewer), SAMPLE).mean(1)
-        best_N = (shuffled_NU @ unit_KU.T).amax(1)
-        null_FM[:, m] = best_N.view(len(fewer), SAMPLE).mean(1)
-    return similarity_FM, null_FM.mean().item()
+    columns = []
+    for number in progress(source.numbers, "compare layers"):
+        unit_KU = unit_vectors(source.rows(number, "neurons"), positions.source, roles)
+        best_N = (sample_NU @ unit_KU.T).amax(1)
+        columns.append(best_N.view(2, -1, SAMPLE).mean(2))
+    similarity_JI, null_JI = torch.stack(columns, dim=2)
+    return similarity_JI, null_JI.mean().item()
 
 
 def sample_neurons(layers, positions_P, roles):
     """Neurons of each layer, evenly spread over it, layer after layer.
-    Returns:   {role: (layers SAMPLE, P)} float32. Some neurons come twice where a layer
-               has fewer than SAMPLE"""
+    Returns:   {role: (layers SAMPLE, P)}. Some neurons come twice where a layer has
+               fewer than SAMPLE"""
     found = {role: [] for role in roles}
     for number in layers.numbers:
         rows = layers.rows(number, "neurons")
         some = torch.linspace(0, len(rows["up"]) - 1, SAMPLE).long()
         for role in roles:
-            found[role].append(rows[role][some][:, positions_P].float())
+            found[role].append(rows[role][some][:, positions_P])
     return {role: torch.cat(parts) for role, parts in found.items()}
-
-
-def match_layers(similarity_JI, slack):
-    """The most similar source layer of each target layer, as an index; None if it is
-    not above the slack.
-    ours:      layers may repeat and stand in any order: models are made by stacking the
-               layers of others, too
-    Example:   three layers on two: [[.9, .1], [.1, .8], [.9, .1]]: [0, 1, 0]
-               one that is new: [[.9, .1], [.2, .1]], slack .3: [0, None]"""
-    layers = []
-    for row_I in similarity_JI:
-        i = row_I.argmax().item()
-        if row_I[i] <= slack:
-            i = None
-        layers.append(i)
-    return layers
 
 
 class Kinship(NamedTuple):
     """Whether two models are related, and how layers and stream of the one stand in the
-    other. Layers are called by their numbers in the names.
-    Example:  see find_kinship"""
+    other. Layers are called by their numbers in the names."""
     related: bool           # half of the layers that could have a partner have one
     layers: dict            # {target layer: its source layer, or None}
     similarity: list        # per target layer: the cosine with the best source layer
@@ -558,6 +525,11 @@ class Kinship(NamedTuple):
     stream_J: torch.Tensor  # the source's position of each of the target's, or -1
     same_tokens: bool       # both embeddings are of the same tokens
     similarity_JI: torch.Tensor     # of every pair of layers: for pictures
+
+    @property
+    def met(self):
+        """{target layer: source layer}, without those that have no partner."""
+        return {j: i for j, i in self.layers.items() if i is not None}
 
 
 def find_kinship(target, source, seed=0, progress=quiet):
@@ -575,18 +547,18 @@ def find_kinship(target, source, seed=0, progress=quiet):
     positions = compared_positions(stream_J)
     similarity_JI, null = compare_layers(target, source, positions, seed, progress)
     slack = max(SLACK, 2 * null)
-    # From indices to the layers' numbers in the names.
-    layers = {}
-    for number, i in zip(target.numbers, match_layers(similarity_JI, slack)):
-        layers[number] = None
-        if i is not None:
-            layers[number] = source.numbers[i]
-    # Half, and not all: a relative may have been made of parts of several models.
-    met = len(layers) - list(layers.values()).count(None)
-    related = met >= min(len(target), len(source)) / 2
+    # The most similar source layer of each. Layers may repeat and stand in any order:
+    # models are made by stacking the layers of others, too.
+    layers = dict.fromkeys(target.numbers)
     similarity = similarity_JI.amax(1).tolist()
-    return Kinship(related, layers, similarity, null, slack, stream_J, same_tokens,
-                   similarity_JI)
+    for number, best, i in zip(target.numbers, similarity, similarity_JI.argmax(1)):
+        if best > slack:
+            layers[number] = source.numbers[i]
+    kinship = Kinship(False, layers, similarity, null, slack, stream_J, same_tokens,
+                      similarity_JI)
+    # Half, and not all: a relative may have been made of parts of several models.
+    related = len(kinship.met) >= min(len(target), len(source)) / 2
+    return kinship._replace(related=related)
 
 
 # --- Neurons and heads of a pair of layers ------------------------------------------
@@ -596,19 +568,6 @@ def find_kinship(target, source, seed=0, progress=quiet):
 #
 #     rows of q   [head 0] [head 1] [head 2] [head 3]      two groups of two heads each,
 #     rows of k   [    group 0    ] [    group 1    ]      as in grouped-query attention
-def match_neurons(target_rows, source_rows, positions, slack):
-    """(J,): the source's neuron of each of the target's, or -1.
-
-    Args:      target_rows, source_rows   {role: (neurons, stream)} of both layers
-               positions   of the stream, as compared_positions gives them
-               slack       of the Kinship
-    """
-    roles = [role for role in target_rows if role in source_rows]
-    unit_JU = unit_vectors(target_rows, positions.target, roles)
-    unit_IU = unit_vectors(source_rows, positions.source, roles)
-    return assign(strong_cosines(unit_JU, unit_IU, slack), slack)
-
-
 def match_heads(target_rows, source_rows, positions, size, slack):
     """Partners of heads, if a head has `size` rows, as of whole units: rotary positions
     tie the numbers within a head together. First groups, by their keys, values
@@ -660,10 +619,9 @@ def blocks(index, size):
 
 
 def match_attention(target_rows, source_rows, positions, slack):
-    """`match_heads` for the size that a head has, which no weights file says.
+    """`match_heads` for the size that a head has, which no weights file says. Args and
+    Returns as there, without the score.
 
-    Args:      as match_heads
-    Returns:   {"heads": index of rows, "groups": index of rows}
     ours:      it is the largest that matches as well as the best. A smaller one would
                cut heads apart. A larger one takes two for one, and they match only
                where they happen to stand together. (SmolLM2-135M against itself in
@@ -690,22 +648,23 @@ def match_units(target, source, kinship, progress=quiet):
     target layers have as their partner) is matched twice, as its units may stand in
     another order each time.
 
-    Args:      target, source: Layers, and their Kinship
     Returns:   {target layer: {axis: index of rows, -1 for none}}, without the layers
                that have no partner
-    Memory:    that of a pair of layers
     Example:   {0: {"neurons": (1536,), "heads": (576,), "groups": (192,)}, ...}
     """
     positions = compared_positions(kinship.stream_J)
     units = {}
-    for mine, theirs in progress(list(kinship.layers.items()), "match units"):
-        if theirs is None:
-            continue
-        # Three matrices of each side are in memory, then four. A head has so many rows
-        # that a quarter of the positions is enough to know it, and takes less time.
-        neurons = match_neurons(target.rows(mine, "neurons"),
-                                source.rows(theirs, "neurons"), positions,
-                                kinship.slack)
+    for mine, theirs in progress(list(kinship.met.items()), "match units"):
+        # Neurons: any neuron may be any other's partner.
+        here = target.rows(mine, "neurons")
+        there = source.rows(theirs, "neurons")
+        roles = [role for role in here if role in there]
+        strong_JI = strong_cosines(unit_vectors(here, positions.target, roles),
+                                   unit_vectors(there, positions.source, roles),
+                                   kinship.slack)
+        neurons = assign(strong_JI, kinship.slack)
+        # A head has so many rows that a quarter of the positions is enough to know it,
+        # and takes less time.
         here = {axis: target.rows(mine, axis) for axis in ("heads", "groups")}
         there = {axis: source.rows(theirs, axis) for axis in ("heads", "groups")}
         some = Positions(positions.target[::4], positions.source[::4])
@@ -720,6 +679,12 @@ def match_units(target, source, kinship, progress=quiet):
 # embedding and a head the stream by their columns, the common vocabulary by their rows.
 # What is not known to follow stays the target's, and is named: better a number that is
 # not merged than one that is merged with a stranger.
+ALONE = "without a partner"
+UNKNOWN = "of unknown order"
+UNFOUND = "whose units found no partner"
+MIXED = (ALONE, UNKNOWN, UNFOUND)       # these leave a layer of two models' numbers
+
+
 class Brought(NamedTuple):
     """How a tensor of the target is read from the source. Both are matrices here; what
     is a vector is a matrix of one row.
@@ -736,12 +701,11 @@ class Brought(NamedTuple):
         """Nothing in it is the target's own."""
         return bool((self.row_J >= 0).all() and (self.column_K >= 0).all())
 
-
 def pair_tensors(target, source, layers):
-    """{target name: source name}.
+    """{target name: source name}, of two Layers.
 
-    Args:     target, source: Layers; layers: of their Kinship
-    Example:  with layers {0: 0, 1: None, 2: 1}:
+    Args:     layers: {target layer: source layer}
+    Example:  with layers {0: 0, 2: 1}:
               model.layers.2.mlp.up_proj.weight -> model.layers.1.mlp.up_proj.weight
               Layer 1 is not in it, nor are other stacks of layers: they meet nobody
     """
@@ -749,9 +713,9 @@ def pair_tensors(target, source, layers):
     def partners_of(target_stack, source_stack):
         if target_stack != target.named:
             return {}
-        return {mine: theirs for mine, theirs in layers.items() if theirs is not None}
+        return layers
 
-    pairs = pair_names(places_of(target.checkpoint), places_of(source.checkpoint),
+    pairs = pair_names(float_places(target.checkpoint), float_places(source.checkpoint),
                        partners_of)
     # The embedding; and a head that repeats it, which must go on doing so.
     for name in target.tied:
@@ -767,27 +731,25 @@ def axes_of(entry, layers):
     Example:  q_proj.weight -> (heads, stream);  q_proj.bias -> (heads,)
               embed_tokens.weight -> (tokens, stream);  input_layernorm -> (stream,)
     """
+    place = entry.place
+    inside = layers.holds(entry, layers.numbers)
+    foreign = place.layer is not None or place.rest.startswith(layers.foreign)
+    if foreign and not inside:
+        return None                     # of another tower, with a stream of its own
+    sizes = layers.sizes(place.layer)
+    # First the role: which axes should this tensor have?
     role = role_of(entry)
     shape = entry.shape
-    sizes = {"stream": layers.stream, "tokens": layers.embedding.shape[0]}
-    inside = entry.place.stack == layers.stack and entry.place.layer is not None
-    if inside:
-        sizes |= layers.sizes(entry.place.layer)
-    elif entry.place.layer is not None or entry.place.rest.startswith(layers.foreign):
-        return None                     # of another tower, with a stream of its own
-
-    # First the roles: which axes should this tensor have?
-    if entry.name in layers.tied:
+    of_words = role in ("embed", "head") and shape[:1] == (sizes["tokens"],)
+    if of_words or entry.name in layers.tied:
         axes = ("tokens", "stream")
+    elif role in ("embed", "head"):
+        axes = ("fixed", "stream")
     elif role == "norm":
         shape = (entry.numel,)          # some are stored as (heads, numbers in a head)
         axes = (norm_axis(entry, sizes),)
     elif role in AXES and inside:
         axes = AXES[role]
-    elif role in ("embed", "head") and shape[:1] == (sizes["tokens"],):
-        axes = ("tokens", "stream")
-    elif role in ("embed", "head"):
-        axes = ("fixed", "stream")
     else:
         return None
     if not 1 <= len(shape) <= 2:
@@ -824,18 +786,18 @@ def plan_tensors(target, source, kinship, units):
     ours:     norms are brought where widths are equal. The gains of a grown model
               differ by a factor, since its mean square is over more numbers
     """
-    pairs = pair_tensors(target, source, kinship.layers)
+    pairs = pair_tensors(target, source, kinship.met)
     brought = {}
     own = {}
     for name, entry in target.checkpoint.entries.items():
-        other = source.checkpoint.entries.get(pairs.get(name))
-        if other is None or not (entry.is_float and other.is_float):
-            own[name] = "without a partner"
+        if name not in pairs:
+            own[name] = ALONE
             continue
         # What has a partner is brought, unless one of these speaks against it.
+        other = source.checkpoint.entries[pairs[name]]
         axes = axes_of(entry, target)
         if axes is None or axes != axes_of(other, source):
-            own[name] = "of unknown order"
+            own[name] = UNKNOWN
         elif role_of(entry) == "norm" and entry.shape != other.shape:
             own[name] = "norms of another width"
         elif axes[0] == "fixed" and entry.shape[0] != other.shape[0]:
@@ -844,7 +806,11 @@ def plan_tensors(target, source, kinship, units):
             own[name] = "of another vocabulary"
         else:
             index = {"stream": kinship.stream_J, **units.get(entry.place.layer, {})}
-            brought[name] = order_of(entry, other, axes, index)
+            plan = order_of(entry, other, axes, index)
+            if plan.row_J.max() < 0 or plan.column_K.max() < 0:
+                own[name] = UNFOUND
+            else:
+                brought[name] = plan
     return brought, own
 
 
@@ -863,8 +829,7 @@ def order_of(entry, other, axes, index):
         column_K = index.get(axes[0], common_index(entry.numel, other.numel))
         return Brought(other.name, other.numel, one_row, column_K)
     row_J = index.get(axes[0], common_index(entry.shape[0], other.shape[0]))
-    column_K = index[axes[1]]
-    return Brought(other.name, other.shape[1], row_J, column_K)
+    return Brought(other.name, other.shape[1], row_J, index[axes[1]])
 
 
 # --- Reading and writing ------------------------------------------------------------
@@ -907,7 +872,7 @@ def write_matched(output, target, source, brought, progress=quiet):
 
     Args:     target, source   Checkpoints
               brought          {name: Brought}; all other tensors are the target's own
-    Raises:   CheckpointError if a number does not fit the target's dtype: never an Inf
+    Raises:   CheckpointError if numbers do not fit the target's dtype: never an Inf
     """
     for name, entry in progress(list(target.entries.items()), "write"):
         # The target's own: byte for byte, whatever its dtype.
@@ -923,11 +888,80 @@ def write_matched(output, target, source, brought, progress=quiet):
         for start, stop in spans(J, step):
             rows_JK = read_matched(target, source, name, brought[name], start, stop)
             piece_L = rows_JK.to(entry.dtype).view(-1)
-            # 70,000 does not fit float16, which ends at 65,504.
+            # float16 ends at 65,504, and a model of 1e-10 would be one of zeros there.
             fits = piece_L.double().sum().isfinite()
+            fits = fits and (piece_L.any() or not rows_JK.any())
             need(fits, source.path, "has numbers that do not "
                  f"fit the target's {entry.dtype}", "store the target wider", name)
             output.put(name, start * K, piece_L)
+
+
+# --- What may make the result another function --------------------------------------
+def doubts(target, source, kinship, plan):
+    """Warnings: what one of the models computes with and the other has no like of, and
+    what was brought and is unlike the target's.
+
+    Args:     target, source: Layers; their Kinship; what plan_tensors returned
+    Example:  biases of q, k and v, of which the target has none; rows of q and k in
+              another order within each head
+    """
+    brought, own = plan
+    paired = pair_tensors(target, source, kinship.met).values()
+    alone = []
+    for name in computed_with(source, kinship.met.values()):
+        if name not in paired:
+            alone.append(name)
+    for name in computed_with(target, kinship.met):
+        if own.get(name) in MIXED:
+            alone.append(name)
+    # Units were told by all their matrices together. One of these may yet stand in an
+    # order of its own.
+    unlike = []
+    for name in brought:
+        cosine = likeness(target.checkpoint, source.checkpoint, name, brought[name])
+        if cosine <= kinship.slack:
+            unlike.append(name)
+    warnings = []
+    if alone:
+        warnings.append(f"{listed(alone)}: only one of the two models computes with "
+                        "that, or its units found no partner; the result is as the "
+                        "target")
+    if unlike:
+        warnings.append(f"{listed(unlike)}: brought, and yet no more alike than "
+                        "strangers (q and k may be in the order of another library's "
+                        "rotary positions)")
+    return warnings
+
+
+def computed_with(layers, numbers):
+    """Names of what these layers compute with, and of a head of the model's own."""
+    names = []
+    for name in float_places(layers.checkpoint):
+        entry = layers.checkpoint.entries[name]
+        head = entry.place.role == "head" and name not in layers.tied
+        if head or layers.holds(entry, numbers):
+            names.append(name)
+    return names
+
+
+def likeness(target, source, name, brought):
+    """The median cosine of ROWS rows of a matrix that is brought with the target's own,
+    over what has a partner. NaN for vectors, and for rows of zeros."""
+    if len(target.entries[name].shape) < 2:
+        return math.nan
+    known_K = brought.column_K >= 0
+    K = len(known_K)
+    known = (brought.row_J >= 0).nonzero()[:, 0]
+    # Evenly spread over all, so that these rows do not stand at one place of the heads.
+    some = torch.linspace(0, len(known) - 1, ROWS).long()
+    cosines = []
+    for row in known[some].tolist():
+        own = target.read(name, row * K, (row + 1) * K).view(1, K)
+        new = read_matched(target, source, name, brought, row, row + 1)
+        both = directions(torch.cat([own, new])[:, known_K])
+        if both.any(1).all():
+            cosines.append(both[0].dot(both[1]).item())
+    return torch.tensor(cosines).nanmedian().item()
 
 
 # --- Several sources by one match ---------------------------------------------------
@@ -950,78 +984,79 @@ def check_same_order(first, other, force):
     """
     # The same layers, in each the same matrices, and these alike as they stand.
     alone = f"match it by itself: {first.checkpoint.path} says nothing of its order"
-    need(other.numbers == first.numbers, other.checkpoint.path, "has other layers than "
-         f"{first.checkpoint.path}", alone)
+    need(other.numbers == first.numbers, other.checkpoint.path, "has other layers",
+         alone)
     for number, entries in other.entries.items():
         for role, entry in entries.items():
             like = first.entries[number].get(role)
-            need(like and like.shape == entry.shape, entry.file, "has no like of its "
-                 f"shape in {first.checkpoint.path}", alone, entry.name)
+            fits = like is not None and like.shape == entry.shape
+            need(fits, entry.file, "has no like of its shape", alone, entry.name)
             value = mean_cosine(first.checkpoint, other.checkpoint,
                                 [(like.name, entry.name)])
             same = force or not value <= RELATED
-            need(same, entry.file, "does not stand in the order of "
-                 f"{first.checkpoint.path}", alone, entry.name)
+            need(same, entry.file, "stands in another order", alone, entry.name)
+
+
+def differing(first, other):
+    """Names of tensors that not both of two sources bring, with the same rows and
+    columns: {name: Brought} of both.
+    Example:  an expert without the base's biases: where the base's file has these, its
+              own would have the target's, and their difference be that of two models"""
+    names = []
+    for name in first | other:
+        one = first.get(name)
+        two = other.get(name)
+        if not (one and two and torch.equal(one.row_J, two.row_J)
+                and torch.equal(one.column_K, two.column_K)):
+            names.append(name)
+    return names
 
 
 # === The command ====================================================================
-def stem(path):
-    """A model's name: that of its file or folder, without an ending.
-    Example:  'models/base.safetensors' -> 'base'
-              'SmolLM2-135M/' -> 'SmolLM2-135M'"""
-    name = os.path.basename(os.path.normpath(path))
-    return name.removesuffix(".index.json").removesuffix(".safetensors")
-
-
 def parse(argv):
     """The arguments. What the command line alone decides is refused here, with exit
     code 2; what depends on files, by all that follows, with exit code 1."""
-    parser = Parser(prog="match.py", description="Bring relatives of another shape, or "
-                    "of another order of hidden units, to the target.")
-    # Of the contract: what each flag promises is in the text that --help prints.
+    parser = Parser(prog="match.py", description="Bring relatives of another shape or "
+                    "order of hidden units to the target.")
     add = parser.add_argument
     add("target", metavar="TARGET", help="gives order, shapes, names and dtypes")
-    add("sources", metavar="SOURCE", nargs="+", help="what is brought there; the first "
-        "one's match serves all")
-    add("-o", "--output", metavar="OUT", help="with one source a .safetensors file, or "
-        "a folder if TARGET is one; with several a folder of STEM.safetensors. Without "
-        "it the kinship of each source is told, and nothing is brought")
+    add("sources", metavar="SOURCE", nargs="+", help="brought, by the first's match")
+    add("-o", "--output", metavar="OUT", help="a .safetensors file, or a folder if "
+        "TARGET is one or there are several sources. Without it nothing is brought")
     add("--report", metavar="FILE", help="a JSON report")
     add("--seed", type=int, default=0, help="of the strangers to compare with")
     add("--force", action="store_true", help="write even strangers, and replace OUT")
     add("--quiet", action="store_true", help="no progress bars")
     a = parser.read(argv)
     # What is wrong without a look at any file.
-    stems = [stem(path) for path in a.sources]
-    repeated = [name for name in stems if stems.count(name) > 1]
-    several = a.output and len(a.sources) > 1
     if not 0 <= a.seed < 2 ** 32:
         parser.error("--seed must be from 0 to 2^32 - 1")
     if a.force and not (a.output or a.report):
         parser.error("nothing is written: drop --force")
-    if several and a.output.endswith(".safetensors"):
-        parser.error("several sources go into a folder: give -o the name of one")
-    if several and repeated:
-        parser.error(f"two sources would become {repeated[0]}.safetensors: rename one")
+    if a.output and len(a.sources) > 1:
+        names = {called(path) for path in a.sources}
+        if a.output.endswith(".safetensors"):
+            parser.error("several sources go into a folder: give -o the name of one")
+        if len(names) < len(a.sources):
+            parser.error("two sources would become one file: rename one")
     return a
 
 
 def check_outputs(a, target, sources):
-    """Refuse what cannot be written, before any work.
+    """Refuse what cannot be written, before any work: what exists (--force replaces
+    it), is an input, or cannot be made.
 
     Returns:  the Destination of one source's result; None for several, and for none
-    Raises:   CheckpointError if an output exists (--force replaces it), is an input, or
-              cannot be made
     """
     result = None
     held = None
     if a.output and len(sources) > 1:
-        held = [f"{stem(source.path)}.safetensors" for source in sources]
+        held = [f"{called(source.path)}.safetensors" for source in sources]
     elif a.output:
         result = Destination(target, a.output)
         held = result.files
     # No output may be an input, nor stand in another output's way.
-    others = list(target.files)
+    others = [*target.files]
     for source in sources:
         others += source.files
     if a.output:
@@ -1033,52 +1068,43 @@ def check_outputs(a, target, sources):
 
 
 def print_kinship(target, source, kinship):
-    """Related or not, and a line per layer: target <- source, and their cosine.
-    Example:
-        pruned is related to base: 3 of 4 layers have a partner (cosine of strangers:
-        0.147)
-          layer 0 <- 0  0.994
-          layer 1 <- 1  0.993
-          layer 2 <- 2  0.991
-          layer 3 <- none  0.243
-    """
-    # The verdict, with how many layers it rests on; then each layer's own evidence.
+    """Related or not, with how many layers that rests on; then a line per layer."""
     verdict = "no relative of"
     if kinship.related:
         verdict = "related to"
-    met = [partner for partner in kinship.layers.values() if partner is not None]
-    say(f"{stem(source.checkpoint.path)} is {verdict} {stem(target.checkpoint.path)}: "
-        f"{len(met)} of {len(target)} layers have a partner (cosine of strangers: "
-        f"{kinship.null:.3f})")
+    say(f"{called(source.checkpoint.path)} is {verdict} "
+        f"{called(target.checkpoint.path)}: {len(kinship.met)} of {len(target)} layers "
+        f"have a partner (cosine of strangers: {kinship.null:.3f})")
     for (mine, theirs), value in zip(kinship.layers.items(), kinship.similarity):
         if theirs is None:
             theirs = "none"
         say(f"  layer {mine} <- {theirs}  {value:.3f}")
 
 
-def print_plan(target, source, kinship, brought, own):
+def print_plan(target, source, kinship, plan):
     """What was brought along, and what was not: of the target, and of the source.
     Example:
         grown: 29 of 38 tensors are brought, 0 in part
-          the target's own, norms of another width: 9, the first is model.norm.weight
-          not used of the source: layer 2, layer 5, model.norm.weight
+          the target's own, norms of another width: model.norm.weight (1)
+          not used of the source: layer 2, layer 5, model.norm.weight (1)
     """
-    # Of the target: how much is brought, and why the rest is not.
+    brought, own = plan
     partly = [name for name in brought if not brought[name].whole]
-    say(f"{stem(source.checkpoint.path)}: {len(brought)} of "
-        f"{len(target.checkpoint.entries)} tensors are brought, {len(partly)} in part")
+    say(f"{called(source.checkpoint.path)}: {len(brought)} of "
+        f"{len(brought) + len(own)} tensors are brought, {len(partly)} in part")
     for why in dict.fromkeys(own.values()):
         names = [name for name in own if own[name] == why]
-        say(f"  the target's own, {why}: {len(names)}, the first is {names[0]}")
+        say(f"  the target's own, {why}: {listed(names)}")
     # Of the source: what found no place in the target.
     used = {each.source for each in brought.values()}
     unused = []
     for number in source.numbers:
-        if number not in kinship.layers.values():
+        if number not in kinship.met.values():
             unused.append(f"layer {number}")
-    for name, entry in source.checkpoint.entries.items():
-        if entry.place.layer is None and name not in used:
-            unused.append(name)
+            used |= set(source.named[number].values())
+    rest = [name for name in source.checkpoint.entries if name not in used]
+    if rest:
+        unused.append(listed(rest))
     if unused:
         say(f"  not used of the source: {', '.join(unused)}")
 
@@ -1094,12 +1120,12 @@ def write_report(a, pairs, kinships):
     records = []
     for (_, source), kinship in zip(pairs, kinships):
         records.append({
-            "source": stem(source.checkpoint.path), "related": kinship.related,
+            "source": called(source.checkpoint.path), "related": kinship.related,
             "layers": list(kinship.layers.values()), "similarity": kinship.similarity,
             "null": kinship.null})
-    report = {"version": VERSION, "target": stem(a.target), "kinship": records}
+    report = {"version": VERSION, "target": called(a.target), "kinship": records}
     with appear(a.report, a.force) as path:
-        with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
+        with open(path, "w") as file:
             json.dump(report, file, indent=1, allow_nan=False)
 
 
@@ -1119,15 +1145,15 @@ def write_all(a, result, pairs, plans, progress):
         with appear(a.output, a.force) as folder:
             os.mkdir(folder)
             for (_, source), (brought, _) in zip(pairs, plans):
-                name = f"{stem(source.checkpoint.path)}.safetensors"
+                name = f"{called(source.checkpoint.path)}.safetensors"
                 with create(os.path.join(folder, name), entries) as output:
                     write_matched(output, target, source.checkpoint, brought, progress)
         return
     # One source: a file, or a folder in which the target's companions lie beside it.
     source = pairs[0][1].checkpoint
     brought, _ = plans[0]
-    card = (f"`{stem(source.path)}` in the order, shapes and names of "
-            f"`{stem(target.path)}`, by `experiments/tools/match.py` of lsmerge.\n")
+    card = (f"`{called(source.path)}` in the order, shapes and names of "
+            f"`{called(target.path)}`, by `experiments/tools/match.py` of lsmerge.\n")
     with create(result.path, entries, inside=result.weights, force=a.force) as output:
         result.fill(os.path.dirname(output.path), card)
         write_matched(output, target, source, brought, progress)
@@ -1179,8 +1205,16 @@ def main(argv=None):
     units = match_units(*pairs[0], first, progress)
     plans = []
     for pair, kinship in zip(pairs, kinships):
-        plans.append(plan_tensors(*pair, kinship, units))
-        print_plan(*pair, kinship, *plans[-1])
+        plan = plan_tensors(*pair, kinship, units)
+        plans.append(plan)
+        print_plan(*pair, kinship, plan)
+        warnings = doubts(*pair, kinship, plan)
+        names = differing(plans[0][0], plan[0])
+        if names:
+            warnings.append(f"{listed(names)}: not brought as of {a.sources[0]}: there "
+                            "the difference of the two is that of two models")
+        for warning in warnings:
+            say(f"warning: {pair[1].checkpoint.path}: {warning}", stream=sys.stderr)
     write_all(a, result, pairs, plans, progress)
     if a.report:
         write_report(a, pairs, kinships)
