@@ -27,6 +27,7 @@ import signal
 import sys
 import tempfile
 import threading
+import weakref
 from dataclasses import dataclass, replace
 from glob import glob
 from os.path import (abspath, basename, dirname, exists, isdir, isfile, join, lexists,
@@ -549,6 +550,8 @@ class Checkpoint:
         self.files = [abspath(file), *map(abspath, shards)]
         # Opened once: what is read stays the same file, even if its name is given away.
         self._handles = {shard: open(shard, "rb") for shard in shards}
+        for handle in self._handles.values():
+            weakref.finalize(self, handle.close)
         self._lock = threading.Lock()       # a handle has one position for all threads
 
     def read(self, name, start=0, stop=None):
