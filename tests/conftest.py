@@ -15,7 +15,10 @@ os.environ |= {"OMP_NUM_THREADS": "1", "MKL_DISABLE_FAST_MM": "1"}
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.linalg
+import scipy.special
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -108,6 +111,40 @@ def assert_near(got, expected, rtol=1e-6):
         most = max(rtol, torch.finfo(got[name].dtype).eps / 2)
         error = (got[name].double() - wide).abs().max()
         assert error <= most * wide.abs().max(), f"{name}: {error}"
+
+
+# --- Oracles that several files need --------------------------------------------------
+def overlap_matrix(n_s, n_t):
+    """P of Algorithm 1, line 3, by its definition, interval by interval:
+    P[j, i] = n_t |[j/n_t, (j+1)/n_t) n [i/n_s, (i+1)/n_s)|"""
+    P = torch.zeros(n_t, n_s, dtype=torch.float64)
+    for j in range(n_t):
+        for i in range(n_s):
+            left = max(j * n_s, i * n_t)
+            right = min((j + 1) * n_s, (i + 1) * n_t)
+            P[j, i] = max(0, right - left) / n_s
+    return P
+
+
+def transport_of(source, target):
+    """A of the Gaussian map, (Z, Z) by scipy, from two clouds of latents."""
+    S, T = (np.cov(np.asarray(z).T, bias=True) for z in (source, target))
+    root = scipy.linalg.sqrtm(S).real
+    inverse = np.linalg.inv(root)
+    middle = scipy.linalg.sqrtm(root @ T @ root).real
+    return torch.from_numpy(inverse @ middle @ inverse)
+
+
+def textbook_plan(cost, epsilon):
+    """Sinkhorn's loop in numpy, in the log domain, run to its end: the same unique
+    plan. Masses are uniform."""
+    I, J = cost.shape
+    score = -np.asarray(cost, dtype=float) / (epsilon * cost.max().item())
+    g = np.zeros(J)
+    for _ in range(600):
+        f = -np.log(I) - scipy.special.logsumexp(score + g, axis=1)
+        g = -np.log(J) - scipy.special.logsumexp(score + f[:, None], axis=0)
+    return torch.from_numpy(np.exp(score + f[:, None] + g))
 
 
 MODELS = {"a": dict(seed=1), "half": dict(seed=3, dtype=torch.bfloat16),

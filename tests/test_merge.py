@@ -2,14 +2,12 @@
 arithmetic, which the tests do by hand; what the codec loses, what the aligners move,
 what a file says, likewise. (Who meets whom: test_align.py, and kind by kind
 test_kinds.py. How things go wrong: test_refusals.py, test_faults.py.)"""
-import math
 import re
 import signal
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from safetensors.torch import load_file
 
@@ -18,7 +16,8 @@ import chunking as ck
 import lsmerge
 import merge
 import train
-from conftest import assert_equal, assert_near, generator, llama_tensors
+from conftest import (assert_equal, assert_near, generator, llama_tensors,
+                      overlap_matrix, textbook_plan, transport_of)
 from lsmerge import Codec
 
 NAME = "model.layers.1.mlp.up_proj.weight"          # the last layer of the target ...
@@ -354,17 +353,6 @@ def standardised(path, name):
     return ((w - mean) / std).reshape(-1, 64), std, mean
 
 
-def projection_matrix(n_source, n_target):
-    """P[j, i] = n_t |[j/n_t, (j+1)/n_t) n [i/n_s, (i+1)/n_s)|, entry by entry."""
-    P = torch.zeros(n_target, n_source, dtype=torch.float64)
-    for j in range(n_target):
-        for i in range(n_source):
-            left = max(j / n_target, i / n_source)
-            right = min((j + 1) / n_target, (i + 1) / n_source)
-            P[j, i] = n_target * max(0.0, right - left)
-    return P
-
-
 def test_report_pairs_and_bookkeeping_across_shapes(models, desk):
     got, report = desk.merged(models["a"], models["big"])
     assert report["kind"] == "cross-shape" and report["align"] == "gaussian"
@@ -398,7 +386,7 @@ def test_across_shapes_against_the_formula_by_hand(models, desk, monkeypatch, me
     monkeypatch.setitem(align.ALIGNERS, "double", doubled)
     z_t, scale, mean = standardised(models["a"], NAME)
     z_s, _, _ = standardised(models["big"], PARTNER)
-    projected = projection_matrix(len(z_s), len(z_t)) @ z_s
+    projected = overlap_matrix(len(z_s), len(z_t)) @ z_s
     centred = projected - projected.mean(0)
     way = [models["a"], models["big"], "--align", method, "--lam", 0.3]
     got, report = desk.merged(*way)
@@ -413,12 +401,7 @@ def test_across_shapes_against_the_formula_by_hand(models, desk, monkeypatch, me
         assert (record["iterations"], record["marginal_error"]) == (7, 0.25)
         assert "double" in desk.run("--help")[1]
     else:
-        S = np.cov(projected.numpy().T, bias=True)
-        T = np.cov(z_t.numpy().T, bias=True)
-        root = scipy.linalg.sqrtm(S).real
-        inverse = np.linalg.inv(root)
-        A = inverse @ scipy.linalg.sqrtm(root @ T @ root).real @ inverse
-        z = z_t.mean(0) + centred @ torch.from_numpy(A)
+        z = z_t.mean(0) + centred @ transport_of(projected, z_t)
         # inverting the covariance of 96 points in 64 dimensions costs three digits
         rtol = 1e-3
     check_tensor(got, (0.7 * z_t + 0.3 * z) * scale + mean, rtol)
@@ -461,12 +444,7 @@ def test_sinkhorn_is_cut_into_problems_that_fit_the_memory(models, desk, monkeyp
         mine = z_t[j:j + 48]
         theirs = z_s[j:j + 48]
         cost = (theirs[:, None] - mine).square().sum(2)
-        kernel = -cost / (0.1 * cost.max())
-        g = torch.zeros(48)
-        for _ in range(500):
-            f = -math.log(48) - torch.logsumexp(kernel + g, 1)
-            g = -math.log(48) - torch.logsumexp(kernel + f[:, None], 0)
-        plan = (kernel + f[:, None] + g).exp()
+        plan = textbook_plan(cost, 0.1)
         parts.append(48 * plan.T @ theirs)
     check_tensor(got, torch.cat(parts) * std + mean, rtol=1e-4)
     assert all(r["marginal_error"] < 1e-5 for r in report["alignment"])
@@ -510,8 +488,8 @@ def test_two_vaes_of_different_latent_sizes(models, desk):
     got, _ = desk.merged(*way, "--align", "none")
     codec, z_t = encoded(vae, models["a"], NAME)
     _, z_s = encoded(models["vae"], models["big"], PARTNER)
-    z = projection_matrix(len(z_s), len(z_t)) @ z_s.double()
-    z = z @ projection_matrix(64, 32).T
+    z = overlap_matrix(len(z_s), len(z_t)) @ z_s.double()
+    z = z @ overlap_matrix(64, 32).T
     stats = ck.measure(ck.Checkpoint(models["a"]), NAME)
     merged = (0.9 * z_t + 0.1 * z).float()
     check_tensor(got, codec.decode(merged, stats, stats.numel))

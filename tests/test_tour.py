@@ -5,13 +5,12 @@ import re
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from safetensors.torch import load_file
 
 import chunking as ck
 import lsmerge
-from conftest import ROOT, generator, save
+from conftest import ROOT, generator, overlap_matrix, save, transport_of
 
 MODELS = ROOT / "experiments" / "models"
 NAME = "model.layers.0.self_attn.q_proj.weight"
@@ -67,13 +66,6 @@ def is_row(row, x, shape, near=6e-3):
     assert row[3] == pytest.approx(x.std(), rel=near)
 
 
-def overlap(J, I):
-    """P of line 3, by the definition: the lengths that intervals have in common."""
-    left = np.maximum(np.arange(J)[:, None] / J, np.arange(I) / I)
-    right = np.minimum((np.arange(J)[:, None] + 1) / J, (np.arange(I) + 1) / I)
-    return J * np.clip(right - left, 0, None)
-
-
 @pytest.mark.parametrize("paths", [(), ("large", "base"), ("base", "code")], ids=str)
 def test_every_number_recomputed(capsys, codec, paths):
     """Parents of equal shape share a unit: that of all their weights together."""
@@ -94,12 +86,9 @@ def test_every_number_recomputed(capsys, codec, paths):
         is_row(mine[4], lost, (len(w[k]),), near=0.05)
     # Line 3, and line 4 by scipy's square roots.
     J = len(z[0])
-    projected = overlap(J, len(z[1])) @ z[1]
+    projected = overlap_matrix(len(z[1]), J).numpy() @ z[1]
     is_row(rows[10], projected, (J, 64))
-    S_s, S_t = np.cov(projected.T, bias=True), np.cov(z[0].T, bias=True)
-    root = scipy.linalg.sqrtm(S_s).real
-    inverse, middle = np.linalg.inv(root), scipy.linalg.sqrtm(root @ S_t @ root).real
-    A = inverse @ middle @ inverse
+    A = transport_of(projected, z[0]).numpy()
     aligned = z[0].mean(0) + (projected - projected.mean(0)) @ A
     is_row(rows[11], aligned, (J, 64))
     # Lines 5 and 6, and how far that is from the target.
