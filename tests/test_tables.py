@@ -1,14 +1,19 @@
-"""What merging.py, shapes.py and codec.py measure, on models of a few thousand weights.
-Oracles: planted models for which a verdict must say yes and no, matrices indexed by
-hand, numpy's SVD and spectra, the closed form of the linear VAE."""
+"""What merging.py, shapes.py and codec.py measure, on models of a few thousand weights,
+and the instruments of bench.py. Oracles: planted models for which a verdict must say
+yes and no, numpy's SVD, the closed form of the linear VAE; processes that allocate a
+known amount, the published size of Qwen2-0.5B, sums by hand."""
 import functools
+import math
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import bench
 import codec
 import compare
 import evaluate
@@ -67,8 +72,9 @@ def zoo(tmp_path_factory):
     write(folder / "base-seed2.safetensors", teacher(2, hidden=64))
     write(folder / "large.safetensors", teacher(3, hidden=96, layers=3))
     order = make_models.scramble(base, 1)[1]
+    layers = [order[1][i] for i in (0, 1, 1)]
     write(folder / "grown.safetensors",
-          make_models.gather(noisy(base, 0.05), order[0], [order[1][i] for i in (0, 1, 1)]))
+          make_models.gather(noisy(base, 0.05), order[0], layers))
     return folder
 
 
@@ -162,16 +168,6 @@ def test_controls_of_a_change_have_its_norm():
     assert torch.equal(flat[320:], torch.arange(320.0, 330.0))
 
 
-def test_a_depth_upscaled_relative_finds_its_layers():
-    base = teacher(1, hidden=64, layers=4)
-    deeper = shapes.upscaled(base)
-    assert len([name for name in deeper if "q_proj" in name]) == len(shapes.REPEATED)
-    row = shapes.kinship_row(shapes.StateDict(deeper), shapes.StateDict(base),
-                             ("upscaled", "base"))
-    assert row["layers"] == list(shapes.REPEATED) and row["related"]
-    assert 0.9 < shapes.kin(row) < 0.99     # noise of 0.3: cosine 1 / sqrt(1.09) = 0.958
-
-
 def test_matched_beats_its_unmatched_copy(zoo, two_texts):
     """Every control is there, and what is out of order is far from the target."""
     rows = shapes.measure_matched(zoo, lambda row: None, seeds=2, quiet=True)
@@ -255,6 +251,72 @@ def test_learning_and_search_on_a_few_steps(zoo, monkeypatch):
     row = codec.measure_learning(64, 0, [codec.small("base")], short)
     assert {point["stage"] for point in row["points"]} == {1, 2}
     assert all(point["share"] > 0 and "step" in point for point in row["points"])
-    rows = list(codec.measure_search([zoo / "large.safetensors"], (64,), (1,), ((2, 1),)))
+    files = [zoo / "large.safetensors"]
+    rows = list(codec.measure_search(files, (64,), (1,), ((2, 1),)))
     assert rows[0]["model"] == "large" and rows[0]["worst"] >= rows[0]["nmse"] > 0
     assert "| 64 | 1 | 3 |" in codec.section_search(rows)
+
+
+# --- bench.py -------------------------------------------------------------------------
+MIB = 1 << 20
+HOLD = ("x = bytearray({}); x[::4096] = b'1' * len(x[::4096]); "
+        "import time; time.sleep({})")
+
+
+def process(size, seconds):
+    """A command that holds `size` bytes for some time."""
+    return [sys.executable, "-c", HOLD.format(size, seconds)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc is Linux's")
+def test_memory_of_a_process_and_of_its_children_is_seen():
+    """A child holds 60 MiB, a grandchild 90: a look at the child alone would miss
+    them."""
+    code = (f"import subprocess, sys; p = subprocess.Popen({process(90 * MIB, 0.5)!r});"
+            f" {HOLD.format(60 * MIB, 0.5)}; p.wait()")
+    idle = bench.watch(process(0, 0.2))[1]
+    seconds, peak = bench.watch([sys.executable, "-c", code])
+    # Two interpreters (idle), their libraries, and the sampling's blind 10 ms.
+    assert 150 <= peak <= 150 + 2 * idle + 10
+    assert 0.5 <= seconds < 10
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    assert bench.anonymous_mib(done.pid) == 0
+
+
+def test_equal_bits_are_told_from_equal_values(tmp_path):
+    one = {"a": torch.tensor([0.0, 1.0, math.nan]), "b": torch.arange(5)}
+    changes = {"equal": {}, "sign of zero": {"a": torch.tensor([-0.0, 1.0, math.nan])},
+               "last": {"b": torch.tensor([0, 1, 2, 3, 5])}, "more": {"c": torch.ones(1)},
+               "dtype": {"b": one["b"].int()}, "shape": {"b": one["b"][None]}}
+    save_file(one, tmp_path / "one.safetensors")
+    for name, change in changes.items():
+        save_file(one | change, tmp_path / "other.safetensors")
+        same = bench.same_tensors(tmp_path / "one.safetensors",
+                                  tmp_path / "other.safetensors")
+        assert same == (name == "equal"), name
+
+
+def test_peer_ratios_are_taken_within_a_round():
+    """The second round met a machine of half the speed: the ratio stays 0.5. Without
+    start-up of 1 and 2 seconds: 3 / 6, 7 / 14, 3 / 6."""
+    seconds = {"mergekit": [8.0, 16.0, 8.0], "exact": [4.0, 8.0, 4.0]}
+    assert bench.ratios_of(seconds) == {"exact": [0.5, 0.5, 0.5]}
+    start = {"mergekit": 2.0, "merge.py": 1.0}
+    assert bench.ratios_of(seconds, start) == {"exact": [0.5, 0.5, 0.5]}
+
+
+def test_the_peer_model_has_the_published_size_of_qwen2():
+    shapes = bench.qwen2_shapes(bench.QWEN2)
+    assert sum(math.prod(shape) for shape in shapes.values()) == 494_032_768
+    assert len(shapes) == 24 * 12 + 2           # tied: no head of its own
+
+
+def test_memory_runs_on_the_smallest_pair(capsys, monkeypatch, tmp_path):
+    """The command, with two codecs."""
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--memory", "--quick", "--results",
+                                      str(tmp_path)])
+    bench.main()
+    printed = capsys.readouterr().out
+    assert "| reference |" in printed and "| exact |" in printed
+    assert compare.read("bench-memory", tmp_path) == []     # quick: nothing is kept
