@@ -81,8 +81,6 @@ train.py a --seed -1                                     | 2 | --seed
 train.py a --init vae --ratio 2                          | 2 | network
 lsmerge.py ''                                            | 2 | empty
 lora.py merge a b -o new                                 | 2 | 'merge'
-lora.py fold a b                                         | 2 | -o
-lora.py fold a b -o ''                                   | 2 | empty
 lora.py fold a b -o new --rank 1                         | 2 | --rank
 lora.py extract a b -o new                               | 2 | --rank
 lora.py extract a b -o new --rank 0                      | 2 | --rank
@@ -91,17 +89,14 @@ match.py a b --force                                     | 2 | drop --force
 match.py a b c -o x.safetensors                          | 2 | folder
 match.py a m/b n/b -o x                                  | 2 | rename one
 greedy_soup.py --eval '' a b                             | 2 | --eval
-greedy_soup.py --eval "'x" a b                           | 2 | --eval
 greedy_soup.py --eval true a                             | 2 | two or more
 greedy_soup.py --eval true a b --lam 0.5                 | 2 | --lam
 greedy_soup.py --eval true a b --init random             | 2 | --init
 weight_statistics.py a --figure f.png                    | 2 | .svg
 """
 PATHS = """
-merge.py c.safetensors b -o c.safetensors --force        | 1 | reads or writes
 merge.py b c.safetensors -o empty/..//c.safetensors --force | 1 | reads or writes
 merge.py c.safetensors b -o link.safetensors --force     | 1 | link, reads or writes
-merge.py a link.safetensors -o c.safetensors --force     | 1 | reads or writes
 merge.py links b -o links --force                        | 1 | links, reads or writes
 merge.py a b -o out.bin                                  | 1 | .safetensors
 merge.py model b -o model/m.safetensors                  | 1 | lies in the folder
@@ -109,23 +104,18 @@ merge.py model b -o new --report model/new.json          | 1 | lies in the folde
 merge.py model b -o result --force --report inside/README.md | 1 | reads or writes
 merge.py a b --init random --save-vae a --force          | 1 | a, reads or writes
 merge.py flat tiny                                       | 1 | nothing would be merged
-merge.py ids ids                                         | 1 | nothing would be merged
 merge.py void void                                       | 1 | nothing would be merged
 merge.py a b --select nosuch --space weight              | 1 | nothing would be merged
 merge.py model b -o model --force                        | 1 | reads or writes
-merge.py model b -o ./ --force                           | 1 | reads or writes
 merge.py a b -o none/new.safetensors                     | 1 | its folder
 merge.py a b -o new/                                     | 1 | is a file
 merge.py a b -o pipe.safetensors --force                 | 1 | pipe
 merge.py model b -o foreign --force                      | 1 | notes.txt, precious
 merge.py a b -o o.safetensors                            | 1 | exists, --force
 merge.py a b --report old                                | 1 | another --report, --force
-merge.py a b --report pipe --force                       | 1 | pipe
 merge.py a b --vae none                                  | 1 | none
 merge.py a b --source-vae vae                            | 1 | --source-vae
-merge.py broken none --vae b                             | 1 | b, VAE
 merge.py a org/name                                      | 1 | nothing is downloaded
-merge.py a pipe                                          | 1 | pipe
 merge.py a circle                                        | 1 | circle
 merge.py a empty                                         | 1 | no, .safetensors
 merge.py tiny huge                                       | 1 | huge, layers.0, 4096
@@ -134,16 +124,13 @@ merge.py a wide --space weight                           | 1 | [64\\, 96], [96\\
 merge.py a wide --operator task-arithmetic --base a      | 1 | wide, match.py
 train.py a -o new --select zebra                         | 1 | --select
 train.py a -o a --force                                  | 1 | reads or writes
-train.py a -o /dev/null --force                          | 1 | /dev/null
 train.py a -o new --log new                              | 1 | new, reads or writes
 train.py a -o new --log alias                            | 1 | alias
-train.py a -o new --log pipe                             | 1 | pipe
 train.py a -o new --lr 1e30 --steps1 20                  | 1 | lower --lr
 train.py a -o new --init foo                             | 1 | random\\, pca
 train.py a -o vaes/vae.safetensors --init vaes --force   | 1 | vaes, reads or writes
 lsmerge.py a zebra                                       | 1 | zebra
 lsmerge.py vae                                           | 1 | meets no tensor
-lsmerge.py model/config.json                             | 1 | config.json
 lora.py fold a adapter -o a --force                      | 1 | reads or writes
 lora.py fold a adapter -o adapter/adapter_config.json --force | 1 | reads or writes
 lora.py fold a adapter -o new/                           | 1 | folder's name
@@ -152,7 +139,6 @@ match.py c.safetensors b -o c.safetensors                | 1 | reads or writes
 match.py a b -o new                                      | 1 | end it
 match.py a b --report b                                  | 1 | reads or writes
 greedy_soup.py --eval true a b -o old                    | 1 | exists
-greedy_soup.py --eval true a b -o new --report old       | 1 | exists
 greedy_soup.py --eval /no/such/program a b -o new.safetensors | 1 | /no/such/program
 greedy_soup.py --eval true a b wide -o new --space weight | 1 | wide
 weight_statistics.py flat                                | 1 | no matrix
@@ -173,7 +159,6 @@ def place(models, tmp_path_factory):
     os.utime(folder / "a", (1e9, 1e9))
     save(folder / "broken", tensors | {UP: torch.full((96, 64), math.nan)})
     save(folder / "flat", {"w": torch.ones(2, 2)})
-    save(folder / "ids", {"layers.0.w": torch.ones(8, 8, dtype=torch.int64)})
     save(folder / "void", {"layers.0.w": torch.ones(0, 8)})
     save(folder / "zebra", {"layers.0.zebra.weight": torch.ones(8, 8)})
     save(folder / "tiny", {"layers.0.q_proj.weight": torch.ones(8, 8)})
@@ -190,10 +175,7 @@ def place(models, tmp_path_factory):
     (folder / "foreign/notes.txt").write_text("notes")
     (folder / "foreign/data/precious").write_text("precious")
     (folder / "empty").mkdir()
-    (folder / "folder.safetensors").mkdir()
-    os.mkfifo(folder / "pipe")
     os.mkfifo(folder / "pipe.safetensors")
-    os.symlink("b", folder / "link")
     os.symlink("c.safetensors", folder / "link.safetensors")
     os.symlink("circle", folder / "circle")
     os.symlink("result", folder / "inside")
@@ -233,18 +215,6 @@ def header(data=bytes(16), **changes):
     facts = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, len(data)]} | changes
     text = json.dumps({"layers.0.w": facts}).encode()
     return holding(len(text).to_bytes(8, "little") + text + data)
-
-
-def torch_zip(desk):
-    torch.save({}, desk / "bad.pt")
-    return desk / "bad.pt"
-
-
-def beyond_the_limit(desk):
-    """A header of more than the 100 MB that the format allows."""
-    path = holding((10 ** 8 + 1).to_bytes(8, "little"))(desk)
-    os.truncate(path, 10 ** 8 + 99)
-    return path
 
 
 def folder(**files):
@@ -325,13 +295,13 @@ def adapter(edit=None, **settings):
     return lambda desk: write_adapter(desk / "bad", edit, **settings)[0]
 
 
-def adapter_file(name, content=None):
-    """An adapter of which one file is missing, or holds this."""
+def adapter_file(content):
+    """An adapter whose configuration is missing, or is this."""
     def make(desk):
         path, _ = write_adapter(desk / "bad")
-        (path / name).unlink()
+        (path / CONFIG).unlink()
         if content:
-            (path / name).write_bytes(content)
+            (path / CONFIG).write_bytes(content)
         return path
     return make
 
@@ -385,11 +355,6 @@ def narrow_keys(tensors):
         tensors[name] = torch.ones(20, 48)
 
 
-def only_a_norm(tensors):
-    tensors.clear()
-    tensors[NORM] = torch.ones(64)
-
-
 NAN = math.nan
 ONE = torch.ones(2, 2)
 U8 = torch.uint8
@@ -400,9 +365,7 @@ FP8 = {"quant_method": "fp8"}
 HUGE = 10 ** 400
 K = "model.layers.0.self_attn.k_proj.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
-LN = "model.layers.2.input_layernorm.weight"
 CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 
 # How each kind of file is given to a command; BAD is its path.
 LINES = {
@@ -419,16 +382,12 @@ BAD = {     # given as: {case: (its maker, words of the line)}
         # What people pass by mistake.
         "a pointer": (holding(b"version https://git-lfs.github.com/spec"), "lfs pull"),
         "pickle": (holding(pickle.dumps({"w": [1.0]})), "pickle"),
-        "torch zip": (torch_zip, "zip", "convert it"),
-        "GGUF": (holding(b"GGUF\3\0\0\0" + bytes(40)), "GGUF"),
-        "an empty file": (holding(b""), "fetch"),
+        "torch zip": (holding(b"PK\3\4" + bytes(40)), "zip", "convert it"),
         "no tensors": (holding(b"\2" + bytes(7) + b"{}"), "no tensors"),
         "no JSON": (holding(b"\2" + bytes(7) + b"[}"), "no safetensors file"),
         "offsets that do not fit": (header(data_offsets=[0, 8]), "no safetensors file"),
         "a dtype of 4 bits": (header(dtype="F4", shape=[32]), "layers.0.w", "F4"),
-        "a header beyond the limit": (beyond_the_limit, "fetch"),
         "only pickles": (folder(model__bin="x"), "model.bin", "convert"),
-        "two files": (folder(a__safetensors="", b__safetensors=""), "2 .safetensors"),
         "a shard alone": (folder(**{SHARDS[0].replace(".", "__"): ""}), "index is"),
         "an adapter alone": (adapter(), "adapter", "lora.py fold"),
         "factors of PEFT": (only(QA), "adapter", "lora.py fold"),
@@ -448,7 +407,6 @@ BAD = {     # given as: {case: (its maker, words of the line)}
         "outside": (index("*", "../x/s.safetensors"), INDEX),
         # Numbers.
         "NaN in a norm": (number(NAN, NORM, torch.ones(64), -1), NORM, "NaN"),
-        "NaN in an embedding": (number(NAN, EMBED, torch.ones(40, 64)), EMBED),
         "NaN at the end": (number(NAN, UP, torch.ones(2 * ck.PIECE + 5, 1), -1), UP),
         "float8 NaN": (number(NAN, NORM, torch.ones(64).to(F8)), NORM, "NaN or Inf"),
         "an odd name": (number(NAN, "é\u2028\x1b[2J\n", torch.ones(2)), "é\\u2"),
@@ -469,15 +427,12 @@ BAD = {     # given as: {case: (its maker, words of the line)}
     },
     "VAE": {
         # Refused before anything is built.
-        "a pickle": (holding(pickle.dumps({})), "pickle"),
         "a tensor is missing": (network({}, embed__weight=None), "embed.weight"),
-        "a tensor too many": (network({}, extra=ONE), "extra"),
         "NaN in it": (network({}, embed__weight=NAN * torch.ones(16, 8)), "NaN"),
         "no configuration": (network("{}"), "train.py"),
         "a wrong type": (network({"chunk": "8"}), "train.py"),
         "an impossible value": (network({"width": 4}), "width"),
         "an unknown start": (network({"init": "zeros"}), "init"),
-        "an earlier version": (network({"places": ["a"]}), "train.py"),
         "a huge network": (network({"width": 4096, "blocks": 100}), "train.py"),
         "a nesting bomb": (network("[" * 100_000), "recursion"),
     },
@@ -488,9 +443,7 @@ BAD = {     # given as: {case: (its maker, words of the line)}
         "PiSSA": (adapter(init_lora_weights="pissa_niter_4"), "pissa"),
         "a wrong rank": (adapter(r=5), "rank 5"),
         "a rank of text": (adapter(r="4"), "r '4'"),
-        "no alpha": (adapter(lora_alpha=None), "lora_alpha None"),
         "a huge alpha": (adapter(lora_alpha=HUGE), "lora_alpha 1000"),
-        "alpha is a table": (adapter(alpha_pattern={"q_proj": {}}), "alpha {}"),
         "a broken pattern": (adapter(alpha_pattern={"(": 4}), "alpha_pattern"),
         "an endless repeat": (adapter(rank_pattern={"(a?){4294967294}": 4}), "ever"),
         "deep brackets": (adapter(rank_pattern={"(" * 3000 + ")" * 3000: 4}), "patt"),
@@ -498,13 +451,10 @@ BAD = {     # given as: {case: (its maker, words of the line)}
         "an embedding": (adapter(with_("embed.lora_embedding_A", ONE)), "embedding_A"),
         "a convolution": (adapter(with_(QA, torch.ones(4, 64, 1, 1))), "convolution"),
         "one factor": (adapter(without(QB)), "other factor"),
-        "an empty factor": (adapter(with_(QA, torch.ones(4, 0))), "no factor"),
         "a factor with NaN": (adapter(with_nan(QA)), "lora_A"),
         "another shape": (adapter(with_(QA, torch.ones(4, 63))), "[64, 63]"),
-        "no factors": (adapter(only_a_norm), "holds no factors"),
-        "no adapter's configuration": (adapter_file(CONFIG), CONFIG),
-        "its configuration is cut": (adapter_file(CONFIG, b"{"), "JSON"),
-        "no adapter's weights": (adapter_file(WEIGHTS), WEIGHTS),
+        "no adapter's configuration": (adapter_file(None), CONFIG),
+        "its configuration is cut": (adapter_file(b"{"), "JSON"),
     },
     "expert": {
         # Experts of which no adapter can be extracted.
@@ -513,15 +463,12 @@ BAD = {     # given as: {case: (its maker, words of the line)}
         "only rounding differs": (changed(UP, lambda w: w * (1 + 2e-7)), "rounding"),
         "a matrix of another shape": (changed(UP, lambda w: w[:8]), "shape"),
         "an expert with NaN": (changed(UP, lambda w: w * math.nan), "NaN"),
-        "other names": (lambda desk: desk.put({"x": ONE}, "bad"), "no matrix"),
     },
     "pair": {
         # Models that match.py cannot match.
         "a narrow embedding": (hidden(with_(EMBED, torch.ones(300, 32))), EMBED),
-        "an embedding of one dimension": (hidden(with_(EMBED, torch.ones(64))), EMBED),
         "no embedding": (hidden(renamed("embed_tokens", "words")), "no embedding"),
         "NaN in its embedding": (hidden(with_nan(EMBED)), EMBED),
-        "infinity in a norm": (hidden(with_nan(LN, math.inf)), LN),
         "a fused projection": (hidden(renamed("q_proj", "qkv_proj")), "attn.qkv"),
         "experts": (hidden(renamed("mlp.", "mlp.experts.0.")), "0.mlp.experts.0."),
         "no matrix for up": (hidden(renamed("up_proj", "riddle")), "layer 0"),
