@@ -228,13 +228,6 @@ def test_written_files_are_whole_and_aligned_for_the_library(tmp_path):
 ENTRY = ck.Entry("w", torch.float32, (4,))
 
 
-def test_a_header_takes_any_text(tmp_path):
-    """A path may hold bytes that are no text: they come as halves of a character."""
-    with ck.create(tmp_path / "x", [ENTRY], {"n": "a\udcff"}) as output:
-        output.put("w", 0, torch.ones(4))
-    assert ck.Checkpoint(tmp_path / "x").metadata["n"].startswith("a")
-
-
 @pytest.mark.parametrize("folder", [False, True])
 def test_a_result_appears_whole_or_not_at_all(tmp_path, folder):
     path = tmp_path / "x"

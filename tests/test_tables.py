@@ -231,32 +231,6 @@ def test_the_best_linear_vae(nmse, beta, least):
     assert codec.linear_optimum(rows, beta) == pytest.approx(least)
 
 
-def test_a_linear_network_is_seen_as_linear():
-    """Blocks that add nothing: share and nonlinearity are 0; blocks that add: not."""
-    x_BTC = torch.randn(6, 16, 64, generator=generator_for(0))
-    real_BT = torch.ones(6, 16, dtype=torch.bool)
-    with torch.no_grad():
-        linear = VAE(VAEConfig(init="pca")).start(generator_for(0))
-        assert codec.blocks_share(linear, x_BTC, real_BT) == 0
-        assert codec.nonlinearity(linear, x_BTC) < 1e-6
-        other = VAE(VAEConfig()).start(generator_for(0))
-        assert codec.blocks_share(other, x_BTC, real_BT) > 0.1
-        assert codec.nonlinearity(other, x_BTC) > 1e-3
-
-
-def test_learning_and_search_on_a_few_steps(zoo, monkeypatch):
-    monkeypatch.setattr(codec, "MODELS", zoo)
-    monkeypatch.setattr(codec, "VAE_MODELS", ("base", "code"))
-    short = Schedule(steps1=4, steps2=2, batch=2)
-    row = codec.measure_learning(64, 0, [codec.small("base")], short)
-    assert {point["stage"] for point in row["points"]} == {1, 2}
-    assert all(point["share"] > 0 and "step" in point for point in row["points"])
-    files = [zoo / "large.safetensors"]
-    rows = list(codec.measure_search(files, (64,), (1,), ((2, 1),)))
-    assert rows[0]["model"] == "large" and rows[0]["worst"] >= rows[0]["nmse"] > 0
-    assert "| 64 | 1 | 3 |" in codec.section_search(rows)
-
-
 # --- bench.py -------------------------------------------------------------------------
 MIB = 1 << 20
 HOLD = ("x = bytearray({}); x[::4096] = b'1' * len(x[::4096]); "
@@ -295,15 +269,6 @@ def test_equal_bits_are_told_from_equal_values(tmp_path):
         same = bench.same_tensors(tmp_path / "one.safetensors",
                                   tmp_path / "other.safetensors")
         assert same == (name == "equal"), name
-
-
-def test_peer_ratios_are_taken_within_a_round():
-    """The second round met a machine of half the speed: the ratio stays 0.5. Without
-    start-up of 1 and 2 seconds: 3 / 6, 7 / 14, 3 / 6."""
-    seconds = {"mergekit": [8.0, 16.0, 8.0], "exact": [4.0, 8.0, 4.0]}
-    assert bench.ratios_of(seconds) == {"exact": [0.5, 0.5, 0.5]}
-    start = {"mergekit": 2.0, "merge.py": 1.0}
-    assert bench.ratios_of(seconds, start) == {"exact": [0.5, 0.5, 0.5]}
 
 
 def test_the_peer_model_has_the_published_size_of_qwen2():

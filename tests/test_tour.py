@@ -1,6 +1,5 @@
 """The tour (python lsmerge.py): every number recomputed, from the raw files and by
 numpy."""
-import importlib
 import re
 
 import numpy as np
@@ -108,14 +107,3 @@ def test_padding_is_shown_and_one_model_may_be_given(capsys, tmp_path):
     assert rows[1][1] == rows[2][1] == rows[3][1] == rows[11][1] == (2, 64)
     assert rows[2][2] == pytest.approx(100 / 128, rel=6e-3)
     is_row(rows[0], w.double().numpy(), (100,))
-
-
-def test_every_function_that_it_names_exists(capsys):
-    assert tour() == 0
-    names = re.findall(r"\b(align|chunking|lsmerge)\.([\w.]+)", capsys.readouterr().out)
-    assert len(names) >= 10
-    for module, path in names:
-        found = importlib.import_module(module)
-        for part in path.split("."):
-            found = getattr(found, part)
-        assert callable(found)
