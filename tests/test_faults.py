@@ -23,10 +23,9 @@ from safetensors.torch import load_file
 import chunking as ck
 import merge
 import train
-from conftest import (ROOT, assert_equal, check_line, ended, forked, save, sharded,
-                      snapshot, two_processes)
+from conftest import (ROOT, assert_equal, check_line, ended, forked, sharded, snapshot,
+                      two_processes)
 
-NORM = "model.norm.weight"
 KINDS = pytest.mark.parametrize("kind", ["file", "folder"])
 
 

@@ -16,7 +16,6 @@ from conftest import (INDEX, assert_equal, assert_near, generator, llama_tensors
 REFERENCE = merge.REFERENCE     # before the fixture `exact` puts another in its place
 EMBED = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-NORM = "model.norm.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
 
 

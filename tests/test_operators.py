@@ -14,7 +14,7 @@ import lsmerge
 import merge
 from conftest import assert_equal, assert_near, generator, relative, save
 from lsmerge import Codec, Parent
-from test_merge import NAME, combination, is_encoded
+from test_merge import NAME, combination
 
 
 # --- Coefficients ---------------------------------------------------------------------

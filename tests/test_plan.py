@@ -2,7 +2,6 @@
 is right, says so on stderr, or is refused. What is right is computed here, in float64.
 (What is refused at once: test_refusals.py.)"""
 import json
-import os
 import re
 
 import pytest

@@ -24,7 +24,7 @@ from evaluate import DOMAINS
 from merging import Sheet
 from tiny_lm import TinyLM, add_lora
 from train import Schedule
-from vae import VAE, VAEConfig, generator_for
+from vae import generator_for
 
 
 # --- Small models -------------------------------------------------------------------
@@ -95,8 +95,8 @@ def test_tables_of_merges(number, twins, zoo, two_texts, monkeypatch, tmp_path, 
                         "CODECS": {"r 1": merging.EXACT, "r 2": merging.EXACT}}.items():
         monkeypatch.setattr(merging, name, value)
     monkeypatch.setattr(sys, "argv", [
-        "merging.py", "--quiet", "--seeds", "2", "--table", number, "--models", str(zoo),
-        "--results", str(tmp_path)])
+        "merging.py", "--quiet", "--seeds", "2", "--table", number,
+        "--models", str(zoo), "--results", str(tmp_path)])
     merging.main()
     rows = compare.read(f"table{number}", tmp_path)
     assert len({row["row"] for row in rows}) == len(rows) > 4
@@ -172,8 +172,9 @@ def test_matched_beats_its_unmatched_copy(zoo, two_texts):
     """Every control is there, and what is out of order is far from the target."""
     rows = shapes.measure_matched(zoo, lambda row: None, seeds=2, quiet=True)
     found = compare.find(rows, row="grown, matched")[0]["difference"]
-    assert set(found) == {"base", "zero", "noise", "shuffled", "a stranger (base-seed2)",
-                          "matched, its units in random order"}
+    assert set(found) == {
+        "base", "zero", "noise", "shuffled", "a stranger (base-seed2)",
+        "matched, its units in random order"}
     assert found["zero"]["mean"] < 0
     assert {row["row"] for row in rows} >= {"TIES, density 0.5", "DARE, p 0.5"}
     assert "grown, matched" in shapes.section_matched(rows)
@@ -261,7 +262,8 @@ def test_memory_of_a_process_and_of_its_children_is_seen():
 def test_equal_bits_are_told_from_equal_values(tmp_path):
     one = {"a": torch.tensor([0.0, 1.0, math.nan]), "b": torch.arange(5)}
     changes = {"equal": {}, "sign of zero": {"a": torch.tensor([-0.0, 1.0, math.nan])},
-               "last": {"b": torch.tensor([0, 1, 2, 3, 5])}, "more": {"c": torch.ones(1)},
+               "last": {"b": torch.tensor([0, 1, 2, 3, 5])},
+               "more": {"c": torch.ones(1)},
                "dtype": {"b": one["b"].int()}, "shape": {"b": one["b"][None]}}
     save_file(one, tmp_path / "one.safetensors")
     for name, change in changes.items():

@@ -21,7 +21,6 @@ TINY = VAEConfig(chunk=16, tokens=8, width=32)              # small for testing
 WARM = replace(TINY, init="pca")
 HALF = replace(TINY, ratio=2.0)
 FLAGS = ["--chunk", 16, "--tokens", 8, "--width", 32, "--batch", 4]
-NONE = ["--steps1", 0, "--steps2", 0]
 
 
 def parent(path):
