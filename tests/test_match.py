@@ -1,6 +1,7 @@
 """experiments/tools/match.py: against brute force, planted orders, known relatives."""
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -224,15 +225,19 @@ def test_stream_is_found_beside_tokens_that_were_never_trained(I, J):
 # --- Planted orders -----------------------------------------------------------------
 @pytest.mark.parametrize("groups, more", [
     (6, {}), (3, {"bias": True}), (1, {"gate": False})])
-def test_a_permuted_copy_comes_back_bit_for_bit(files, groups, more):
+def test_a_permuted_copy_comes_back_bit_for_bit(desk, groups, more):
     """Stream, neurons, heads and groups in another order; all tensors, biases and norms
-    of heads among them. The types are the target's: bfloat16, from float32."""
+    of heads among them. The types are the target's: bfloat16, from float32. A folder
+    gets the target's companions."""
     target = {name: t.bfloat16() for name, t in made(3, groups=groups, **more).items()}
     source, _, _ = planted(target, 4, (0, 1, 2))
     source = {name: tensor.float() for name, tensor in source.items()}
     still = [name for name in target if source[name].bfloat16().equal(target[name])]
     assert len(still) < 0.2 * len(target)
-    assert_equal(brought(files, target, source), target)
+    folder = desk.model(target, **{"1_Pooling/config.json": "[]"})
+    assert not run(folder, desk.put(source, "source"), "-o", desk / "out")
+    assert_equal(load_file(desk / "out/model.safetensors"), target)
+    assert (desk / "out/1_Pooling/config.json").read_text() == "[]"
 
 
 def test_a_cut_relative_is_found_exactly_both_ways():
@@ -317,7 +322,8 @@ def test_of_sizes_that_match_the_largest_is_taken():
 # --- What has no partner ------------------------------------------------------------
 def test_what_the_source_lacks_is_the_targets(files):
     """Tensor by tensor against the planted order; with a vocabulary that the target
-    extended, a mask of -inf, and whole numbers."""
+    extended, a mask of -inf, whole numbers, and a vision tower, even if its stream
+    happens to be as wide, and its file says NaN."""
     large = made(5, layers=3, stream=64, heads=8, groups=4, neurons=56, bias=True)
     small, stream, order = planted(large, 6, (0, 2), stream=48, neurons=40, groups=3)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -325,6 +331,9 @@ def test_what_the_source_lacks_is_the_targets(files):
     large["model.layers.0.attention.masked_bias"] = torch.tensor(-torch.inf)
     large["model.steps"] = torch.tensor([1, 2, 3])
     mark = noisy(small, 7, 0.1)             # numbers that are told from the target's
+    for tensors, number in ((large, math.nan), (mark, 7.0)):
+        tensors["model.visual.blocks.0.attn.qkv.weight"] = torch.full((144, 64), number)
+        tensors["model.visual.pos_embed.weight"] = torch.full((9, 64), number)
     expected = {name: tensor.clone() for name, tensor in large.items()}
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         expected[name][:250, stream] = mark[name]
@@ -340,20 +349,6 @@ def test_what_the_source_lacks_is_the_targets(files):
         name = f"model.layers.{layer}.self_attn.k_norm.weight"      # of equal width
         expected[name] = mark[f"model.layers.{number}.self_attn.k_norm.weight"]
     assert_equal(brought(files, large, mark), expected)
-
-
-def test_a_vision_tower_stays_the_targets(files):
-    """Even if its stream happens to be as wide, and its file says NaN."""
-    models = {"target": made(3), "source": planted(made(3), 4, (0, 1, 2))[0]}
-    for seed, tensors in enumerate(models.values()):
-        g = torch.Generator().manual_seed(seed)
-        for name, shape in (("blocks.0.attn.qkv.weight", (144, 48)),
-                            ("blocks.0.norm1.weight", (48,)), ("norm.weight", (48,)),
-                            ("pos_embed.weight", (9, 48))):
-            tensors[f"model.visual.{name}"] = normal(g, *shape)
-            tensors[f"model.visual.{name}"][0] = torch.nan
-        tensors["model.embed_tokens.scale"] = torch.tensor(1.0 + seed)
-    assert_equal(brought(files, **models), models["target"])
 
 
 @pytest.mark.parametrize("source_head", [True, False])
@@ -458,16 +453,3 @@ def test_a_further_source_in_another_order_is_refused(files, name):
     out = paths["target"].with_name("out")
     found = refused(*paths.values(), "-o", out)
     assert found.startswith(str(paths[name])) and not out.exists()
-
-
-# --- Files ----------------------------------------------------------------------------
-def test_a_folder_gets_the_targets_companions(desk):
-    target = made(3)
-    folder = desk.model(target, **{"1_Pooling/config.json": "[]"})
-    source = desk.put(planted(target, 4, (0, 1, 2))[0], "source")
-    out = desk / "out"
-    code, _, error = desk.run(folder, source, "-o", out, main=match.main)
-    assert (code, error) == (0, "")
-    assert (out / "config.json").read_text() == (folder / "config.json").read_text()
-    assert (out / "1_Pooling/config.json").read_text() == "[]"
-    assert_equal(load_file(out / "model.safetensors"), target)

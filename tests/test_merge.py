@@ -206,9 +206,9 @@ def test_the_gate_refuses_before_anything_is_merged(models, desk, monkeypatch):
         desk.refuse(*inputs, *flags, words=["NMSE 0.", "> 0.001"])
 
 
-def pca_vae(desk, model, ratio):
+def pca_vae(desk, model, ratio, more="--holdout 0"):
     """The best linear code of a model at a ratio, without training."""
-    flags = f"--init pca --blocks 0 --ratio {ratio} --steps1 0 --steps2 0 --holdout 0"
+    flags = f"--init pca --blocks 0 --ratio {ratio} --steps1 0 --steps2 0 {more}"
     code, _, error = desk.run(model, "-o", desk / "v", *flags.split(), main=train.main)
     assert code == 0, error
     return desk / "v"
@@ -288,17 +288,15 @@ def test_same_command_same_bytes_whatever_the_threads(models, desk, monkeypatch,
         assert torch.get_num_threads() == 1
         return real(*arguments)
     monkeypatch.setattr(merge, "merge_tensor", merge_tensor)
-    found = []
+    one, _ = desk.merged(*way)
     try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            got, _ = desk.merged(*way)
-            found.append((desk / "m.safetensors").read_bytes())
+        torch.set_num_threads(3)
+        three, _ = desk.merged(*way)
     finally:
         torch.set_num_threads(threads)
-    assert found[0] == found[1]
+    assert_equal(three, one)
     other, _ = desk.merged(*way, "--seed", 1)
-    assert torch.equal(got[NAME], other[NAME]) == (case not in ("draws", "noise"))
+    assert torch.equal(one[NAME], other[NAME]) == (case not in ("draws", "noise"))
 
 
 @pytest.mark.parametrize("source, flags, rtol", [
@@ -359,20 +357,18 @@ def test_report_pairs_and_bookkeeping_across_shapes(models, desk):
     got, report = desk.merged(models["a"], models["big"])
     assert report["kind"] == "cross-shape" and report["align"] == "gaussian"
     assert report["lambda"] == [0.1] and len(report["gates"]) == 4
-    counts = report["tensors"]
-    assert (counts["encoded"], counts["averaged"], counts["copied"]) == (14, 0, 6)
+    assert report["tensors"]["encoded"] == len(report["alignment"]) == 14
+    assert report["tensors"]["averaged"] == 0
     records = report["alignment"]
     assert {(r["layer"], r["source_layer"]) for r in records} == {(0, 0), (1, 2)}
-    assert len(records) == 14 and {r["role"] for r in records} == {
-        "q", "k", "v", "o", "gate", "up", "down"}
+    roles = {r["role"] for r in records}
+    assert roles == {"q", "k", "v", "o", "gate", "up", "down"}
     for r in records:
-        assert r.keys() >= {"iterations", "marginal_error", "n_over_d"}
         assert r["cost_after"] < 1e-6 < r["cost_before"]
         assert r["std_ratio"] == pytest.approx(1, abs=1e-3)
     assert report["distance"]["to_source"] == [None]
     assert report["distance"]["to_average"] is None
     for name, tensor in load_file(models["a"]).items():
-        assert got[name].shape == tensor.shape and got[name].dtype == tensor.dtype
         assert torch.equal(got[name], tensor) != is_encoded(name, tensor)
 
 
@@ -474,27 +470,21 @@ def test_controls_hold_nothing_of_the_source(models, desk, kind):
     assert torch.equal(again[NAME], got[NAME]) == (kind == "zero")
 
 
-def encoded(vae, model, name):
-    """(codec, its latents of a whole tensor)."""
-    codec = Codec.load(vae)
-    file = ck.Checkpoint(model)
-    return codec, codec.encode(file.read(name), ck.measure(file, name))
-
-
 def test_two_vaes_of_different_latent_sizes(models, desk):
     """Latents are projected in both directions, by hand."""
-    flags = "--chunk 32 --width 64 --init pca --blocks 0 --steps1 0 --steps2 0"
-    vae = desk / "v"
-    desk.run(models["a"], "-o", vae, *flags.split(), main=train.main)
-    before = load_file(models["a"])
-    way = [models["a"], models["big"], "--vae", vae, "--source-vae", models["vae"]]
+    narrow = pca_vae(desk, models["a"], 1, "--chunk 32")
+    way = [models["a"], models["big"], "--vae", narrow, "--source-vae", models["vae"]]
     got, _ = desk.merged(*way, "--align", "none")
-    codec, z_t = encoded(vae, models["a"], NAME)
-    _, z_s = encoded(models["vae"], models["big"], PARTNER)
-    z = overlap_matrix(len(z_s), len(z_t)) @ z_s.double()
-    z = z @ overlap_matrix(64, 32).T
-    stats = ck.measure(ck.Checkpoint(models["a"]), NAME)
-    merged = (0.9 * z_t + 0.1 * z).float()
-    check_tensor(got, codec.decode(merged, stats, stats.numel))
+    codecs = []
+    latents = []
+    for vae, model, name in ((narrow, "a", NAME), (models["vae"], "big", PARTNER)):
+        file = ck.Checkpoint(models[model])
+        stats = ck.measure(file, name)
+        codecs.append((Codec.load(vae), stats))
+        latents.append(codecs[-1][0].encode(file.read(name), stats))
+    z_t, z_s = latents
+    z = overlap_matrix(len(z_s), len(z_t)) @ z_s.double() @ overlap_matrix(64, 32).T
+    codec, stats = codecs[0]
+    check_tensor(got, codec.decode((0.9 * z_t + 0.1 * z).float(), stats, stats.numel))
     got, _ = desk.merged(*way, "--residual", "--lam", 0)
-    assert_equal(got, before)
+    assert_equal(got, load_file(models["a"]))

