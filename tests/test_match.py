@@ -298,27 +298,6 @@ def test_heads_stay_with_their_group():
     assert rows["heads"][::SIZE].tolist() == [0, -1, -1, 24, 32, 40]
 
 
-def test_of_sizes_that_match_the_largest_is_taken():
-    """Heads of 16 rows whose halves are equal: a half could be taken for the other."""
-    target = made(33, layers=1, groups=6)
-    for role in "qkvo":
-        matrix = target[f"model.layers.0.self_attn.{role}_proj.weight"]
-        if role == "o":
-            matrix = matrix.T
-        halves = matrix.unflatten(0, (3, 2, SIZE))      # a view
-        halves[:, 1] = halves[:, 0]
-    rows = rows_of(torch.tensor([4, 5, 0, 1, 2, 3]))    # whole heads of two halves
-    source = dict(target)
-    for role in "qkv":
-        name = f"model.layers.0.self_attn.{role}_proj.weight"
-        source[name] = target[name][rows]
-    name = "model.layers.0.self_attn.o_proj.weight"
-    source[name] = target[name][:, rows]
-    _, units = matched(target, noisy(source, 34, 0.2))
-    assert torch.equal(units[0]["heads"], rows.argsort())
-    assert torch.equal(units[0]["groups"], rows.argsort())
-
-
 # --- What has no partner ------------------------------------------------------------
 def test_what_the_source_lacks_is_the_targets(files):
     """Tensor by tensor against the planted order; with a vocabulary that the target

@@ -273,13 +273,3 @@ def test_the_peer_model_has_the_published_size_of_qwen2():
     shapes = bench.qwen2_shapes(bench.QWEN2)
     assert sum(math.prod(shape) for shape in shapes.values()) == 494_032_768
     assert len(shapes) == 24 * 12 + 2           # tied: no head of its own
-
-
-def test_memory_runs_on_the_smallest_pair(capsys, monkeypatch, tmp_path):
-    """The command, with two codecs."""
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--memory", "--quick", "--results",
-                                      str(tmp_path)])
-    bench.main()
-    printed = capsys.readouterr().out
-    assert "| reference |" in printed and "| exact |" in printed
-    assert compare.read("bench-memory", tmp_path) == []     # quick: nothing is kept

@@ -1,7 +1,6 @@
 """train.py: schedules at their corners, what each stage moves, seeds, Ctrl-C, going on,
 processes, faults."""
 import json
-import math
 import random
 import signal
 from dataclasses import replace
