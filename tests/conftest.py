@@ -37,8 +37,7 @@ def generator(seed=0):
 
 def llama_tensors(seed, hidden=64, layers=2, mlp=96, vocab=40, dtype=torch.float32,
                   kv=None):
-    """A state dict with Hugging Face's names. The spread differs by role, as in real
-    models."""
+    """A state dict with Hugging Face's names. The spread differs by role."""
     g = generator(seed)
 
     def w(*shape, std=0.05, mean=0.0):
@@ -136,8 +135,7 @@ def transport_of(source, target):
 
 
 def textbook_plan(cost, epsilon):
-    """Sinkhorn's loop in numpy, in the log domain, run to its end: the same unique
-    plan. Masses are uniform."""
+    """Sinkhorn's loop in the log domain, run to its end. Masses are uniform."""
     I, J = cost.shape
     score = -np.asarray(cost, dtype=float) / (epsilon * cost.max().item())
     g = np.zeros(J)
@@ -175,16 +173,14 @@ def models(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def exact(monkeypatch, models):
     """Where a test names no VAE, its codec is not the matter: an exact one is the
-    fastest. (The reference VAE is tried where it is named, and by the README's
-    commands.)"""
+    fastest."""
     import merge
     monkeypatch.setattr(merge, "REFERENCE", str(models["vae"]))
 
 
 # --- Commands in this process ---------------------------------------------------------
 def snapshot(folder):
-    """All below a folder: kind and mode; of what is no folder also time, size, names
-    and contents."""
+    """All below a folder: mode, and of files time, size, names and contents."""
     state = {}
     for path in folder.rglob("*"):
         info = path.lstat()
@@ -274,8 +270,7 @@ def desk(tmp_path, capsys):
 
 # --- Commands in processes of their own: forked, so that nothing is imported anew -----
 def forked(log, arguments, prepare=lambda: None, main=None):
-    """Start merge.py, or another main; its process number. stdout and stderr go to
-    log.out and log.err."""
+    """Start a command; its process number. Its streams go to log.out and log.err."""
     import chunking
     import merge
     if pid := os.fork():

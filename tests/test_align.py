@@ -1,5 +1,4 @@
-"""align.py against oracles: names by hand; scipy's LP, assignment and sqrtm, loops,
-closed forms."""
+"""align.py against oracles: names by hand; scipy's LP, assignment, sqrtm; loops."""
 import math
 import re
 
@@ -161,8 +160,7 @@ ROLES = {"q", "o", "up", "down"}
 @pytest.mark.parametrize("one, other, roles", [
     (bert(), llama(), ROLES), (gpt2(), llama(), ROLES - {"q"})])
 def test_of_other_families_roles_meet(one, other, roles):
-    """BERT's query is Llama's q_proj; norms stand elsewhere, and embeddings say
-    nothing."""
+    """BERT's query is Llama's q_proj; norms and embeddings say nothing."""
     for mine, theirs in ((one, other), (other, one)):
         expected = {}
         for meaning in mine.keys() & theirs.keys():
@@ -220,8 +218,7 @@ def test_projection_is_the_overlap_matrix_whole_and_in_pieces(n_s, n_t, step):
 
 # --- Line 4: Sinkhorn -----------------------------------------------------------------
 def check_plan(solution, cost, epsilon, bound):
-    """Plan and both marginals again, from the potentials: a solver can fool its own
-    measure."""
+    """Plan and marginals again, from the potentials."""
     potentials = solution.f_I[:, None] + solution.g_J
     plan = ((potentials - cost) / (epsilon * cost.max())).exp()
     a = uniform(len(cost))
@@ -316,8 +313,7 @@ def test_tiny_epsilon_is_right_or_refused_but_never_a_zero_plan(epsilon):
 
 
 def test_squared_cost_against_differences():
-    """Far from the origin too: |x|^2 + |y|^2 - 2 x.y without a shift would be off by
-    1e-4 there."""
+    """Far from the origin too, where |x|^2 + |y|^2 - 2 x.y would be off by 1e-4."""
     z = 1e3 * cloud(60, 33)
     assert align.squared_cost(z, z).min() >= 0      # rounding makes some zeros negative
     for offset in [0.0, 1e6]:
@@ -348,8 +344,7 @@ def gaussian(source, target):
 
 
 def mixed(n, d, seed):
-    """Correlated, anisotropic, off the origin: condition number of the covariance
-    1e3."""
+    """Correlated, off the origin: condition number of the covariance 1e3."""
     turn, _ = torch.linalg.qr(cloud(d, d, seed + 50))
     mixer = turn * torch.logspace(0, -1.5, d, dtype=torch.float64)
     return cloud(n, d, seed) @ mixer.T + seed
@@ -372,8 +367,7 @@ def test_square_root_and_gaussian_map_are_scipys():
     (40, 30, 1), (1, 1, 1), (2, 2, 300)])
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e6])
 def test_gaussian_map_is_finite_and_bounded(n, m, d, scale):
-    """|A| <= sqrt(Z / FLOOR); the mapped covariance never exceeds the target's, up to
-    rounding."""
+    """|A| <= sqrt(Z / FLOOR); the mapped covariance never exceeds the target's."""
     source, target = scale * cloud(n, d, 1), cloud(m, d, 2)
     A, mapped = gaussian(source, target)
     assert mapped.isfinite().all()

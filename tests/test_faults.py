@@ -59,8 +59,7 @@ def said(log, kind="err"):
 
 
 def merge_of(box, kind):
-    """The command that replaces an old result: a file, by way of a link; or a folder,
-    in another spelling."""
+    """The command that replaces an old file, by a link; or folder, spelled oddly."""
     if kind == "file":
         return [box.a, box.b, "-o", box / "link.safetensors", "--force"]
     target = sharded(box / "model", load_file(box.a))
@@ -275,10 +274,9 @@ sys.exit(command(lambda: merge.main(sys.argv[1:])))
 
 
 def test_a_process_of_its_own_in_a_poor_environment(box):
-    """python -OO (no asserts, no docstrings); LC_ALL=C, and a folder whose name is no
-    ASCII; a reader that has gone, where the interpreter flushes what is left, and once
-    complained at its exit (code 120). Nothing of a launcher's environment is read at
-    import."""
+    """python -OO; LC_ALL=C, and a folder whose name is no ASCII; a reader that has
+    gone, where the interpreter once complained at its exit (code 120). Nothing of a
+    launcher's environment is read at import."""
     poor = {"PATH": os.environ["PATH"], "LC_ALL": "C", "PYTHONUTF8": "0",
             "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
     ear, mouth = os.pipe()
@@ -377,25 +375,18 @@ def test_what_the_library_accepts_is_read_as_it_reads_it(tmp_path, case):
 
 
 # --- Several processes ----------------------------------------------------------------
-@KINDS
-def test_two_processes_give_the_bytes_of_one(box, log, kind, models):
+def test_two_processes_give_the_bytes_of_one(box, log, models):
     """torchrun splits the tensors; the report counts them all, whoever merged them."""
-    target = merge_of(box, kind)[0]
+    target = merge_of(box, "folder")[0]
     way = [target, models["big"], "--align", "sinkhorn", "--samples", 2, "--force"]
-    out = box / "two.safetensors"
-    single = box / "one.safetensors"
-    if kind == "folder":
-        out = box / "two"
-        single = box / "one"
-    assert box.run(*way, "-o", single, "--report", box / "1.json")[0] == 0
-    way += ["-o", out, "--report", box / "2.json"]
-    codes, text, errors = two_processes(log, *way)
+    one = ["-o", box / "one", "--report", box / "1.json"]
+    assert box.run(*way, *one)[0] == 0
+    two = ["-o", box / "two", "--report", box / "2.json"]
+    codes, text, errors = two_processes(log, *way, *two)
     assert codes == [0, 0], errors
     assert [part.count("wrote ") for part in text] == [1, 0]
-    weights = [single, out]
-    if kind == "folder":
-        weights = [path / "model.safetensors" for path in weights]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
+    first, second = (box / f"{k}/model.safetensors" for k in ("one", "two"))
+    assert first.read_bytes() == second.read_bytes()
     one, two = (json.loads((box / f"{k}.json").read_text()) for k in (1, 2))
     for key in one.keys() - {"seconds", "output"}:
         assert one[key] == two[key], key
@@ -403,9 +394,8 @@ def test_two_processes_give_the_bytes_of_one(box, log, kind, models):
 
 @pytest.mark.parametrize("place, value", [(0, math.nan), (1, 3e5)])
 def test_a_fault_in_one_of_two_processes(box, log, place, value):
-    """Found as the weights are read, or as they are merged (it does not fit the
-    target's dtype): one line of the process that finds it; nothing of the other, nor on
-    the disk."""
+    """Found as the weights are read, or as they are merged (it does not fit): one line
+    of the process that finds it; nothing of the other, nor on the disk."""
     tensors = load_file(box.a)
     target = box.put({name: t.half() for name, t in tensors.items()}, "t")
     entries = sorted(ck.StateDict(tensors).entries.values(), key=lambda e: -e.numel)

@@ -79,8 +79,7 @@ def in_memory(base, adapter):
                                    torch.float64])
 @pytest.mark.parametrize("piece", [chunking.PIECE, 100])
 def test_fold_is_the_float64_sum_rounded_once(tmp_path, monkeypatch, dtype, piece):
-    """Bit for bit, whatever the pieces; all other tensors stay as they are, -inf too.
-    In memory likewise."""
+    """Bit for bit, whatever the pieces; other tensors stay. In memory likewise."""
     monkeypatch.setattr(lora, "PIECE", piece)
     base = llama_tensors(1, dtype=dtype)
     base |= {"ids": torch.arange(5), "empty": torch.zeros(0, 4),
@@ -102,8 +101,7 @@ def test_fold_is_the_float64_sum_rounded_once(tmp_path, monkeypatch, dtype, piec
     (dict(alpha_pattern={r"layers\.\d+\.mlp\..*": 12}), [2, 3, 3]),
     (dict(rank_pattern={"q_proj": 2}), [4, 2, 2])])
 def test_scaling_follows_the_configuration(tmp_path, settings, scales):
-    """s = alpha / r, alpha / sqrt(r) for rslora; a pattern matches whole parts at a
-    name's end."""
+    """s = alpha / r, or alpha / sqrt(r); a pattern matches parts at a name's end."""
     def cut(tensors):
         if "rank_pattern" in settings:
             tensors[QA] = tensors[QA][:2].clone()
@@ -214,8 +212,7 @@ def test_what_peft_saves_of_the_base_itself(tmp_path, case):
 
 
 def test_a_tied_head_is_refused(desk):
-    """Loaders read the embedding for it: the sum would be lost. Not if it is said to be
-    no tied one."""
+    """Loaders read the embedding for it: the sum would be lost."""
     path, _ = write_adapter(desk / "x", shapes=HEAD)
     tensors = llama_tensors(1)
     way = ["fold", desk.model(tensors), path, "-o", desk / "m"]
@@ -243,8 +240,7 @@ def test_a_folder_gives_a_folder(desk):
 
 
 def test_fold_says_what_rounding_takes(models, desk):
-    """What rounding takes: bfloat16 keeps 8 bits of a weight, and so fewer of the small
-    number added to it."""
+    """bfloat16 keeps 8 bits of a weight, and fewer of what is added to it."""
     path, tensors = write_adapter(desk / "x")
     record = lora.fold(models["half"], path, desk / "m.safetensors")
     base = load_file(models["half"])
@@ -354,8 +350,7 @@ KINDS = {"h.0.attn.c_attn.weight": (8, 24), "h.0.attn.c_proj.weight": (8, 8),
 
 
 def test_only_linear_maps_are_extracted_each_the_right_way_round(desk, monkeypatch):
-    """From a base with the Hub's names, as save_pretrained names the model; without
-    transformers."""
+    """From a base with the Hub's names, without transformers."""
     monkeypatch.setitem(sys.modules, "transformers", None)      # importing it fails
     g = generator()
     base = {}
@@ -440,8 +435,7 @@ def saved(model, folder):
 
 @pytest.mark.parametrize("name", ["GPT-2", "LLaVA", "ViT", "T5"])
 def test_what_we_fold_peft_merges_and_what_we_extract_it_loads(tmp_path, name):
-    """The merged model is the expert that is extracted. GPT-2's base has the names of
-    the Hub."""
+    """The merged model is the expert that is extracted."""
     peft = pytest.importorskip("peft")
     model = tiny(name)
     base = saved(model, tmp_path / "base")

@@ -215,9 +215,8 @@ def pca_vae(desk, model, ratio, more="--holdout 0"):
 
 
 def test_the_gate_sees_the_end_of_a_large_tensor(desk):
-    """It once measured only the first 65,536 weights. The start of this tensor is easy
-    at r = 4, its end is noise: the sample, spread evenly, finds what the whole
-    loses."""
+    """It once measured only the first 65,536 weights, which are easy here: the sample,
+    spread evenly, finds what the whole loses."""
     w = torch.randn(1024, 256, generator=generator())
     steps = torch.linspace(0.5, 1, 256)
     w[:512] = torch.randn(512, 256, generator=generator(1))[:, :1] * steps
@@ -379,8 +378,7 @@ def doubled(m):
 
 @pytest.mark.parametrize("method", ["none", "mean", "gaussian", "double"])
 def test_across_shapes_against_the_formula_by_hand(models, desk, monkeypatch, method):
-    """Chunks as latents: the codec is a rigid change of axes, which commutes with these
-    maps."""
+    """On chunks: the codec is a rigid change of axes, which commutes with the maps."""
     monkeypatch.setitem(align.ALIGNERS, "double", doubled)
     z_t, scale, mean = standardised(models["a"], NAME)
     z_s, _, _ = standardised(models["big"], PARTNER)

@@ -1,5 +1,4 @@
-"""Operators and draws: closed forms, scipy, and arithmetic by hand with an exact
-codec."""
+"""Operators and draws: closed forms, scipy, arithmetic with an exact codec."""
 import math
 from dataclasses import replace
 
@@ -24,8 +23,7 @@ O = "model.layers.0.self_attn.o_proj.weight"
 @pytest.mark.parametrize("degrees", [1, 40, 90, 150])
 @pytest.mark.parametrize("lam", [0.0, 0.2, 0.5, 1.0])
 def test_slerp_in_the_plane(degrees, lam):
-    """Unit vectors: scipy's geometric_slerp. Of other lengths the same: only the angle
-    enters."""
+    """scipy's geometric_slerp; of other lengths, only the angle enters."""
     angle = math.radians(degrees)
     a, b = np.array([1.0, 0.0]), np.array([math.cos(angle), math.sin(angle)])
     expected = geometric_slerp(a, b, lam)
@@ -83,8 +81,7 @@ def family(models, tmp_path_factory):
     ("task-arithmetic", ["--lam", "-0.5"], [1, -0.5, -0.5 + 1])])
 def test_with_an_exact_codec_an_affine_operator_is_its_twin_in_weight_space(
         family, desk, operator, lam, coefficients, space):
-    """TARGET a, SOURCES b and base; for task arithmetic the second source is the
-    base."""
+    """TARGET a, SOURCES b and base, which is task arithmetic's base."""
     a, b, base = (family[key][0] for key in ("a", "b", "base"))
     flags = ["--operator", operator, *lam, "--space", space]
     if operator == "task-arithmetic":

@@ -156,8 +156,7 @@ def test_what_the_target_has_no_place_for_is_told(merged, case):
 
 
 def test_a_target_most_of_which_met_nobody_is_told(merged, tmp_path):
-    """Two stacks, of which neither fits: only the head is averaged. And a base that
-    lacks the MLPs."""
+    """Two stacks, of which neither fits; and a base that lacks the MLPs."""
     a = {HEAD: torch.randn(40, 16)}
     for stack in ("model.layers", "mtp.layers"):
         a |= {f"{stack}.{i}.mlp.up_proj.weight": torch.randn(16, 64) for i in (0, 1)}
@@ -173,8 +172,7 @@ def test_a_target_most_of_which_met_nobody_is_told(merged, tmp_path):
 
 
 def test_what_stays_the_targets(merged):
-    """RoPE's frequencies, and a partner without a weight; a mask of -inf, stored in two
-    dtypes, is equal in both."""
+    """RoPE's frequencies, an empty partner, a mask of -inf in two dtypes."""
     frequency = "model.layers.0.self_attn.rotary_emb.inv_freq"
     mask = torch.full((8, 8), float("-inf")).triu(1)
     own = {frequency: 1e4 ** -torch.linspace(0, 1, 8), "model.mask": mask}
@@ -187,8 +185,7 @@ def test_what_stays_the_targets(merged):
 
 
 def test_equal_by_accident_is_not_tied(merged):
-    """A model and its moving average are equal at the start. In a source they are
-    not."""
+    """A model and its moving average are equal at the start."""
     start = torch.randn(40, 64)
     a = A | {"net.table": start, "ema.table": start.clone()}
     b = relative(a, 2)

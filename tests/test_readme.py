@@ -1,5 +1,5 @@
 """What a reader tries first. README.md: its commands run in order, so does its Python,
-what it names exists. The tour (python lsmerge.py): every number recomputed, from the raw
+what it names exists. The tour (python lsmerge.py): every number recomputed, from raw
 files and by numpy."""
 import re
 import shlex
@@ -82,8 +82,7 @@ def test_commands_on_your_own_models_parse():
 
 
 def test_every_named_function_exists(capsys):
-    """In README, in its table of files, where a name stands without its module, and in
-    the tour."""
+    """In README, in its table without their module, and in the tour."""
     modules = {"align": align, "chunking": chunking, "lsmerge": lsmerge, "merge": merge,
                "train": train, "vae": vae}
     assert lsmerge.tour([]) is None
@@ -105,8 +104,7 @@ def test_every_picture_and_page_exists():
 
 
 def test_the_python_example_merges_two_state_dicts():
-    """Norms and embeddings as the command treats them; nothing is written to the
-    inputs."""
+    """Norms and embeddings too; nothing is written to the inputs."""
     a = llama_tensors(1, dtype=torch.float64)
     b = llama_tensors(2, dtype=torch.float64)
     kept = {name: tensor.clone() for name, tensor in a.items()}

@@ -42,7 +42,6 @@ merge.py a b --lam=                                      | 2 | --lam
 merge.py a b --lam=0.1,0.2                               | 2 | 2 values
 merge.py a --space=weight                                | 2 | drop --space
 merge.py a --roundtrip --samples=3                       | 2 | drop --samples
-merge.py a b --roundtrip                                 | 2 | TARGET alone
 merge.py a b --lamb=0.9                                  | 2 | --lamb
 merge.py a b --vae=                                      | 2 | empty
 merge.py a b --select='('                                | 2 | --select
@@ -63,7 +62,6 @@ merge.py a b --residual --max-nmse=1                     | 2 | drop --max-nmse
 merge.py a b --init=random --vae=v                       | 2 | drop --vae
 merge.py a b --save-vae=w                                | 2 | drop --save-vae
 merge.py a b --dry-run --report=r                        | 2 | drop --report
-merge.py a b --align=gaussian --epsilon=0.1              | 2 | drop --epsilon
 merge.py a b --align=sinkhorn --epsilon=0                | 2 | --epsilon
 merge.py a b --control=zero --align=mean                 | 2 | drop --align
 merge.py a b --samples=4097                              | 2 | --samples
@@ -76,22 +74,18 @@ train.py a --blocks -1                                   | 2 | --blocks
 train.py a --batch 0                                     | 2 | --batch
 train.py a --holdout 1                                   | 2 | --holdout
 train.py a --lr inf                                      | 2 | --lr
-train.py a --beta nan                                    | 2 | --beta
 train.py a --seed -1                                     | 2 | --seed
 train.py a --init vae --ratio 2                          | 2 | network
 lsmerge.py ''                                            | 2 | empty
 lora.py merge a b -o new                                 | 2 | 'merge'
 lora.py fold a b -o new --rank 1                         | 2 | --rank
-lora.py extract a b -o new                               | 2 | --rank
 lora.py extract a b -o new --rank 0                      | 2 | --rank
-match.py a b --seed -1                                   | 2 | --seed
 match.py a b --force                                     | 2 | drop --force
 match.py a b c -o x.safetensors                          | 2 | folder
 match.py a m/b n/b -o x                                  | 2 | rename one
 greedy_soup.py --eval '' a b                             | 2 | --eval
 greedy_soup.py --eval true a                             | 2 | two or more
 greedy_soup.py --eval true a b --lam 0.5                 | 2 | --lam
-greedy_soup.py --eval true a b --init random             | 2 | --init
 weight_statistics.py a --figure f.png                    | 2 | .svg
 """
 PATHS = """
@@ -103,11 +97,9 @@ merge.py model b -o model/m.safetensors                  | 1 | lies in the folde
 merge.py model b -o new --report model/new.json          | 1 | lies in the folder
 merge.py model b -o result --force --report inside/README.md | 1 | reads or writes
 merge.py a b --init random --save-vae a --force          | 1 | a, reads or writes
-merge.py flat tiny                                       | 1 | nothing would be merged
 merge.py void void                                       | 1 | nothing would be merged
 merge.py a b --select nosuch --space weight              | 1 | nothing would be merged
 merge.py model b -o model --force                        | 1 | reads or writes
-merge.py a b -o none/new.safetensors                     | 1 | its folder
 merge.py a b -o new/                                     | 1 | is a file
 merge.py a b -o pipe.safetensors --force                 | 1 | pipe
 merge.py model b -o foreign --force                      | 1 | notes.txt, precious
@@ -129,7 +121,6 @@ train.py a -o new --log alias                            | 1 | alias
 train.py a -o new --lr 1e30 --steps1 20                  | 1 | lower --lr
 train.py a -o new --init foo                             | 1 | random\\, pca
 train.py a -o vaes/vae.safetensors --init vaes --force   | 1 | vaes, reads or writes
-lsmerge.py a zebra                                       | 1 | zebra
 lsmerge.py vae                                           | 1 | meets no tensor
 lora.py fold a adapter -o a --force                      | 1 | reads or writes
 lora.py fold a adapter -o adapter/adapter_config.json --force | 1 | reads or writes
@@ -148,8 +139,7 @@ weight_statistics.py broken                              | 1 | layers.1.mlp.up_p
 
 @pytest.fixture(scope="module")
 def place(models, tmp_path_factory):
-    """What lies on the desk of these tables. Nothing of it may change, so that one is
-    enough for all rows."""
+    """What lies on the desk of these tables. Nothing of it may change."""
     folder = tmp_path_factory.mktemp("desk")
     a = ck.Checkpoint(models["a"])
     tensors = {name: a.read_tensor(name) for name in a.entries}
@@ -356,7 +346,6 @@ def narrow_keys(tensors):
 
 
 NAN = math.nan
-ONE = torch.ones(2, 2)
 U8 = torch.uint8
 I8 = torch.int8
 I32 = torch.int32
@@ -391,16 +380,13 @@ BAD = {     # given as: {case: (its maker, words of the line)}
         "a shard alone": (folder(**{SHARDS[0].replace(".", "__"): ""}), "index is"),
         "an adapter alone": (adapter(), "adapter", "lora.py fold"),
         "factors of PEFT": (only(QA), "adapter", "lora.py fold"),
-        "in memory": (only("layers.0.q_proj.lora_B.default.weight"), "adapter"),
         "kohya's": (only("lora_unet_down_blocks_0_to_q.lora_up.weight"), "adapter"),
         "diffusers'": (only("unet.blocks.0.attn.to_q.lora.down.weight"), "adapter"),
         "LoHa": (only("lycoris_layers_0_q_proj.hada_w1_a"), "adapter"),
         "LoKr": (only("layers.0.q_proj.lokr_w1"), "adapter"),
         "beside its factors": (only("layers.0.q_proj.base_layer.weight"), "adapter"),
         # Indexes.
-        "no map": (index(text='{"weight_map": ["w"]}'), INDEX),
         "a shard is no text": (index(UP, 5), INDEX),
-        "a NUL": (index(UP, "a\0.safetensors"), "fix"),
         "half a character": (index(UP, "\ud800"), "missing"),
         "a ghost": (index("ghost.weight", SHARDS[0]), "'ghost.weight'", SHARDS[0]),
         "a missing shard": (index(EMBED, "missing.safetensors"), EMBED, "missing.saf"),
@@ -432,7 +418,6 @@ BAD = {     # given as: {case: (its maker, words of the line)}
         "no configuration": (network("{}"), "train.py"),
         "a wrong type": (network({"chunk": "8"}), "train.py"),
         "an impossible value": (network({"width": 4}), "width"),
-        "an unknown start": (network({"init": "zeros"}), "init"),
         "a huge network": (network({"width": 4096, "blocks": 100}), "train.py"),
         "a nesting bomb": (network("[" * 100_000), "recursion"),
     },
@@ -442,26 +427,21 @@ BAD = {     # given as: {case: (its maker, words of the line)}
         "LoKr": (adapter(peft_type="LOKR"), "LOKR"),
         "PiSSA": (adapter(init_lora_weights="pissa_niter_4"), "pissa"),
         "a wrong rank": (adapter(r=5), "rank 5"),
-        "a rank of text": (adapter(r="4"), "r '4'"),
         "a huge alpha": (adapter(lora_alpha=HUGE), "lora_alpha 1000"),
         "a broken pattern": (adapter(alpha_pattern={"(": 4}), "alpha_pattern"),
         "an endless repeat": (adapter(rank_pattern={"(a?){4294967294}": 4}), "ever"),
         "deep brackets": (adapter(rank_pattern={"(" * 3000 + ")" * 3000: 4}), "patt"),
         "flags inside": (adapter(rank_pattern={"(?i)Q_PROJ": 4}), "rank_pattern"),
-        "an embedding": (adapter(with_("embed.lora_embedding_A", ONE)), "embedding_A"),
         "a convolution": (adapter(with_(QA, torch.ones(4, 64, 1, 1))), "convolution"),
         "one factor": (adapter(without(QB)), "other factor"),
         "a factor with NaN": (adapter(with_nan(QA)), "lora_A"),
         "another shape": (adapter(with_(QA, torch.ones(4, 63))), "[64, 63]"),
         "no adapter's configuration": (adapter_file(None), CONFIG),
-        "its configuration is cut": (adapter_file(b"{"), "JSON"),
     },
     "expert": {
         # Experts of which no adapter can be extracted.
         "the base itself": (changed(UP, lambda w: w), "no matrix"),
-        "only a norm differs": (changed(NORM, lambda w: w + 1), "no matrix"),
         "only rounding differs": (changed(UP, lambda w: w * (1 + 2e-7)), "rounding"),
-        "a matrix of another shape": (changed(UP, lambda w: w[:8]), "shape"),
         "an expert with NaN": (changed(UP, lambda w: w * math.nan), "NaN"),
     },
     "pair": {
@@ -471,7 +451,6 @@ BAD = {     # given as: {case: (its maker, words of the line)}
         "NaN in its embedding": (hidden(with_nan(EMBED)), EMBED),
         "a fused projection": (hidden(renamed("q_proj", "qkv_proj")), "attn.qkv"),
         "experts": (hidden(renamed("mlp.", "mlp.experts.0.")), "0.mlp.experts.0."),
-        "no matrix for up": (hidden(renamed("up_proj", "riddle")), "layer 0"),
         "shapes that do not fit": (hidden(with_(DOWN, torch.ones(48, 39))), DOWN),
         "keys that queries cannot share": (hidden(narrow_keys), K),
     },

@@ -101,8 +101,7 @@ def test_an_evaluation_that_fails_says_why(command, words):
     ("loaded 12 docs\\nscore=0.5", 0.5), ("7 (accuracy: 81.5%%)", 81.5),
     ("-1e-3", -0.001), ("[3, .5]", 0.5), ("0.5 after the 3rd", 0.5)])
 def test_the_last_number_is_the_score(words, score):
-    """A good command does not print the path that comes last; if it does, no digit is a
-    score."""
+    """If a command prints the path, which comes last, no digit of it is a score."""
     found = gs.evaluate(f"printf '{words}\\n%s'", "/a/1/b_2.safetensors")
     assert found == score
 

@@ -1,5 +1,4 @@
-"""train.py: schedules at their corners, what each stage moves, seeds, Ctrl-C, going on,
-processes, faults."""
+"""train.py: schedules, what each stage moves, seeds, Ctrl-C, going on, processes."""
 import json
 import random
 import signal
@@ -60,8 +59,7 @@ def started(config=TINY):
 # --- Parts ----------------------------------------------------------------------------
 @pytest.mark.parametrize("steps", [1, 2, 9, 100])
 def test_the_rate_rises_then_falls_along_a_cosine(models, monkeypatch, steps):
-    """For any number of steps: up to the peak in the first tenth, from there to zero;
-    half of it half-way down."""
+    """For any number of steps: up in the first tenth, half-way down the half of it."""
     rates = []
 
     def train_step(vae, windows, schedule, stage, optimiser, picks, noise):
@@ -145,8 +143,7 @@ def test_stage_1_goes_through_the_bottleneck_where_it_has_room(models, ratio):
 
 
 def test_stage_2_is_eq_1_of_one_sample(models):
-    """By hand: the sample, its mean square error, beta / r KL by
-    torch.distributions."""
+    """By hand: the sample, its error, beta / r KL by torch.distributions."""
     config = replace(TINY, ratio=2.0, beta=0.3)
     windows = train.Windows([parent(models["a"])], config, train.Schedule())
     (x, real), vae = windows.read(windows.training[:4]), started(config)
@@ -285,8 +282,7 @@ def interrupted_after(stage, step, monkeypatch):
                          [(1, 1, 1), (2, 1, 9), (1, 2, 0), (2, 2, 7)])
 def test_ctrl_c_keeps_the_best_state_so_far(models, tmp_path, monkeypatch, capsys,
                                             ratio, stage, step):
-    """Exit code 130, and a VAE file that works: in stage 1 its bottleneck is cut
-    first."""
+    """Exit code 130, and a VAE that works: in stage 1 its bottleneck is cut first."""
     interrupted_after(stage, step, monkeypatch)
     flags = ["--lr", 1e-3, "--steps1", 12, "--steps2", 12, "--ratio", ratio, *FLAGS]
     way = [models["a"], "-o", tmp_path / "v", *flags, "--log", tmp_path / "log"]
