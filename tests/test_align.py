@@ -106,39 +106,28 @@ MASKS = GPT2 | {"mask": "attn.bias", "minus": "attn.masked_bias"}
 TOWER = clip_vision("vision_tower.vision_model.")
 LLAVA_OLD = llama("language_model.model.", "language_model.lm_head.weight") | TOWER | {
     "projector": "multi_modal_projector.linear_1.weight"}
-LLAVA_NEW = llama("model.language_model.") | wrapped(TOWER, "model.") | {
-    "projector": "model.multi_modal_projector.linear_1.weight"}
 T5_ENCODER = {"embed": "shared.weight", "norm": "encoder.final_layer_norm.weight"} | (
     stack("encoder", "encoder.block", T5))
 T5_BOTH = T5_ENCODER | stack("decoder", "decoder.block", T5_DECODER) | {
     "decoder norm": "decoder.final_layer_norm.weight"}
 BART = stack("encoder", "model.encoder.layers", VISION) | stack(
     "decoder", "model.decoder.layers", VISION)
-CLIP_TEXT = {"clip norm": "text_model.final_layer_norm.weight"} | stack(
-    "clip text", "text_model.encoder.layers", VISION)
-CLIP = CLIP_TEXT | clip_vision("vision_model.") | {"scale": "logit_scale"}
 NAMES = {
     "Llama, itself": (llama(), llama()),
     "the bare model": (llama(), llama("", None)),
     "LLaVA and a text model": (LLAVA_OLD, llama()),
-    "LLaVA of today and a text model": (LLAVA_NEW, llama()),
-    "LLaVA, old and new": (LLAVA_OLD, LLAVA_NEW),
     "LLaVA and its tower": (LLAVA_OLD, clip_vision("vision_model.")),
-    "a text model of another lead": (llama(), llama("model.language_model.")),
     "a wrapper": (llama(), wrapped(llama(), "module.")),
     "FSDP's, inside": (llama(), wrapped(llama(), "_fsdp_wrapped_module.",
                                         "_fsdp_wrapped_module.")),
     "checkpointing's, inside": (
         llama(), wrapped(llama(), inside="_checkpoint_wrapped_module.")),
-    "PEFT's leading part": (llama(), wrapped(llama(), "base_model.model.")),
     "BERT and its encoder": (bert(), bert("")),
-    "BERT in sentence-transformers": (bert(""), bert("0.auto_model.")),
     "T5 and its encoder": (T5_BOTH, T5_ENCODER),
     "both stacks and a decoder": (BART, stack("decoder", "decoder.layers", VISION)),
     "GPT-2, with masks and without": (gpt2(parts=MASKS), gpt2("")),
     "a mixture of experts": (llama(parts=EXPERTS), llama("", None, parts=EXPERTS)),
     "a mixture and a dense model": (llama(parts=EXPERTS), llama()),
-    "CLIP and its text tower": (CLIP, CLIP_TEXT),
 }
 
 

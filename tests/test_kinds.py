@@ -357,6 +357,18 @@ def test_an_index_says_where_each_tensor_is_no_more(desk, make):
 # --- Numbers --------------------------------------------------------------------------
 
 
+def test_float64_is_centred_before_it_is_rounded(desk):
+    """What is encoded (UP) and what is averaged; of a spread of 1e-9 around 1."""
+    pair = []
+    for seed in (1, 2):
+        noise = {UP: drawn(48, 16, seed=seed, std=1e-9).double(),
+                 "model.norm.weight": drawn(16, seed=seed, std=1e-9).double()}
+        pair.append({name: 1 + w for name, w in noise.items()})
+    got, _ = desk.merged(desk.put(pair[0], "a"), desk.put(pair[1], "b"))
+    for name, wanted in average(pair[0], pair[1:]).items():
+        assert (got[name] - wanted).abs().max() < 1e-12, name
+
+
 @pytest.mark.parametrize("scale", [5e18, 1e20, 1e25, 1e-25])
 def test_distances_of_huge_and_tiny_weights(desk, scale):
     """True, or null where it cannot be said; never 0 and never NaN."""
