@@ -68,6 +68,14 @@ def test_measure_equals_numpy_however_the_tensor_is_cut(tmp_path, monkeypatch, c
     assert torch.equal(values, before)
 
 
+def test_pool_is_the_statistics_of_all_weights_together():
+    one = noise(500).double() + 2
+    other = 3 * noise(500, seed=1).double()
+    pair = [ck.measure(ck.StateDict({"w": w}), "w") for w in (one, other)]
+    both = torch.cat([one, other])
+    assert ck.pool(pair) == pytest.approx([both.mean(), both.std(correction=0)])
+
+
 @pytest.mark.parametrize("values, bound", [
     (noise(1000) * 3e-3 + 0.5, 4e-5), (noise(1000).double() * 1e-9 + 1, 1e-5),
     (noise(1000) * 1e-30, 1e-6)])

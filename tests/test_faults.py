@@ -161,18 +161,14 @@ def test_too_little_memory(box, log):
 
 def test_an_input_that_shrinks_under_the_run(box, monkeypatch):
     """After the codec was checked, before anything is merged."""
-    real = merge.check_codec
-
     def check_then_cut(run):
-        found = real(run)
         os.truncate(box.b, 3000)
-        return found
+        return [], {"nmse": None}
     monkeypatch.setattr(merge, "check_codec", check_then_cut)
     before = snapshot(box / "out")
     code, _, error = box.run(*merge_of(box, "file"))
-    assert code == 1
+    assert code == 1 and snapshot(box / "out") == before
     check_line(error, [box.b, "tensor '", "shrank"])
-    assert snapshot(box / "out") == before
 
 
 # --- Streams --------------------------------------------------------------------------

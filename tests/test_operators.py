@@ -38,14 +38,6 @@ def test_slerp_is_lerp_where_the_angle_says_nothing(dot, norm):
     assert lsmerge.slerp_coefficients(0.3, dot, norm, norm) == [0.7, 0.3]
 
 
-def test_inner_products_of_pieces():
-    a, b = torch.randn(2, 100, 3, dtype=torch.float64, generator=generator())
-    x, y = a.numpy(), b.numpy()
-    expected = [np.vdot(x, y), np.linalg.norm(x), np.linalg.norm(y)]
-    found = lsmerge.inner(zip(a.split(7), b.split(7)))
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
-
-
 def test_coefficients_of_convex_and_task_operators():
     assert lsmerge.convex_coefficients([0.2, 0.5]) == pytest.approx([0.3, 0.2, 0.5])
     tenths = lsmerge.convex_coefficients([0.1] * 10)                    # sums round

@@ -76,6 +76,7 @@ train.py a --holdout 1                                   | 2 | --holdout
 train.py a --lr inf                                      | 2 | --lr
 train.py a --seed -1                                     | 2 | --seed
 train.py a --init vae --ratio 2                          | 2 | network
+merge.py '' b                                            | 2 | empty
 lsmerge.py ''                                            | 2 | empty
 lora.py merge a b -o new                                 | 2 | 'merge'
 lora.py fold a b -o new --rank 1                         | 2 | --rank
@@ -108,6 +109,7 @@ merge.py a b --report old                                | 1 | another --report,
 merge.py a b --vae none                                  | 1 | none
 merge.py a b --source-vae vae                            | 1 | --source-vae
 merge.py a org/name                                      | 1 | nothing is downloaded
+merge.py a /dev/zero                                     | 1 | regular
 merge.py a circle                                        | 1 | circle
 merge.py a empty                                         | 1 | no, .safetensors
 merge.py tiny huge                                       | 1 | huge, layers.0, 4096

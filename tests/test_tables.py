@@ -344,14 +344,6 @@ def test_a_claimed_gain(differences, word):
     assert gain(differences) == word
 
 
-@pytest.mark.parametrize("mean, se, text", [
-    (2.5303, 0.0277, "+2.530 ± 0.028"), (17.0635, 0.1407, "+17.06 ± 0.14"),
-    (5.867, 1.361, "+5.9 ± 1.4"), (-1e-8, 8e-9, "0.0000 ± 0.0000"),
-    (123.4, 17.0, "+123 ± 17"), (0.5, 0.0, "+0.5000 ± 0.0000")])
-def test_an_error_has_two_digits(mean, se, text):
-    assert compare.pm(mean, se) == text
-
-
 # --- What is committed ----------------------------------------------------------------
 def raw(name, **fields):
     """The raw rows that have these values, read without compare.py."""

