@@ -73,7 +73,8 @@ def test_pool_is_the_statistics_of_all_weights_together():
     other = 3 * noise(500, seed=1).double()
     pair = [ck.measure(ck.StateDict({"w": w}), "w") for w in (one, other)]
     both = torch.cat([one, other])
-    assert ck.pool(pair) == pytest.approx([both.mean(), both.std(correction=0)])
+    expected = (both.mean().item(), both.std(correction=0).item())
+    assert ck.pool(pair) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("values, bound", [
