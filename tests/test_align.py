@@ -117,6 +117,7 @@ NAMES = {
     "the bare model": (llama(), llama("", None)),
     "LLaVA and a text model": (LLAVA_OLD, llama()),
     "LLaVA and its tower": (LLAVA_OLD, clip_vision("vision_model.")),
+    "a text model of another lead": (llama(), llama("model.language_model.")),
     "a wrapper": (llama(), wrapped(llama(), "module.")),
     "FSDP's, inside": (llama(), wrapped(llama(), "_fsdp_wrapped_module.",
                                         "_fsdp_wrapped_module.")),
@@ -166,6 +167,8 @@ def test_what_is_ambiguous_meets_nobody():
     target = {"up": "layers.0.mlp.up_proj.weight"}
     source = {"1": "layers.0.mlp.fc1.weight", "2": "layers.0.mlp.w3.weight"}
     assert paired(target, source) == paired(source, target) == {}
+    norm = {"norm": "layers.0.norm1.weight"}            # models place them differently
+    assert paired(norm, {"norm": "layers.0.input_layernorm.weight"}) == {}
     assert paired({"w": "a.weight"}, {"w": "b.weight"}) == {}
     assert align.best_pairs({("a", "x"): 2, ("a", "y"): 1, ("b", "y"): 1}) == {
         "a": "x", "b": "y"}
