@@ -169,7 +169,12 @@ def test_what_is_ambiguous_meets_nobody():
     assert paired(target, source) == paired(source, target) == {}
     norm = {"norm": "layers.0.norm1.weight"}            # models place them differently
     assert paired(norm, {"norm": "layers.0.input_layernorm.weight"}) == {}
-    assert paired({"w": "a.weight"}, {"w": "b.weight"}) == {}
+    for lead in ("a.", ""):
+        assert paired({"w": "b.weight"}, {"w": f"{lead}weight"}) == {}
+    # of stacks whose names fit equally well, those that hold the same tensors meet
+    two = one | stack("y", "b.layers", BERT)
+    three = stack("x", "c.layers", LLAMA)
+    assert paired(two, three) == {two[meaning]: three[meaning] for meaning in three}
     assert align.best_pairs({("a", "x"): 2, ("a", "y"): 1, ("b", "y"): 1}) == {
         "a": "x", "b": "y"}
     assert align.best_pairs({("a", "x"): 1, ("a", "y"): 1, ("b", "x"): 1}) == {}
@@ -309,7 +314,7 @@ def test_squared_cost_against_differences():
     z = 1e3 * cloud(60, 33)
     assert align.squared_cost(z, z).min() >= 0      # rounding makes some zeros negative
     for offset in [0.0, 1e6]:
-        x, y = cloud(7, 5, 1) + offset, cloud(9, 5, 2) + offset
+        x, y = cloud(40, 5, 1) + offset, cloud(30, 5, 2) + offset
         brute = (x[:, None] - y).square().sum(2)
         close(align.squared_cost(x, y), brute, rtol=1e-9, atol=1e-12)
 
