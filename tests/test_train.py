@@ -192,6 +192,14 @@ def test_from_a_random_start_it_learns_and_the_seed_decides(models):
     assert equal(vae, again) and not torch.equal(vae.embed.weight, other.embed.weight)
 
 
+def test_a_warm_start_is_never_left_worse(models):
+    """What gets worse, at a rate far too high, is undone: the best state comes back."""
+    config = replace(WARM, ratio=2.0)
+    start, _ = fit(models["a"], config, steps1=0, steps2=0)
+    end, stages = fit(models["a"], config, steps1=0, steps2=4, lr=0.1)
+    assert stages[1]["best_step"] == 0 and equal(start, end)
+
+
 def test_above_r_1_it_starts_as_pca(models):
     """The round trip through the codec is the error of the best linear code, by SVD."""
     file, stats = parent(models["a"])
