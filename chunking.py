@@ -74,7 +74,6 @@ WRAPPERS = (r"(?<![^.])(module|_orig_mod|_forward_module|_fsdp_wrapped_module|"
 # The number is the first whole dotted part of digits. At most nine of them: nobody has
 # more layers, and any integer type holds them.
 LAYER = r"(?s)(.+?)\.([0-9]{1,9})(?:\.(.*))?"
-FIRST = r"(?s)()([0-9]{1,9})(?:\.(.*))?"         # the number begins the name
 
 
 class Place(NamedTuple):
@@ -85,7 +84,7 @@ class Place(NamedTuple):
     rest: str           # the name behind the number; outside the layers the whole name
 
 
-def parse_name(name, pattern=LAYER):
+def parse_name(name):
     """The Place of a tensor, read from its dotted name.
 
     Example:  'module.model.layers.3.self_attn.q_proj.weight'
@@ -94,7 +93,7 @@ def parse_name(name, pattern=LAYER):
               modules, '0.auto_model.encoder.layer.3.output.dense.weight' is of layer 3
     """
     name = re.sub(WRAPPERS, "", name)
-    found = re.fullmatch(pattern, name)
+    found = re.fullmatch(LAYER, name)
     if found is None:
         return Place("", None, role_of(name), name)
     stack, layer, rest = found.groups("")
@@ -119,13 +118,16 @@ def role_of(rest):
 
 def parse_names(names):
     """{name: Place} of one model. Where no name has a layer otherwise, a number at its
-    very beginning is one.
+    very beginning is one, of a stack that we call 'model'.
 
     Example:  a torch.nn.Sequential, '0.weight' and '2.weight': layers 0 and 2
     """
     places = {name: parse_name(name) for name in names}
     if all(place.layer is None for place in places.values()):
-        places = {name: parse_name(name, FIRST) for name in names}
+        for name in names:
+            place = parse_name(f"model.{name}")
+            if place.layer is not None:
+                places[name] = place
     return places
 
 
@@ -159,10 +161,10 @@ def is_selected(entry, pattern=None):
               pattern: all such floats whose name it finds, in a layer or not
     """
     dimensions = len(entry.shape)
-    mask = entry.name.endswith("mask")
+    no_weight = entry.name.endswith("mask")
     if dimensions > 2 and entry.name.endswith("bias"):
-        mask = True
-    if not entry.is_float or dimensions < 2 or entry.numel == 0 or mask:
+        no_weight = True
+    if not entry.is_float or dimensions < 2 or entry.numel == 0 or no_weight:
         return False
     if pattern is not None:
         return re.search(pattern, entry.name) is not None
@@ -199,11 +201,12 @@ def spans(numel, step=PIECE):
 
 
 def keep_freed_memory():
-    """Once, before many pieces pass. The C library of Linux gives memory back to the
-    system with each piece, and takes it again page by page, which costs three times
-    what is computed. It keeps up to twice the largest block that was freed before: so
-    we free one. Elsewhere this does nothing."""
-    torch.empty(31 << 20, dtype=torch.uint8)        # above 32 MB it would not count
+    """Once, before many pieces pass. The C library of Linux gives a large block back to
+    the system as soon as it is freed, until it has seen a block of that size freed;
+    from then on it keeps such blocks, up to 32 MB. So we free one of 31 MB. Without
+    this, to take every piece's memory page by page costs three times what is computed.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def measure(checkpoint, name):
@@ -223,12 +226,12 @@ def measure(checkpoint, name):
         piece_L = checkpoint.read(name, start, stop).double()
         piece_mean = piece_L.mean().item()
         delta = piece_mean - mean
-        piece_L -= piece_mean           # a copy: `read` gives no others
+        piece_L -= piece_mean           # in place, as `read` returns a copy
         m2 += piece_L.dot(piece_L).item() + delta * delta * start * n_piece / stop
         mean += delta * n_piece / stop
     std = math.sqrt(m2 / max(1, entry.numel))
-    # Then all are equal. The bound allows for the rounding of the mean, which each step
-    # may move by 2^-53 = 1e-16 of itself.
+    # A deviation below the rounding of the mean, which each step may move by 2^-53 =
+    # 1e-16 of itself: then all weights are equal.
     if std <= 1e-12 * abs(mean):
         std = 0.0
     # float32 ends at 3e38, and sums of many weights must fit as well. A NaN among the
@@ -238,16 +241,17 @@ def measure(checkpoint, name):
     return TensorStats(**vars(entry), mean=mean, std=std)
 
 
-def pool(parents):
-    """(mean, std) that parents of one shape share: each of them weighs the same.
+def pool(many):
+    """(mean, std) that tensors of one shape share, from the TensorStats of each: all
+    weigh the same.
 
     Equation:  mean = average of mean_k,  std^2 = average of std_k^2 + (mean_k - mean)^2
     Example:   means 0 and 2, both std 1: mean 1, std sqrt(2)
     ours:      symmetric in the parents; and a target near zero does not set the unit
                for a source that is not
     """
-    mean = fmean(each.mean for each in parents)
-    variance = fmean(each.std ** 2 + (each.mean - mean) ** 2 for each in parents)
+    mean = fmean(each.mean for each in many)
+    variance = fmean(each.std ** 2 + (each.mean - mean) ** 2 for each in many)
     return mean, math.sqrt(variance)
 
 
@@ -429,6 +433,7 @@ def refuse_quantised(entries, folder):
               files beside 'q_proj.weight.absmax', whose module is the weight itself
     """
     scaled = {name.rpartition(".")[0] for name in entries if re.search(SCALES, name)}
+    scaled -= {""}                  # 'logit_scale' stands alone: it scales no module
     for name, entry in entries.items():
         if DTYPE_NAMES[entry.dtype] in PACKED and len(entry.shape) >= 2:
             beside = name in scaled or name.rpartition(".")[0] in scaled
@@ -477,8 +482,8 @@ def locate(path):
 
 
 def read_shards(file):
-    """{path: names of the tensors that are read from it} of an index, or of a weights
-    file, which stands for itself: no names, as all of them are read.
+    """{path: names of the tensors that are read from it} of an index; or of a weights
+    file, which stands for itself, with None: all are read.
 
     A stale index, of whose shards none is there, gives {}. A shard may lie in a
     sub-folder, but not outside the folder of the index: what was downloaded must not
@@ -489,7 +494,7 @@ def read_shards(file):
               '.../2.safetensors': {'b'}}
     """
     if not file.endswith(".json"):
-        return {file: set()}
+        return {file: None}
     folder = dirname(abspath(file))
     shards = {}
     try:
@@ -534,12 +539,14 @@ class Checkpoint:
         entries = {}
         for shard, names in shards.items():
             held, self.metadata = read_header(shard)
-            for name in names or held:      # the index decides what is read from where
+            if names is None:
+                names = held
+            for name in names:              # the index decides what is read from where
                 need(name in held, shard, f"lacks what {file} says", AGAIN, name)
                 entries[name] = held[name]
         self.entries = in_order(entries)
         refuse_quantised(self.entries, dirname(file))
-        self.files = [file, *shards]
+        self.files = [abspath(file), *map(abspath, shards)]
         # Opened once: what is read stays the same file, even if its name is given away.
         self._handles = {shard: open(shard, "rb") for shard in shards}
         self._lock = threading.Lock()       # a handle has one position for all threads
@@ -678,7 +685,8 @@ def appear(path, force=False):
                     os.rename(old, path)    # the new one did not come
     except OSError as error:
         # A full disk names no file, and nobody knows the hidden one.
-        if prefix in str(error.filename or prefix):
+        hidden = error.filename is None or prefix in str(error.filename)
+        if hidden:
             error.filename = path
         raise
 

@@ -13,15 +13,16 @@ Dimension key (a suffix names a tensor's axes):
     Z  latent numbers per chunk     I  source chunks            J  target chunks
 
 Paper                       here                                      where
-    w in R^L, c, n = L_p / c    flat_L, C, N; padding: real_NC        chunking.chunk
-    X in R^{B x n x c}; d; z_d  x_BTC (this n is T); D; Z       chunking.to_windows
-    E, D (encoder, decoder)     Codec.encode, Codec.decode      below, and vae.py
-    q(z | w); Eq. 1, beta       Posterior; vae_loss, VAEConfig.beta          vae.py
+    w in R^L, c, n = L_p / c    flat_L, C, N; padding: real_NC    (chunking.chunk)
+    X in R^{B x n x c}          x_BTC; the paper writes n twice, this one is T
+    d; z_d                      D; Z
+    E, D (encoder, decoder)     Codec.encode, Codec.decode        (below, and vae.py)
+    q(z | w); Eq. 1, beta       Posterior; vae_loss, VAEConfig.beta         (vae.py)
     lambda                      lam: weight of a SOURCE; 0: the target's round trip
     z_s, z_t, z~, z_lambda      z_source, z_target, z_aligned, z_merged
     r, the compression ratio    VAEConfig.true_ratio = C / Z (ratio: as asked for)
     r of Algorithm 1, line 3    never formed: align.project_rows takes both sizes
-    A and T* of Eq. 2           gaussian_map; sinkhorn, barycentric_map    align.py
+    A and T* of Eq. 2           gaussian_map; sinkhorn, barycentric_map   (align.py)
     Algorithm 1                 line 1: align.pair_names; lines 2 to 6: ls_merge
 
 Example: a q_proj of 128 x 128 has L = 16,384 weights, N = 256 chunks of C = 64, B = 16
@@ -82,7 +83,7 @@ def ls_merge(target, sources, coefficients, residual=False):
         merged_L = target.codec.decode(z_merged_JZ, stats, stop - start)    # line 6
         if residual:
             for c, parent in zip(coefficients, [target, *sources]):
-                if isinstance(parent, Parent):              # it entered unaligned
+                if parent.unaligned:
                     merged_L = merged_L + c * parent.codec_error(j0, j1)
         yield start, cast(merged_L, stats)                  # the one rounding
 
@@ -136,28 +137,30 @@ class Codec:
             raise CheckpointError(path, error, "pass a file that train.py wrote")
         return cls(vae, device, dtype, record, file.files)
 
-    def batches(self, rows_NX):
-        """Chunks or latents, (N, X), as batches of windows, (B, T, X); and which of
-        their chunks are real, (B, T) bool: 1 = chunk with weights, 0 = padding.
+    def batches(self, rows):
+        """N chunks, (N, C), or latents, (N, Z), as batches of B windows, (B, T, C or
+        Z); and which of their chunks are real, (B, T) bool: 1 = chunk with weights,
+        0 = padding.
         Example:  260 chunks, T = 16: 17 windows, the last with 12 chunks of padding"""
         # All rows are real; to_windows fills up with rows that are not.
-        real_NX = torch.ones_like(rows_NX, dtype=torch.bool)
-        windows_BTX, real_BTX = to_windows(rows_NX, real_NX, self.T)
-        for x_BTX, real in zip(windows_BTX.split(BATCH), real_BTX.split(BATCH)):
-            yield x_BTX.to(self.dtype), real[..., 0]        # (B, T, X), (B, T)
+        real = torch.ones_like(rows, dtype=torch.bool)
+        windows, real = to_windows(rows, real, self.T)      # (all windows, T, C or Z)
+        for x, real_BT in zip(windows.split(BATCH), real[..., 0].split(BATCH)):
+            yield x.to(self.dtype), real_BT                 # (B, T, C or Z), (B, T)
 
     @torch.inference_mode()
-    def encode(self, flat_L, stats, samples=0, seed=(), first=0):
+    def encode(self, flat_L, stats, samples=0, seed=(), first_batch=0):
         """z = E(w), (N, Z) float32.
 
         differs:  z is the mean of q(z | w), the same at every run; the paper samples
         samples:  K > 0: the mean of K samples, self-merging
-        seed:     of their noise, with the number of the batch (`first` for the first
-                  one): so noise does not depend on where a piece begins
+        seed:     of their noise, with the number of the batch, which `first_batch` is
+                  for the first one: so noise does not depend on where a piece begins
         """
         chunks_NC, _ = chunk(standardise(flat_L.to(self.device), stats), self.C)
         parts = []                                          # (B, T, Z) each
-        for number, (x_BTC, real_BT) in enumerate(self.batches(chunks_NC), first):
+        batches = enumerate(self.batches(chunks_NC), first_batch)
+        for number, (x_BTC, real_BT) in batches:
             if samples:
                 posterior = self.net.encode(x_BTC, real_BT)             # q(z | w)
                 z_BTZ = self_merge(posterior, samples, generator_for(*seed, number))
@@ -185,6 +188,7 @@ class Parent:
     codec: Codec                # E and D
     samples: int = 0            # K draws of self-merging; 0: the posterior's mean
     seed: tuple = (0,)          # of those draws
+    unaligned = True            # its latents enter as they are
 
     @property
     def N(self): return self.stats.n_chunks(self.codec.C)       # ceil(L / C)
@@ -248,7 +252,8 @@ def convex_coefficients(lam):
     paper:    Sec. 3.3,  z_lambda = (1 - lambda) z_a + lambda z_b
     Example:  [0.2, 0.5] -> [0.3, 0.2, 0.5]; a soup of three is [1/3, 1/3]
     Raises:   ValueError if one is negative, or their sum above 1"""
-    # So put, NaN is refused too. Ten times 0.1 sums to a little more than 1.
+    # Written as "not good", so that NaN, for which no comparison is true, is refused
+    # as well. Ten times 0.1 sums to a little more than 1.
     if not (min(lam, default=0) >= 0 and sum(lam) <= 1.000000001):
         raise ValueError("each lambda must be 0 or more, and their sum at most 1")
     return [max(0.0, 1 - sum(lam)), *lam]
@@ -264,13 +269,16 @@ def task_coefficients(lam):
     return [1.0, *lam, -sum(lam)]
 
 
+PARALLEL = 1 - 5e-13    # of |cos t|: sin t is then 1e-6
+
+
 def slerp_coefficients(lam, dot, norm_a, norm_b):
     """Spherical interpolation (Shoemake 1985), with cos t = <a, b> / (|a| |b|):
     c_a = sin((1 - lambda) t) / sin t,   c_b = sin(lambda t) / sin t
     Example:  a and b at right angles, lambda = 1/2: both sin 45 / sin 90 = 0.7071"""
     norm = norm_a * norm_b
-    # Parallel, opposite or zero vectors (here sin t <= 1e-6): undefined, so lerp.
-    if abs(dot) >= 0.9999999999995 * norm:
+    # Parallel, opposite or zero vectors: undefined, so lerp.
+    if abs(dot) >= PARALLEL * norm:
         return [1 - lam, lam]
     t = math.acos(dot / norm)           # the angle between a and b
     return [math.sin((1 - lam) * t) / math.sin(t), math.sin(lam * t) / math.sin(t)]
@@ -345,6 +353,8 @@ class Transport:
               are the chunks of the two tensors that meet.
     """
 
+    unaligned = False
+
     def __init__(self, target, source, alignment, seed=(0,)):
         self.target = target                        # a Parent
         self.source = source                        # a Parent
@@ -362,10 +372,10 @@ class Transport:
 
     @property
     def per_piece(self):
-        """Target chunks of a piece, so that it holds at most a piece of either model,
-        and all are of one size. A piece is one problem of Sinkhorn's: no mass crosses
-        its border (ours: memory forces it, above 4,096 x 4,096 chunks).
-        Whole windows, as a chunk is decoded in the window in which it was encoded.
+        """Target chunks of a piece, so that it holds about a piece of either model: all
+        of one size, and of whole windows, as a chunk is decoded in the window in which
+        it was encoded. A piece is one problem of Sinkhorn's: no mass crosses its border
+        (ours: memory forces it, above some 4,096 x 4,096 chunks).
         Example:  6,000 target and 9,000 source chunks, T = 16: 3 pieces, of 2,000 and
                   3,000"""
         largest = max(self.target.N, self.source.N)
@@ -430,23 +440,23 @@ MODELS = os.path.join(os.path.dirname(__file__), "experiments/models/")
 def show(label, x):
     """A row of the tour: a label; shape, mean and standard deviation of a tensor."""
     x = x.double()
-    say(f"{label:46}{list(x.shape)!s:11}{x.mean():10.2e}{x.std():10.2e}")
+    say(f"{label:52}{list(x.shape)!s:11}{x.mean():10.2e}{x.std():10.2e}")
 
 
 def show_encoding(parent):
     """Lines 1 and 2: a tensor, its weights, chunks and latents, and what is decoded."""
     stats = parent.stats
-    say(f"line 1  {stats.name} {list(stats.shape)}\n"
-        "        tensor    axes   function             shape            mean       std")
+    say(f"line 1  {stats.name} {list(stats.shape)}",
+        f"{'        tensor    axes   function':52}{'shape':11}{'mean':>10}{'std':>10}")
     w_L = parent.read(0, stats.numel)
     chunks_NC, real_NC = chunk(standardise(w_L, stats), parent.codec.C)
     z_NZ = parent.latents(0, parent.N)
-    show("line 2  w         L      chunking.Checkpoint", w_L)
+    show("line 2  w         L      chunking.Checkpoint.read", w_L)
     show("        X         N x C  chunking.chunk", chunks_NC)
-    show("        real: 1   N x C  padding: 0", real_NC)
+    show("        real      N x C  1: a weight, 0: padding", real_NC)
     show("        z = E(X)  N x Z  lsmerge.Codec.encode", z_NZ)
     lost_L = parent.codec_error(0, parent.N)
-    show("        w - D(z)  L      lsmerge.Parent", lost_L)
+    show("        w - D(z)  L      lsmerge.Parent.codec_error", lost_L)
 
 
 def tour(argv=None):

@@ -11,7 +11,8 @@ The run, straight down (`main` and `merge`): open the models; plan who meets who
 (Algorithm 1, line 1); take each tensor's statistics; get a codec, and check that it can
 carry these weights; merge tensor by tensor; report. What happens to a tensor:
 
-    encoded     attention and MLP: merged in latent space, by lsmerge.ls_merge
+    encoded     attention and MLP: merged in latent space, by lsmerge.ls_merge (and
+                called so, too, where --space weight takes the weights themselves)
     averaged    norms, biases, embeddings: the same operator on the weights themselves
     copied      the target's own: whole numbers, what met nobody, what is not merged
 
@@ -33,8 +34,7 @@ them (run.lam, run.operator, ...), and what was found since:
 
     run.models  Checkpoints: the target, the sources, and the base of a task arithmetic
     run.codecs  the target's Codec, and that of sources of other shapes; or none
-    run.inside  the name of the weights in a result folder; None for a result file
-    run.along   the files beside them
+    run.result  the Destination: where the result goes, and what lies beside it
     run.kind    self, same-shape or cross-shape
     run.tasks   a Task for each tensor of the target, in its order
     run.warnings, said at once and again at the end
@@ -62,18 +62,19 @@ from dataclasses import dataclass
 from functools import partial
 from os.path import (abspath, basename, dirname, isfile, islink, join, normpath,
                      realpath, relpath)
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 import align as ot
 import lsmerge as ls
 import train
-from chunking import (STOP, Checkpoint, Entry, Output, appear, check_output, command,
-                      create, is_selected, keep_freed_memory, measure, need, say, spans,
-                      standardise, write_tensors)
+from chunking import (STOP, Checkpoint, Entry, Output, StateDict, appear, check_output,
+                      command, create, is_selected, keep_freed_memory, measure, need,
+                      say, spans, standardise)
 from train import MAX_NMSE, gather, pick_device, rank_and_size, start_parser
+from vae import VAEConfig
 
 VERSION = "3.0"
 REFERENCE = join(dirname(abspath(__file__)), "experiments/models/vae.safetensors")
@@ -81,9 +82,12 @@ SAMPLES = 8             # draws of a self-merge: their noise shrinks by sqrt(8)
 RELATED = 0.5           # cosine of weights: trained apart 0.00, experts of one base 0.9
 STRIP = 256             # weights in a strip of a tensor, of which that cosine is taken,
 STRIPS = 11             # and their number, about: 2,816 weights tell it to 0.02
-FAR = 0.8               # distance of two parents over the target's norm; strangers: 1.4
-SHARE = 1 << 12         # source chunks under one of the target's, at most: a piece
+FAR = 0.8               # distance of two parents over the target's norm: 1.4 (the root
+                        # of 2) for strangers, below 0.5 for experts of one base
+SHARE = 1 << 8          # source chunks under one of the target's, at most: those under
+                        # a window of 16 are then a piece
 GATE_WEIGHTS = 1 << 16  # of a tensor, in windows evenly spread: the gate takes seconds
+TABLES = ("inv_freq", "masked_bias")    # RoPE's frequencies; -inf or -1e4, in GPT-2
 # The names of PEFT, kohya and LyCORIS for what is added to weights.
 ADAPTER = r"(?<![a-z])lora_|lora\.(up|down)|hada_w|lokr_w|ia3_l|base_layer\."
 MATCH = "if they are relatives, run python experiments/tools/match.py first"
@@ -92,26 +96,28 @@ HARM = ("Merging unrelated models does harm, in our measurements 0.02 to 0.09 bi
 
 
 # --- The run, straight down -----------------------------------------------------------
-def main(argv=None):
+def main(argv=None, models=None):
     """The command. What it decides and does stands here and in `merge`, in order.
     Returns None, which is exit code 0; every error is raised, and chunking.command says
     it.
 
-    argv:  as on the command line, without the program; None: what it was called with
+    argv:    as on the command line, without the program; None: what it was called with
+    models:  what the paths stand for, if it is open already: Checkpoints
     """
     train.only_the_first_speaks()
     run = parse(argv)
     run.codecs = load_codecs(run)
     # Opening reads headers only. What is no checkpoint is refused here.
-    run.models = [Checkpoint(path) for path in run.paths]
+    run.models = models or [Checkpoint(path) for path in run.paths]
     for model in run.models:
         for name in model.entries:
             need(not re.search(ADAPTER, name), model.path, "belongs to an adapter: its "
                  "factors cannot be merged, but their product can",
                  "python experiments/tools/lora.py fold BASE ADAPTER -o EXPERT", name)
-        single = join(model.path, "model.safetensors")
-        if isfile(single) and single not in model.files:    # people may expect either
-            say(f"note: {single} is not used: the index names other files")
+        # Beside an index lies a whole model: people may expect the one or the other.
+        single = abspath(join(model.path, "model.safetensors"))
+        if isfile(single) and single not in model.files:
+            run.warnings.append(f"{single} is not used: the index names other files")
     check_outputs(run)
     # Who meets whom; nothing but some strips of the weights has been read so far.
     plan(run)
@@ -161,8 +167,8 @@ def merge(run):
     with contextlib.ExitStack() as stack:
         if rank_and_size()[0] == 0:
             output = stack.enter_context(create(run.output, entries, header,
-                                                run.inside, run.force))
-            put_companions(run, dirname(output.path))
+                                                run.result.weights, run.force))
+            run.result.fill(dirname(output.path), card_of(run))
             gather(output.path)             # the others wait for it
         else:
             output = Output(gather(None)[0])
@@ -183,15 +189,16 @@ def parallel_map(work, run, label):
     order = sorted(run.tasks, key=lambda task: -task.entry.numel)[rank::size]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(min(threads, 16))     # each holds a piece of every parent
+    # Each thread holds a piece of every parent: 16 keep memory flat on a large machine.
+    pool = ThreadPoolExecutor(min(threads, 16))
     found = {}
     try:
         done = pool.map(partial(work, run), order)
         for task in tqdm(order, label, leave=False, disable=run.quiet or None):
             found[task.number] = next(done)
     except BaseException:
-        STOP.set()                                  # threads that read notice it
-        gather(None)                                # and so do the other processes
+        STOP.set()                      # threads that read notice it,
+        gather(None)                    # and so do the other processes: None, no result
         raise
     finally:
         pool.shutdown(cancel_futures=True)          # waits for those that run
@@ -211,8 +218,8 @@ def parallel_map(work, run, label):
 class Task:
     """A tensor of the target, and what happens to it.
 
-    parents: {0: its entry in the target, k: that of its partner in the k-th source};
-    with their statistics, once they are measured.
+    tensors: {0: the tensor of the target, k: its partner in the k-th source}, Entries;
+    once they are measured TensorStats, which are Entries, too.
 
     Example:  the target's up_proj meets the second of two sources only:
               {0: Entry('model.layers.0.mlp.up_proj.weight', ...),
@@ -220,7 +227,7 @@ class Task:
     """
     entry: Entry
     number: int                 # its position in the target: part of every seed
-    parents: dict
+    tensors: dict
     # Set by `decide`; `plan`, `measure_task` and `tie` may still keep the target's own.
     action: str = "averaged"    # or "encoded", or "copied"
     why: str = ""               # why it is copied; "" if it is not
@@ -230,7 +237,7 @@ class Task:
         """The tensor stays the target's own."""
         self.action = "copied"
         self.why = why
-        self.parents = {0: self.entry}
+        self.tensors = {0: self.entry}
 
 
 def plan(run):
@@ -251,7 +258,7 @@ def plan(run):
                               partial(layer_partners, target, source))
         for task in run.tasks:
             if task.entry.name in pairs:
-                task.parents[k] = source.entries[pairs[task.entry.name]]
+                task.tensors[k] = source.entries[pairs[task.entry.name]]
         left_out(run, source, pairs.values())
         contradictions(run, source)
     # 2. What happens to each; `decide` makes the run cross-shape where it must be.
@@ -270,12 +277,13 @@ def plan(run):
             task.keep("not encoded")
     # 3. What is refused, and what is warned of. A copy of the target under another name
     # would look like a merge.
-    why = Counter(task.why for task in run.tasks if task.action == "copied")
-    reasons = ", ".join(f"{n} {reason}" for reason, n in why.items())
+    why = reasons(run)
+    listed = ", ".join(f"{number} {reason}" for reason, number in why.items())
     need(why.total() < len(run.tasks), target.path, f"nothing would be merged: of its "
-         f"tensors {reasons}", "check --select, and the names in both files (what is "
+         f"tensors {listed}", "check --select, and the names in both files (what is "
          "known of names stands in chunking.ROLES)")
-    # A flag that would change nothing shows a wrong expectation.
+    # A flag that would change nothing shows a wrong expectation. The command line alone
+    # cannot tell it of this one: who meets whom makes the kind.
     need(run.kind == "cross-shape" or not run.source_vae, run.source_vae,
          "is not needed: equal shapes share one VAE", "drop --source-vae")
     strangers(run)
@@ -299,7 +307,7 @@ def decide(run, task):
     its own shape, as there is no projection of an embedding or of a norm.
     """
     entry = task.entry
-    met = task.parents
+    met = task.tensors
     alike = {k: other for k, other in met.items() if other.shape == entry.shape}
     if is_selected(entry, run.select):
         task.action = "encoded"
@@ -307,29 +315,29 @@ def decide(run, task):
             run.kind = "cross-shape"
             check_shapes(run, task)
     else:
-        task.parents = alike
-    # Without a source the target is merged with itself, and meets nobody rightly.
-    merged_with_itself = len(run.models) == 1
+        task.tensors = alike
     if not entry.is_float:
         task.keep("whole numbers")
-    elif len(met) == 1 and not merged_with_itself:
+    elif run.kind == "self":
+        return                              # merged with itself, it meets nobody
+    elif len(met) == 1:
         task.keep("met nobody")
-    elif len(task.parents) == 1 and not merged_with_itself:
+    elif len(task.tensors) == 1:
         task.keep("met another shape")
     elif run.base:
         # A task vector is between a source and the base, which is the last model.
         base = len(run.models) - 1
-        if base not in task.parents or len(task.parents) < 3:
+        if base not in task.tensors or len(task.tensors) < 3:
             task.keep("no task vector")
 
 
 def check_shapes(run, task):
     """Refuse another shape if the operator needs equal ones (an angle and a difference
-    are between vectors of one length), or if a chunk would meet more of a source than a
-    piece holds: memory would then grow with the source."""
+    are between vectors of one length), or if a window would meet more of a source
+    than a piece holds: memory would then grow with the source."""
     entry = task.entry
     strict = run.space == "weight" or run.operator in ("slerp", "task-arithmetic")
-    for k, other in task.parents.items():
+    for k, other in task.tensors.items():
         need(not strict or other.shape == entry.shape, run.models[0].path,
              f"{list(entry.shape)} meets {other.name!r} {list(other.shape)} of "
              f"{run.models[k].path}", f"use lerp in latent space; or, {MATCH}",
@@ -341,10 +349,10 @@ def check_shapes(run, task):
 
 def float_places(model):
     """{name: Place} of all that can be merged: whole numbers meet nobody, nor do
-    tensors without a weight, nor tables of angles (RoPE's frequencies)."""
+    tensors without a weight, nor tables that were never trained."""
     places = {}
     for name, entry in model.entries.items():
-        if entry.is_float and entry.numel > 0 and not name.endswith("inv_freq"):
+        if entry.is_float and entry.numel > 0 and not name.endswith(TABLES):
             places[name] = entry.place
     return places
 
@@ -357,9 +365,9 @@ def layer_partners(target, source, mine, theirs):
     prediction, or of a draft model): then those that are alike meet by index, and the
     others meet nobody.
     Example:  62 layers and 61, of which 61 are alike: the 62nd stays the target's
-    Example:  32 layers and 31, as the 30th was removed: the first 29 meet. Layer 30 of
-              the one is 31 of the other: they are not alike at the same number, and
-              stay the target's
+    Example:  32 layers, and 31 of them, as layer 29 was removed: 0 to 28 meet. Behind
+              it all numbers are shifted by one, nothing is alike at its number, and
+              layers 29 to 31 stay the target's
     """
     if len(mine) == len(theirs):
         return ot.partners_by_depth(mine, theirs)       # no weight need be read
@@ -369,34 +377,40 @@ def layer_partners(target, source, mine, theirs):
         pairs = ot.pair_within_layer(mine[layer], theirs[layer])
         if mean_cosine(target, source, pairs.items()) > RELATED:
             alike[layer] = layer
+    # Nearly all: one or two layers may be new, or trained hard. Of a model that lost an
+    # early layer hardly any are alike at the same number.
     if len(alike) >= 0.9 * len(common) > 0:
         return alike
     return ot.partners_by_depth(mine, theirs)
 
 
 def mean_cosine(target, source, pairs):
-    """The mean cosine of two models' weights: 0.00 for models trained apart, 0.9 for
-    experts of one base.
+    """The mean cosine of two models' weights over (target name, source name) pairs:
+    0.00 for models trained apart, 0.9 for experts of one base. NaN, which is neither
+    small nor large, if there is nothing to compare."""
+    cosines = [strip_cosines(target, source, *pair) for pair in pairs]
+    return torch.cat([torch.empty(0), *cosines]).nanmean().item()
+
+
+def strip_cosines(target, source, mine, theirs):
+    """The cosines of two tensors' weights, strip by strip; none for vectors (norms are
+    near 1 in any model: even those of strangers have a cosine near 1), nor for two
+    shapes.
 
     Some strips of each tensor are enough to tell. They are spread over all of it, as a
-    model whose rows stand in another order may have its first row in place. 11 is
-    prime: so they do not all begin where a head does, as its first row may be in place.
-
-    Args:     pairs: (target name, source name); only matrices of one shape count
-    Returns:  NaN, which is neither small nor large, if there is nothing to compare
+    model whose rows stand in another order may have its first row in place. They are 11
+    as heads are 8, 16 or 32: strips that all began where a head does would see only its
+    first row, which an order within heads may leave in place.
     """
+    entry = target.entries[mine]
     cosines = []
-    for mine, theirs in pairs:
-        entry = target.entries[mine]
-        if len(entry.shape) > 1 and entry.shape == source.entries[theirs].shape:
-            starts = range(0, entry.numel, max(STRIP, entry.numel // STRIPS))
-            mine_L = torch.cat([target.read(mine, i, i + STRIP) for i in starts])
-            theirs_L = torch.cat([source.read(theirs, i, i + STRIP) for i in starts])
-            mine_L = mine_L.double()
-            theirs_L = theirs_L.double()
-            # Zero has no direction: 0 / 0 is NaN, which the mean leaves out.
+    if len(entry.shape) > 1 and entry.shape == source.entries[theirs].shape:
+        for start in range(0, entry.numel, max(STRIP, entry.numel // STRIPS)):
+            mine_L = target.read(mine, start, start + STRIP).double()
+            theirs_L = source.read(theirs, start, start + STRIP).double()
+            # Zero has no direction: 0 / 0 is NaN, which a mean leaves out.
             cosines.append(mine_L.dot(theirs_L) / (mine_L.norm() * theirs_L.norm()))
-    return torch.tensor(cosines).nanmean().item()
+    return torch.tensor(cosines)
 
 
 def strangers(run):
@@ -406,16 +420,18 @@ def strangers(run):
     One role in another order is enough to ruin a merge, and the mean over all hides it:
     a copy whose MLP neurons are permuted computes the same, has cosine 1 in attention
     and 0 in gate, up and down, and its average with the target is noise. So do q and k
-    whose rows are in the order of another library, and the embedding of another
-    tokenizer.
+    whose rows are in the order of another library, the embedding of another tokenizer,
+    and experts of which some have changed places. One strip of eleven may be of a new
+    word; two are another order: so it is the second lowest strip that tells.
     """
     target, *sources = run.models
     for k, source in enumerate(sources, 1):
         apart = Counter()
         for task in run.tasks:
-            if task.action != "copied" and k in task.parents:
-                pair = (task.entry.name, task.parents[k].name)
-                if mean_cosine(target, source, [pair]) < RELATED:
+            if task.action != "copied" and k in task.tensors:
+                cosines = strip_cosines(target, source, task.entry.name,
+                                        task.tensors[k].name)
+                if (cosines < RELATED).sum() > len(cosines) // STRIPS:
                     apart[task.entry.place.role] += 1
         if apart:
             roles = ", ".join(f"{role} ({n})" for role, n in apart.items())
@@ -437,16 +453,28 @@ def left_out(run, source, met):
         entry = source.entries[name]
         lost.append(entry)
         of_a_layer = entry.place.layer is not None and entry.place[:2] in layers
-        if of_a_layer or entry.place.role == "head":
+        if of_a_layer or own_head(source, entry):
             torn.append(entry)
     share = sum(entry.numel for entry in lost) / total_weights(source)
-    # A draft layer or a tower of the source's own may well be left out; half a model
-    # may not.
+    # A draft layer or a tower of the source's own may well be left out; half a model,
+    # or nearly so, may not.
     if torn or share > 0.4:
         name = min(entry.name for entry in torn or lost)
         run.warnings.append(f"{len(lost)} tensors of {source.path} have no place in "
                             f"the target and are left out ({share:.0%} of its "
                             f"weights), {name} for one")
+
+
+def own_head(source, entry):
+    """Whether it is a head, and not the embedding under another name: that has met its
+    partner."""
+    if entry.place.role != "head":
+        return False
+    for other in source.entries.values():
+        if other.place.role == "embed" and other.shape == entry.shape:
+            if digest(source, other) == digest(source, entry):
+                return False
+    return True
 
 
 def left_alone(run):
@@ -470,9 +498,11 @@ def total_weights(model):
 # under another of these.
 MEANING = ("model_type num_attention_heads num_key_value_heads n_head n_heads "
            "num_heads encoder_attention_heads decoder_attention_heads head_dim "
-           "rope_theta rope_parameters rope_scaling rotary_pct partial_rotary_factor "
-           "position_embedding_type hidden_act hidden_activation activation_function "
-           "id2label")
+           "rope_theta rope_type factor full_attention sliding_attention rotary_pct "
+           "partial_rotary_factor position_embedding_type hidden_act hidden_activation "
+           "activation_function id2label")
+# And what it means of positions where it says nothing.
+UNSAID = {"rope_theta": 10_000.0, "rope_type": "default", "factor": 1.0}
 
 
 def contradictions(run, source):
@@ -492,13 +522,16 @@ def contradictions(run, source):
 
 
 def config_of(model):
-    """What config.json beside the weights says of a language model; {} if nothing."""
+    """What config.json beside the weights says of a language model; {} if nothing. What
+    it says of positions stands in three places, by the version of transformers."""
     try:
         with open(join(dirname(model.files[0]), "config.json"), "rb") as file:
             config = json.load(file)
-        return config | (config.get("text_config") or {})
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}                       # no such file; no JSON; no object
+        config |= config.get("text_config") or {}
+        return (UNSAID | config | (config.get("rope_scaling") or {})
+                | (config.get("rope_parameters") or {}))
+    except (OSError, ValueError, TypeError, AttributeError, IndexError):
+        return {}               # no such file; no JSON; no object; a state dict
 
 
 # --- Statistics and ties --------------------------------------------------------------
@@ -507,24 +540,25 @@ def measure_task(run, task):
     here, so that NaN and Inf are refused before any work. What is only copied may hold
     them, as may a mask of -inf that is equal in all models."""
     if task.action == "averaged":
-        found = set()
-        for k, entry in task.parents.items():
-            found.add(digest(run.models[k], entry, task.entry.dtype))
-        if len(found) == 1:
+        # In the target's dtype: a source that was saved in another one may be equal.
+        digests = set()
+        for k, entry in task.tensors.items():
+            digests.add(digest(run.models[k], entry, task.entry.dtype))
+        if len(digests) == 1:
             task.keep("equal in all")
     if task.action == "copied":
         return task
-    for k, entry in task.parents.items():
-        task.parents[k] = measure(run.models[k], entry.name)
+    for k, entry in task.tensors.items():
+        task.tensors[k] = measure(run.models[k], entry.name)
     # A constant tensor has no pattern, and no unit in which a codec could see one. If
     # all parents are constant, the weights themselves are averaged. If only the target
     # is, and a source has another shape, then nothing says at which scale that source's
     # pattern would enter: the tensor stays the target's.
-    parents = task.parents.values()
-    if task.action == "encoded" and task.parents[0].constant:
-        if any(stats.shape != task.entry.shape for stats in parents):
+    measured = task.tensors.values()
+    if task.action == "encoded" and task.tensors[0].constant:
+        if any(stats.shape != task.entry.shape for stats in measured):
             task.keep("constant")
-        elif all(stats.constant for stats in parents):
+        elif all(stats.constant for stats in measured):
             task.action = "averaged"
     return task
 
@@ -543,35 +577,42 @@ def digest(model, entry, dtype=None):
 def tie(run):
     """A matrix outside the layers that the target holds twice (an embedding and its
     redundant head) is merged once: the other is a copy of the result, so that both stay
-    equal. What is merged leads what is copied, the embedding its head.
+    equal.
 
-    Two that have partners of their own may be equal by accident (a model and its moving
-    average, at the start): they are merged each for itself, but for a head. So are
-    constants.
+    Of those that are equal bit for bit in the target, one that has partners leads, the
+    embedding before its head. Another follows if it has none, or is a head. Others that
+    have partners of their own may be equal by accident (a model and its moving average,
+    at the start), as may constants: they are merged each for itself.
     """
-    def last(task):
-        return task.action == "copied", task.entry.place.role != "embed"
+    alone = ("met nobody", "not encoded")
+
+    def comes_later(task):
+        return task.why in alone, task.entry.place.role != "embed"
 
     leaders = {}
-    for task in sorted(run.tasks, key=last):
+    for task in sorted(run.tasks, key=comes_later):
         entry = task.entry
         if entry.place.layer is None and len(entry.shape) > 1 and entry.numel > 0:
             leader = leaders.setdefault(digest(run.models[0], entry), task)
-            alone = task.why in ("met nobody", "not encoded")
-            follows = alone or entry.place.role == "head"
-            merged = leader is not task and not leader.why
-            if merged and follows and not leader.parents[0].constant:
+            accident = leader.action != "copied" and leader.tensors[0].constant
+            if leader is task or leader.why in alone or accident:
+                continue
+            if task.why in alone or entry.place.role == "head":
+                told_apart(run, task, leader)
                 leader.tied += (entry.name,)
-                if not alone:
-                    told_apart(run, task, leader)
                 task.keep("tied to another")
 
 
 def told_apart(run, task, leader):
     """Warn if a source has a head of its own where the target's is its embedding."""
-    for k in (task.parents.keys() & leader.parents.keys()) - {0}:
+    for k in task.tensors.keys() - {0}:
         model = run.models[k]
-        if digest(model, task.parents[k]) != digest(model, leader.parents[k]):
+        # What the head would equal if they were tied there, too. An embedding that is
+        # equal in all models meets nobody any more: it is the target's.
+        tied = digest(run.models[0], leader.entry)
+        if k in leader.tensors:
+            tied = digest(model, leader.tensors[k], task.entry.dtype)
+        if digest(model, task.tensors[k], task.entry.dtype) != tied:
             run.warnings.append(f"{task.entry.name} equals {leader.entry.name} in the "
                                 f"target and in the result; that of {model.path} does "
                                 "not, and is left out")
@@ -592,25 +633,32 @@ def load_codecs(run):
 
 
 def train_codec(run):
-    """--init random: train.py on the inputs, with the paper's start and its own
-    defaults. The VAE goes to --save-vae, or is forgotten. Under torchrun all processes
-    train it, the first one writes it, and all read it."""
-    with tempfile.TemporaryDirectory() as folder:
-        run.vae = gather(run.save_vae or join(folder, "vae.safetensors"))[0]
-        argv = [*run.paths, f"--output={run.vae}", f"--seed={run.seed}",
-                f"--device={run.device}", f"--dtype={run.dtype}"]
-        if run.select:
-            argv.append(f"--select={run.select}")
-        argv += ["--force"] * run.force + ["--quiet"] * run.quiet
-        began = time.perf_counter()
-        if train.main(argv):
-            raise KeyboardInterrupt             # no merge with half a codec
-        run.seconds["train"] = time.perf_counter() - began
-        if not run.save_vae:
-            say("note: this VAE is for this merge alone; --save-vae FILE keeps it")
-        gather(None)                            # it is written
-        run.codecs = load_codecs(run)
-        gather(None)                            # and read by all
+    """--init random: the paper's VAE, from its random start and by train.py's own
+    defaults, on all that is to be encoded. It goes to --save-vae, or is forgotten.
+    Under torchrun all processes train it together, and come to the same weights."""
+    began = time.perf_counter()
+    parents = []
+    for k, model in enumerate(run.models):
+        encoded = [task.tensors[k] for task in run.tasks
+                   if task.action == "encoded" and k in task.tensors]
+        parents.append((model, encoded))
+    need(any(encoded for _, encoded in parents), run.models[0].path, "nothing is "
+         "encoded, so that there is nothing to train on", "drop --init")
+    device = pick_device(run.device)
+    schedule = train.Schedule(seed=run.seed, device=device, dtype=run.dtype,
+                              quiet=run.quiet)
+    vae, stages = train.train_vae(parents, VAEConfig(), schedule)
+    say(*map(train.describe_stage, stages))
+    if run.save_vae and rank_and_size()[0] == 0:
+        train.save_vae(run.save_vae, vae, stages, schedule, run.force,
+                       trained_on=names_of(run), select=run.select)
+    elif not run.save_vae:
+        say("note: this VAE is for this merge alone; --save-vae FILE keeps it")
+    if stages[-1]["ended"] == "interrupted":
+        raise KeyboardInterrupt                 # no merge with half a codec
+    codec = ls.Codec(vae, device, getattr(torch, run.dtype))
+    run.codecs = [codec, codec]
+    run.seconds["train"] = time.perf_counter() - began
 
 
 def parents_of(run, task):
@@ -618,7 +666,7 @@ def parents_of(run, task):
     seeded by run, tensor and parent, so that it is the same whoever draws it, and
     when."""
     parents = []
-    for k, stats in task.parents.items():
+    for k, stats in task.tensors.items():
         read = partial(run.models[k].read, stats.name)
         codec, of_other_shapes = run.codecs
         if stats.shape != task.entry.shape:
@@ -628,54 +676,65 @@ def parents_of(run, task):
     return ls.share_statistics(parents)
 
 
+class Loss(NamedTuple):
+    """What the codec loses of one tensor of one model."""
+    model: int          # its number in run.models
+    name: str
+    numel: int
+    nmse: float         # on average over the weights, by their squares
+    typical: float      # of the weight in the middle
+
+
 def round_trip(run, task):
-    """[(NMSE, typical error, weights, name) of each parent], of D(E(w)) on GATE_WEIGHTS
-    of an encoded tensor, in the unit that it is encoded in.
+    """[Loss of each parent] of an encoded tensor: of D(E(w)) on GATE_WEIGHTS of it, in
+    the unit in which it is encoded.
 
-    With x the standardised weights and e = D(E(x)) - x:
+    With x the standardised weights, of variance 1, and e = D(E(x)) - x:
 
-        NMSE            mean(e^2), as x has variance 1
-        typical error   c_k^2 (median(e_k^2) + noise)
-                        / max over j of c_j^2 median((x_j - its mean)^2)
+        nmse_k      mean(e_k^2)
+        entered_k   c_k^2 (median(e_k^2) + noise)       the error that enters the result
+        unit        max_k c_k^2 median((x_k - mean)^2)  the largest spread that does
+        typical_k   entered_k / unit
 
     NMSE weighs variance, not weights: beside one outlier of 1e4 standard deviations all
-    others may be lost at an NMSE of 3e-4. The typical error is that of a weight in the
-    middle, as it enters the result, by the parent's share c; over the largest spread
-    that enters it: a target near zero is no unit for a source that is not, unless
-    lambda is 0. The noise is that of K draws, each with the posterior's variance, near
-    beta.
+    others may be lost at an NMSE of 3e-4. So the weight in the middle is looked at,
+    too. The unit is the largest spread, as a target near zero is none for a source that
+    is not, unless lambda is 0. The noise is that of K draws, each with the posterior's
+    variance, near beta.
 
     Example:  spreads 1e-8 and 0.45. At lambda 0.5 the unit is 0.45; at lambda 0 it is
               1e-8, and a median(e^2) of 1e-7 is refused
     """
     if task.action != "encoded" or not run.codecs:
         return []
-    noise = 0.0
-    if run.samples:
-        noise = run.codecs[0].vae.config.beta / run.samples
-    errors = []
+    errors = []         # (mean, middle) of each parent's squares
     spreads = []
     for parent in parents_of(run, task):
         stats = parent.stats
-        width = parent.codec.C * parent.codec.T             # weights of a window
+        # Whole windows: a chunk is lost as in the merge, beside the same neighbours.
+        width = parent.codec.C * parent.codec.T
         step = width * max(1, stats.numel // GATE_WEIGHTS)
         starts = range(0, stats.numel, step)
         flat_L = torch.cat([parent.read(start, start + width) for start in starts])
         z_NZ = parent.codec.encode(flat_L, stats)
         decoded_L = parent.codec.decode(z_NZ, stats, len(flat_L)).cpu()
         x_L = standardise(flat_L, stats).double()
-        errors.append((standardise(decoded_L, stats) - x_L).square())
+        squares_L = (standardise(decoded_L, stats) - x_L).square()
+        middle = squares_L.median()
+        if run.samples:
+            middle += parent.codec.vae.config.beta / run.samples
+        errors.append((squares_L.mean(), middle))
         # Without zeros, which are pruned weights; 0 if nothing else is there.
         x_L = x_L[flat_L != 0]
         spreads.append((x_L - x_L.mean()).square().median().nan_to_num())
     shares = torch.tensor(shares_of(run, task)).square()
     # At least 1e-9 of the variance, 1: float32 itself loses 1e-14 of it.
     unit = max((shares * torch.stack(spreads)).max(), 1e-9)
-    rows = []
-    for share, error, stats in zip(shares, errors, task.parents.values()):
-        typical = share * (error.median() + noise) / unit
-        rows.append((error.mean().item(), typical.item(), stats.numel, stats.name))
-    return rows
+    losses = []
+    for (k, stats), (mean, middle), share in zip(task.tensors.items(), errors, shares):
+        typical = share * middle / unit
+        losses.append(Loss(k, stats.name, stats.numel, mean.item(), typical.item()))
+    return losses
 
 
 def check_codec(run):
@@ -688,40 +747,41 @@ def check_codec(run):
     round trip: {nmse, worst: {name, nmse}}; None without a codec, or if nothing is
     encoded.
     """
-    # The rows of each parent, over all encoded tensors that it takes part in.
-    found = [[] for _ in run.models]
-    for task, rows in zip(run.tasks, parallel_map(round_trip, run, "codec")):
-        for k, row in zip(task.parents, rows):
-            found[k].append(row)
+    losses = sum(parallel_map(round_trip, run, "codec"), [])
+    trip = {"nmse": None, "worst": {"name": None, "nmse": None}}
+    gates = []
+    for k in range(len(run.models)):
+        mine = [loss for loss in losses if loss.model == k]
+        if not mine:
+            continue
+        # The mean over weights, not over tensors: a small one counts little.
+        weights = sum(loss.numel for loss in mine)
+        nmse = sum(loss.nmse * loss.numel for loss in mine) / weights
+        worst = max(mine, key=lambda loss: loss.nmse)
+        if k == 0:
+            trip = {"nmse": nmse, "worst": {"name": worst.name, "nmse": worst.nmse}}
+        # Residuals are of weights, so they fit only where chunk j meets chunk j.
+        unaligned = run.kind == "same-shape" and run.align in ("auto", "none")
+        if run.residual and (k == 0 or unaligned):
+            continue
+        # But a tensor that is small may still be lost as a whole.
+        lost = max(mine, key=lambda loss: loss.typical)
+        gates.append(gate(run, k, "NMSE", nmse, worst.name))
+        gates.append(gate(run, k, "typical error", lost.typical, lost.name))
+    return gates, trip
+
+
+def gate(run, k, what, value, name):
+    """The record of a gate that model k has passed; an error if it has not."""
     fix = "a VAE trained for longer or at a lower ratio"
     if run.vae != "exact":
         fix = f"--vae exact, or {fix}"
     if not run.residual:
         fix = f"--residual, {fix}"
-    trip = {"nmse": None, "worst": {"name": None, "nmse": None}}
-    gates = []
-    for k, rows in enumerate(found):
-        if not rows:
-            continue
-        errors, typicals, weights, names = zip(*rows)
-        # The mean over weights, not over tensors: a small one counts little. And, for
-        # the error's line, the tensor where it is worst.
-        nmse = float(np.average(errors, weights=weights))
-        worst, where = max(zip(errors, names))
-        if k == 0:
-            trip = {"nmse": nmse, "worst": {"name": where, "nmse": worst}}
-        # Residuals are of weights, so they fit only where chunk j meets chunk j.
-        unaligned = run.kind == "same-shape" and run.align in ("auto", "none")
-        if run.residual and (k == 0 or unaligned):
-            continue
-        for what, value, name in (("NMSE", nmse, where),
-                                  ("typical error", *max(zip(typicals, names)))):
-            need(value <= run.max_nmse, run.models[k].path, "the codec would lose too "
-                 f"much ({what} {value:.2g} > {run.max_nmse:g}); nothing was merged",
-                 fix, name)
-            gates.append({"name": f"{what}, {names_of(run)[k]}", "passed": True,
-                          "value": value, "bound": run.max_nmse})
-    return gates, trip
+    need(value <= run.max_nmse, run.models[k].path, f"the codec would lose too much "
+         f"({what} {value:.2g} > {run.max_nmse:g}); nothing was merged", fix, name)
+    return {"name": f"{what}, {names_of(run)[k]}", "passed": True, "value": value,
+            "bound": run.max_nmse}
 
 
 # --- The merge of a tensor ------------------------------------------------------------
@@ -740,12 +800,14 @@ def merge_tensor(run, task):
         return squares, records             # written with that one
     entry = task.entry
     readers = []
-    for k, each in task.parents.items():
+    for k, each in task.tensors.items():
         readers.append(partial(run.models[k].read, each.name))
     encoded = task.action == "encoded"
     # Of the weights themselves: for what is averaged, and for the distance to that.
     of_weights = coefficients_of(run, task, readers, spans(entry.numel))
-    # Only the target is left, and what the codec loses comes back: it is the target.
+    # Where only the target has a share, and what the codec loses comes back, the result
+    # is the target: its own bits are written. (A share of 0 among weights is one of 0
+    # among latents.)
     nothing_lost = run.residual and not any(of_weights[1:])
     if not encoded or not run.codecs or nothing_lost:
         pieces = ls.weight_merge(readers, of_weights, entry)
@@ -757,6 +819,7 @@ def merge_tensor(run, task):
         steps = spans(target.N, target.per_piece)
         coefficients = coefficients_of(run, task, latents, steps)
         alignment = ls.Alignment(run.align, run.control, run.epsilon)
+        # The 1: a control's noise must not be that of the source's draws.
         sources = [ls.as_source(target, source, alignment, (*source.seed, 1))
                    for source in sources]
         pieces = ls.ls_merge(target, sources, coefficients, run.residual)
@@ -779,7 +842,7 @@ def shares_of(run, task):
     Example:  lambda 0.3, 0.2 and a tensor that only the second source has: 0.8, 0.2
     """
     lam = []                                    # of the sources: the base has none
-    for k in task.parents:
+    for k in task.tensors:
         if 0 < k <= len(run.lam):
             lam.append(run.lam[k - 1])
     if run.base and lam:
@@ -797,12 +860,12 @@ def coefficients_of(run, task, vectors, steps):
 
 
 def distances(run, task, readers, coefficients, start, piece_L):
-    """Squared distances of a merged piece, by number, to its parents; by name:
-    norm     of the target to zero
-    average  to what --space weight gives
-    plain    of that to the target: the difference that was to be merged
-    Across shapes there is no distance but to the target. Squares add up over pieces and
+    """{(from, to): squared distance} of a merged piece. Squares add up over pieces and
     tensors; the report takes the root.
+
+    "result" or "target" to k, the k-th model; to "average", what --space weight gives;
+    and the target to "zero", which is its norm. Across shapes there is no distance but
+    to the target.
     """
     def square(one_L, other_L):         # in float64: it may leave float32
         return (one_L.double() - other_L.double()).square().sum().item()
@@ -810,12 +873,14 @@ def distances(run, task, readers, coefficients, start, piece_L):
     if run.kind == "cross-shape":
         readers = readers[:1]
     raw = [read(start, start + len(piece_L)) for read in readers]
-    squares = {k: square(piece_L, raw_L) for k, raw_L in zip(task.parents, raw)}
-    squares["norm"] = square(raw[0], torch.zeros(1))
+    squares = {("target", "zero"): square(raw[0], torch.zeros(1))}
+    for k, raw_L in zip(task.tensors, raw):
+        squares["result", k] = square(piece_L, raw_L)
+        squares["target", k] = square(raw[0], raw_L)
     if run.kind == "same-shape":
         average_L = ls.combine(raw, coefficients, task.entry)
-        squares["average"] = square(piece_L, average_L)
-        squares["plain"] = square(raw[0], average_L)
+        squares["result", "average"] = square(piece_L, average_L)
+        squares["target", "average"] = square(raw[0], average_L)
     return squares
 
 
@@ -861,8 +926,9 @@ def make_report(run, gates, trip, results):
     """The JSON report: the facts, and what was measured.
 
     distance: Frobenius norms over the encoded tensors, over the target's norm; null
-    where undefined.  to_average: to what --space weight gives.  average_to_target: of
-    that to the target, the difference that was to be merged.
+    where undefined. Of the result: to_target, to_source, to_average, which is what
+    --space weight gives. Of the target, before anything is merged: to that average
+    (average_to_target), and to each source (source_to_target).
     Example:  parents 0.27 apart, lambda 0.5: to_target 0.14, to_source [0.14],
               to_average 6e-4, which is the codec's error
     """
@@ -873,16 +939,20 @@ def make_report(run, gates, trip, results):
         records += transports
     far = {}
     # Not where the target is zero or too large, nor where nothing was encoded.
-    for key, value in squares.items():
-        if 0 < squares["norm"] < math.inf:
-            far[key] = math.sqrt(value / squares["norm"])
+    norm = squares["target", "zero"]
+    for pair, value in squares.items():
+        if 0 < norm < math.inf:
+            far[pair] = math.sqrt(value / norm)
+    sources = range(1, len(run.lam) + 1)
     return facts_of(run) | {
         "inputs": names_of(run), "output": basename(normpath(run.output)),
         "roundtrip": trip, "gates": gates, "seconds": run.seconds,
         "distance": {
-            "to_target": far.get(0), "to_average": far.get("average"),
-            "average_to_target": far.get("plain"),
-            "to_source": [far.get(k) for k in range(1, len(run.lam) + 1)]},
+            "to_target": far.get(("result", 0)),
+            "to_average": far.get(("result", "average")),
+            "to_source": [far.get(("result", k)) for k in sources],
+            "average_to_target": far.get(("target", "average")),
+            "source_to_target": [far.get(("target", k)) for k in sources]},
         "alignment": records,
         "unpaired": [task.entry.name for task in run.tasks if task.why == "met nobody"]}
 
@@ -900,9 +970,17 @@ def print_plan(run):
         f"{count['encoded']} in {run.space} space + {count['averaged']} averaged + "
         f"{count['copied']} copied = {count['total']} tensors, "
         f"{facts['bytes']:,} bytes")
-    copied = Counter(task.why for task in run.tasks if task.why)
-    for why, number in copied.items():
+    for why, number in reasons(run).items():
         say(f"  copied, {why}: {number}")
+    if run.result.files:
+        say(f"beside the weights: README.md, a card of the merge, and "
+            f"{len(run.result.along)} files of the target's folder; not taken along: "
+            f"{', '.join(run.result.behind) or 'none'}")
+
+
+def reasons(run):
+    """{why tensors are copied: how many}"""
+    return Counter(task.why for task in run.tasks if task.why)
 
 
 def print_pairs(run):
@@ -910,7 +988,7 @@ def print_pairs(run):
     # What is merged first, then what is copied, each in the target's order.
     for task in sorted(run.tasks, key=lambda task: task.action == "copied"):
         met = []
-        for k, other in task.parents.items():
+        for k, other in task.tensors.items():
             if k > 0:
                 met.append(f"{run.models[k].path}: {other.name}")
         why = task.why or ", ".join(met) or "itself"
@@ -944,21 +1022,17 @@ def print_report(report):
 
 
 def late_warnings(run, report):
-    """What only the result shows: parents too far apart, a codec too coarse.
-
-    Two parents are at most as far apart as both distances to the result add up to; for
-    a result between them, on their line, exactly so.
-    """
+    """What only the result shows: parents too far apart, a codec too coarse."""
     far = report["distance"]
     warnings = []
     plain = report["align"] == "none" and not run.control and not run.base
     if not any(run.lam) or not plain or far["average_to_target"] is None:
         return warnings                         # there is nothing to compare with
-    for k, rest in enumerate(far["to_source"], 1):
-        way = far["to_target"] + (rest or 0.0)
-        if way > FAR:
+    for k, way in enumerate(far["source_to_target"], 1):
+        if way is not None and way > FAR:
             warnings.append(f"source {k} is {way:.2f} of the target's norm away. "
                             f"{HARM}")
+    # Draws are noise on purpose: with --samples it is no error of the codec.
     drowned = 0 < far["average_to_target"] < far["to_average"]
     if drowned and run.vae != "exact" and not run.samples:
         warnings.append("the codec's error exceeds the difference that was merged: add "
@@ -973,9 +1047,10 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".
            "adapter_config.json")
 
 
-def companions(folder):
+def companions(model):
     """(files that go along with the weights, files that stay behind), as paths relative
-    to a model's folder. The model card is written anew.
+    to a model's folder. The weights themselves are neither: the result has its own. The
+    model card is written anew.
 
     All goes along but weights, states of a training, and sub-folders that hold weights:
     they are checkpoints of their own. But a folder whose name begins with a number is a
@@ -984,15 +1059,14 @@ def companions(folder):
     Example:  tokenizer.json               along
               1_Pooling/config.json        along
               2_Dense/model.safetensors    along: a part of the model
-              model.safetensors            behind: the result brings its own
               optimizer.pt                 behind: of a training
               checkpoint-500/config.json   behind, with the weights beside it
     """
     along = []
     behind = []
-    for where, folders, names in os.walk(folder):
+    for where, folders, names in os.walk(model.folder):
         folders[:] = [name for name in folders if name[0] != "."]
-        sub = relpath(where, folder)
+        sub = relpath(where, model.folder)
         part = sub[0].isdigit()
         own = sub != "." and any(name.endswith(WEIGHTS) for name in names)
         # os.walk does not enter links to folders: they are named among the files.
@@ -1001,45 +1075,79 @@ def companions(folder):
             path = normpath(join(sub, name))
             weights = not part and (own or name.endswith(WEIGHTS))
             if weights or not isfile(join(where, name)):
-                behind.append(path)
+                if abspath(join(where, name)) not in model.files:
+                    behind.append(path)
             elif name[0] != "." and path != "README.md":
                 along.append(path)
     return along, behind
 
 
-def weights_name(model):
-    """What the weights are called in a result folder: as transformers looks for them,
-    or diffusers, if the model comes from there."""
-    if "diffusion_pytorch_model." in basename(model.files[0]):
-        return "diffusion_pytorch_model.safetensors"
-    return "model.safetensors"
+class Destination:
+    """Where a result goes that has the target's names, and what lies beside its
+    weights. Every command that writes a model asks here.
+
+    path:     of the result
+    weights:  the name of the weights in a result folder, as transformers looks for
+              them, or diffusers; None: the result is a file
+    along:    the target's companions, which are copied; as paths in its folder
+    behind:   what is not taken along
+    files:    all that a result folder holds; None: the result is a file
+    """
+    weights = None
+    along = ()
+    behind = ()
+    files = None
+
+    def __init__(self, target, output=None, name="merged"):
+        """output: as the user gave it; None: `name`, here."""
+        self.target = target
+        if target.folder and not (output or "").endswith(".safetensors"):
+            self.path = output or name
+            self.weights = "model.safetensors"
+            if "diffusion_pytorch_model." in basename(target.files[0]):
+                self.weights = "diffusion_pytorch_model.safetensors"
+            self.along, self.behind = companions(target)
+            self.files = [self.weights, "README.md", *self.along]
+        else:
+            self.path = output or f"{name}.safetensors"
+            need(self.path.endswith(".safetensors"), self.path, f"{target.path} is a "
+                 "file: so is the result", "let its name end in .safetensors")
+
+    def fill(self, folder, card):
+        """Put into a result folder what belongs beside the weights; card: the text of
+        its README.md."""
+        if not self.weights:
+            return
+        for file in self.along:
+            os.makedirs(dirname(join(folder, file)), exist_ok=True)
+            shutil.copyfile(join(self.target.folder, file), join(folder, file))
+        with open(join(folder, "README.md"), "w", encoding="utf-8") as file:
+            file.write(card)
+
+
+def card_of(run):
+    """A model card in the Hub's format. JSON escapes what is no plain text in a
+    name."""
+    facts = json.dumps(facts_of(run) | {"inputs": names_of(run)}, indent=1)
+    return (f"---\ntags:\n- merge\n- lsmerge\n---\n\nMerged with LS-Merge:\n\n"
+            f"```json\n{facts}\n```\n")
 
 
 def check_outputs(run):
-    """Decide where the result goes, and what goes along. All outputs are checked before
-    any work."""
-    target = run.models[0]
+    """Decide where the result goes. All outputs are checked before any work."""
+    run.result = Destination(run.models[0], run.output)
+    run.output = run.result.path
+    held = run.result.files
+    for file in run.result.along:
+        if file.endswith(WEIGHTS):      # of a part: 2_Dense/model.safetensors
+            run.warnings.append(f"{file} goes along as it is, the target's own: merge "
+                                "it by itself")
+    if run.dry_run:
+        return
     # What must not be overwritten: all files that are read, shards and indexes too.
     others = []
     for each in (*run.models, *run.codecs):
         others += each.files
-    run.inside = None
-    held = None             # the files of a result folder
-    name = "merged.safetensors"
-    if target.folder and not (run.output or "").endswith(".safetensors"):
-        run.inside = weights_name(target)
-        run.along, behind = companions(target.folder)
-        held = [run.inside, "README.md", *run.along]
-        name = "merged"
-        # The target's own weights are not left behind: the result has its own.
-        behind = [path for path in behind if join(target.folder, path) not in others]
-        say(f"{len(run.along)} companions go along, README.md becomes a card of the "
-            f"merge; not taken along: {', '.join(behind) or 'none'}")
-    run.output = run.output or name
-    need(run.inside or run.output.endswith(".safetensors"), run.output, "of a file, as "
-         f"{target.path}, the result is a file", "let its name end in .safetensors")
-    if run.dry_run:
-        return
     for flag, path in (("-o", run.output), ("--save-vae", run.save_vae),
                        ("--report", run.report)):
         if path:
@@ -1056,20 +1164,6 @@ def check_outputs(run):
     for left in glob.glob(litter):
         number = left.split("-")[-2]
         say(f"note: {left} is of process {number}: delete it once that has ended")
-
-
-def put_companions(run, folder):
-    """What a result folder holds beside the weights, and a model card in the Hub's
-    format. JSON escapes what is no plain text in a name."""
-    if not run.inside:
-        return
-    for file in run.along:
-        os.makedirs(dirname(join(folder, file)), exist_ok=True)
-        shutil.copyfile(join(run.models[0].folder, file), join(folder, file))
-    facts = json.dumps(facts_of(run) | {"inputs": names_of(run)}, indent=1)
-    with open(join(folder, "README.md"), "w") as card:
-        card.write(f"---\ntags:\n- merge\n- lsmerge\n---\n\nMerged with LS-Merge:\n\n"
-                   f"```json\n{facts}\n```\n")
 
 
 # --- The command line -----------------------------------------------------------------
@@ -1117,7 +1211,7 @@ def parse(argv):
         if len(run.paths) == 1 and not run.roundtrip and not run.residual:
             run.samples = SAMPLES
     if run.base:
-        run.paths.append(run.base)
+        run.paths.append(run.base)      # read, paired and measured as a source is
     if not run.vae and not run.init and run.space == "latent":
         run.vae = REFERENCE
     run.seconds = {}
@@ -1185,36 +1279,40 @@ def check_usage(run, parser):
 
 
 # --- From Python ----------------------------------------------------------------------
-def merge_state_dicts(target, *sources, **flags):
-    """What the command does, for state dicts: {name: tensor}, all of them new, by way
-    of temporary files. Flags by their names; what the command prints is not printed.
+def merge_state_dicts(target, *sources, base=None, **flags):
+    """What the command does, for state dicts: {name: tensor}, all of them new. Flags by
+    their names, but for output and dry_run; what is printed is not printed.
     Example:  merge_state_dicts(a, b, lam=0.3, vae="exact")
     Raises:   CheckpointError; ValueError for what would be a usage error
     """
-    # So the command's own path is taken, checks and all, and the user's tensors are
-    # only read. Flags become words of a command line: lam=[0.2, 0.3] is --lam=0.2,0.3.
+    if "output" in flags or "dry_run" in flags:
+        raise ValueError("the result is returned: no output, no dry_run")
+    models = [StateDict(target, "target")]
+    for k, source in enumerate(sources, 1):
+        models.append(StateDict(source, f"source {k}"))
+    # The words of a command line, whose paths are the names of what is open already.
+    argv = [model.path for model in models]
+    if base is not None:
+        models.append(StateDict(base, "base"))
+        flags["base"] = "base"
+    for name, value in flags.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, (list, tuple)):
+            value = ",".join(map(str, value))               # lam=[0.2, 0.3]
+        if value is True:
+            argv.append(flag)
+        elif value is not None and value is not False:
+            argv.append(f"{flag}={value}")
     with tempfile.TemporaryDirectory() as folder:
-        argv = ["--quiet", f"--output={folder}/merged.safetensors"]
-        for name, value in flags.items():
-            flag = f"--{name.replace('_', '-')}"
-            if isinstance(value, dict):         # the base
-                write_tensors(join(folder, name), value, {})
-                value = join(folder, name)
-            if isinstance(value, (list, tuple)):
-                value = ",".join(map(str, value))
-            if value is True:
-                argv.append(flag)
-            elif value is not None and value is not False:
-                argv.append(f"{flag}={value}")
-        for k, tensors in enumerate((target, *sources)):
-            argv.append(join(folder, f"{k}.safetensors"))
-            write_tensors(argv[-1], tensors, {})
+        result = join(folder, "merged.safetensors")
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                main(argv)
-        except SystemExit:
+                main([*argv, "--quiet", f"--output={result}"], models)
+        except SystemExit as leaving:
+            if leaving.code != 2:
+                raise
             raise ValueError("wrong flags: see the line on stderr") from None
-        merged = Checkpoint(join(folder, "merged.safetensors"))
+        merged = Checkpoint(result)
         return {name: merged.read_tensor(name) for name in target}
 
 

@@ -1,6 +1,7 @@
 """Speed and memory, beside what they are to be held against.
 
     python experiments/bench.py --peer --peer-python peer/bin/python
+    python experiments/bench.py --networks --peer-python peer/bin/python
     python experiments/bench.py --memory
     python experiments/bench.py --align                     # needs POT
 
@@ -15,6 +16,9 @@ of Qwen2-0.5B's shape; whole processes, all imports included, in turns. mergekit
 an environment of its own, as it pins other versions:
 
     python -m venv peer; peer/bin/pip install torch "mergekit>=0.1,<0.2"
+
+--networks: the same pair, merged through the networks that codec.py --search compares.
+What they have learnt does not change how long they take: they are at their exact start.
 
 --memory: merge.py on pairs of 1 and 3 GB, each with one encoded matrix of 500 MB: the
 peak of anonymous memory must depend neither on the model nor on its largest tensor.
@@ -50,7 +54,10 @@ from compare import (HERE, collect, command_line, find, grouped, machine, severa
                      table)
 import align
 import chunking
+from codec import DEPTHS, WIDTHS
 from merge import REFERENCE
+from train import Schedule, save_vae
+from vae import VAE, VAEConfig, generator_for
 
 MERGE = [sys.executable, str(HERE.parent / "merge.py")]
 SAMPLING = 0.01             # seconds between two looks at a process's memory
@@ -316,6 +323,40 @@ def bench_peer(quick, python):
             "equal_bits": same_tensors(folder / "weight", folder / "mergekit")}
 
 
+def bench_networks(quick, python):
+    """Yields a row per network: seconds of the merge, and over mergekit's in the same
+    run."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_pair(folder, **SMALL if quick else {})
+        commands = {"mergekit": peer_commands(folder, python)["mergekit"]}
+        for width, blocks in itertools.product(WIDTHS, DEPTHS):
+            vae = VAE(VAEConfig(width=width, blocks=blocks, init="pca"))
+            file = folder / f"{width}-{blocks}.safetensors"
+            save_vae(file, vae.start(generator_for(0)), [], Schedule(), False,
+                     trained_on=[])
+            commands[f"{width}, {blocks}"] = [
+                *MERGE, folder / "a", folder / "b", "--quiet", "--vae", file, "-o",
+                folder / f"{width}, {blocks}"]
+        facts = conditions()
+        seconds, _ = peer_rounds(folder, commands, 1)
+        theirs = seconds.pop("mergekit")[0]
+        for key, (mine,) in seconds.items():
+            width, blocks = map(int, key.split(", "))
+            yield facts | {"what": "networks", "width": width, "blocks": blocks,
+                           "seconds": round(mine, 1), "ratio": round(mine / theirs, 2),
+                           "peer_seconds": round(theirs, 1)}
+
+
+def section_networks(rows):
+    lines = []
+    for row in rows:
+        lines.append([row["width"], row["blocks"], f"{row['seconds']:.0f}",
+                      f"{row['ratio']:.1f}"])
+    return table(["width", "blocks", "seconds of a 0.5 B merge", "over mergekit's"],
+                 lines)
+
+
 NAMES = {"default": "`merge.py`, the reference VAE", "exact": "`--vae exact`",
          "weight": "`--space weight`"}
 
@@ -458,7 +499,9 @@ def section_align(rows):
 
 # --- The command --------------------------------------------------------------------
 # A part is a generator of rows, and what shows them.
-PARTS = {"peer": (bench_peer, section_peer), "memory": (bench_memory, section_memory),
+PARTS = {"peer": (bench_peer, section_peer),
+         "networks": (bench_networks, section_networks),
+         "memory": (bench_memory, section_memory),
          "align": (bench_align, section_align)}
 
 
@@ -477,7 +520,7 @@ def main():
         parser.error("choose a part: " + ", ".join(f"--{name}" for name in PARTS))
     for name in chosen:
         measure, section = PARTS[name]
-        options = [args.peer_python] if name == "peer" else []
+        options = [args.peer_python] if name in ("peer", "networks") else []
         rows = collect(f"bench-{name}", measure(args.quick, *options), args)
         if rows:
             print(section(rows))

@@ -188,8 +188,7 @@ def windows(tokens, recipe, draw):
 
 
 def train(lm, tokens, recipe):
-    """Train all weights in place; returns the loss of every step. Products are in
-    bfloat16."""
+    """Train all weights in place; returns the loss of every step."""
     draw = np.random.default_rng(recipe.seed)
     losses = []
     optimizer = torch.optim.AdamW(lm.parameters(), betas=(0.9, 0.95), weight_decay=0,
@@ -199,8 +198,7 @@ def train(lm, tokens, recipe):
         cosine = (1 + np.cos(np.pi * step / recipe.steps)) / 2
         optimizer.param_groups[0]["lr"] = recipe.rate * warm * cosine
         ids = windows(tokens, recipe, draw)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = lm(input_ids=ids, labels=ids).loss
+        loss = lm(input_ids=ids, labels=ids).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)

@@ -42,6 +42,7 @@ SECTIONS = {
     "pruned": (["pruned"], shapes.section_pruned),
     "sibling": (["sibling"], shapes.section_pruned),
     "peer": (["bench-peer"], bench.section_peer),
+    "networks": (["bench-networks"], bench.section_networks),
     "memory": (["bench-memory"], bench.section_memory),
     "align": (["bench-align"], bench.section_align)}
 

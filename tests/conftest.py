@@ -163,7 +163,8 @@ def models(tmp_path_factory):
         save(paths[name], llama_tensors(**options))
     save(paths["b"], relative(llama_tensors(**MODELS["a"]), 2))
     exact = vae.VAE(vae.VAEConfig(blocks=0, init="pca")).start(vae.generator_for(0))
-    train.save_vae(paths["vae"], exact, [], False, trained_on=["nothing"])
+    schedule = train.Schedule()
+    train.save_vae(paths["vae"], exact, [], schedule, False, trained_on=["none"])
     flags = "--init pca --blocks 0 --ratio 4 --steps1 0 --steps2 0 --quiet"
     files = [str(paths["a"]), "-o", str(paths["lossy"])]
     assert train.main([*files, *flags.split()]) == 0

@@ -350,7 +350,7 @@ def test_an_index_says_where_each_tensor_is_no_more(desk, make):
     got, report = desk.merged(desk / "T", desk.put(b, "b"))
     check_average(got, A, [b])
     assert report["unpaired"] == []
-    assert ("is not used" in desk.said) == (make is beside_a_whole_file)
+    assert ("is not used" in desk.err) == (make is beside_a_whole_file)
     assert (desk / "T" / INDEX).exists()
 
 

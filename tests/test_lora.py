@@ -216,7 +216,7 @@ def test_a_tied_head_is_refused(desk):
     path, _ = write_adapter(desk / "x", shapes=HEAD)
     tensors = llama_tensors(1)
     head = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
-    way = ["fold", desk / "T", path, "-o", desk / "m"]
+    way = ["fold", desk / "T", path, "-o", desk / "m.safetensors"]
     desk.model(tensors)
     desk.refuse(*way, words=["lm_head", "no such tensor"], main=lora.main)
     desk.model(tensors | head)

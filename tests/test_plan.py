@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import chunking
 import lsmerge
 import merge
-from conftest import generator, llama_tensors, relative, save
+from conftest import generator, llama_tensors, relative, save, sharded
 
 REFERENCE = merge.REFERENCE     # before the fixture `exact` puts another in its place
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -245,3 +245,118 @@ def test_a_piece_of_a_transport_is_whole_windows():
     transport.target, transport.source = parents
     assert transport.per_piece % codec.T == 0
     assert transport.per_piece * 38400 / 13824 <= parents[0].per_piece + 64
+
+
+def test_experts_that_have_changed_places_are_told(merged):
+    """A quarter of them: the cosine of all is still 0.75."""
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    a = llama_tensors(1) | {name: torch.randn(8, 64, 96)}
+    b = relative(a, 2, part=0.1)
+    _, _, errors = merged(a, b)
+    assert not errors
+    b[name][[1, 5]] = b[name][[5, 1]]
+    _, _, errors = merged(a, b)
+    assert "strangers" in errors and "gate_up" in errors
+
+
+@pytest.mark.parametrize("mine, theirs, key", [
+    ({"rope_theta": 1e6}, {"rope_parameters": {"rope_theta": 1e6}}, None),
+    ({"rope_theta": 1e6}, {"rope_parameters": {"rope_theta": 1e4}}, "rope_theta"),
+    ({"rope_theta": 1e6}, {}, "rope_theta"),
+    ({"rope_theta": 1e4, "rope_scaling": None}, {"n": 1}, None),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, {"n": 1}, "factor")])
+def test_rope_is_read_wherever_it_is_said(merged, tmp_path, mine, theirs, key):
+    """In one place by transformers 4, in another by 5; 10,000 where nobody says."""
+    a = llama_tensors(1)
+    one = folder(tmp_path / "one", a, mine)
+    two = folder(tmp_path / "two", relative(a, 2), theirs)
+    _, _, errors = merged(one, two)
+    assert bool(errors) == bool(key)
+    assert (key or "") in errors
+
+
+def test_a_tied_head_of_the_source_is_not_lost(merged):
+    """The target has none, as it computes with its embedding: so does the source."""
+    a = llama_tensors(1)
+    a.pop(HEAD, None)
+    b = relative(a, 2)
+    _, _, errors = merged(a, b | {HEAD: b[EMBED].clone()})
+    assert not errors
+
+
+def test_the_mask_of_an_older_library_is_the_targets(merged):
+    """-1e4 in one version of transformers, -inf in another."""
+    name = "h.0.attn.masked_bias"
+    a = llama_tensors(1)
+    code, result, _ = merged(a | {name: torch.tensor(-1e4)},
+                             relative(a, 2) | {name: torch.tensor(-torch.inf)})
+    assert code == 0 and result[name] == -1e4
+
+
+def test_a_logit_scale_scales_no_bytes(merged):
+    a = llama_tensors(1)
+    more = {"logit_scale": torch.ones(()), "mask": torch.ones(8, 8, dtype=torch.uint8)}
+    code, _, errors = merged(a | more, relative(a, 2) | more)
+    assert code == 0, errors
+
+
+def test_a_part_with_weights_of_its_own_is_told(tmp_path, capsys):
+    """sentence-transformers: a dense layer in a folder of its own."""
+    a = llama_tensors(1)
+    one = folder(tmp_path / "one", a, {})
+    save(one / "2_Dense" / "model.safetensors", {"linear.weight": torch.ones(4, 4)})
+    two = folder(tmp_path / "two", relative(a, 2), {})
+    code = chunking.command(lambda: merge.main(
+        [str(one), str(two), "-o", str(tmp_path / "out"), "--quiet"]))
+    assert code == 0 and "2_Dense" in capsys.readouterr().err
+    assert (tmp_path / "out/2_Dense/model.safetensors").is_file()
+
+
+def test_how_far_a_source_is_does_not_hang_on_the_others(merged, tmp_path):
+    """The first source is the target itself, the second a stranger."""
+    a = llama_tensors(1)
+    b = llama_tensors(9)
+    report = tmp_path / "r.json"
+    _, _, errors = merged(a, dict(a), b, "--space", "weight", "--report", report)
+    assert "source 2 is" in errors and "source 1 is" not in errors
+    name = "model.layers.0.mlp.up_proj.weight"
+    encoded = [n for n in a if "layers" in n and a[n].dim() > 1]
+    apart = sum((a[n].double() - b[n].double()).square().sum() for n in encoded)
+    norm = sum(a[n].double().square().sum() for n in encoded)
+    found = json.loads(report.read_text())["distance"]["source_to_target"]
+    assert name in encoded
+    assert found == [0, pytest.approx((apart / norm).sqrt().item(), rel=1e-6)]
+
+
+def test_a_head_stays_tied_to_an_embedding_that_nobody_changed(merged):
+    """The source has trained its head alone."""
+    a = llama_tensors(1)
+    a[HEAD] = a[EMBED].clone()
+    b = relative(a, 2)
+    b[EMBED] = a[EMBED].clone()
+    code, result, errors = merged(a, b)
+    assert code == 0 and torch.equal(result[HEAD], result[EMBED])
+    assert HEAD in errors and "left out" in errors
+    b[HEAD] = b[EMBED].clone()
+    code, result, errors = merged(a, b)
+    assert code == 0 and torch.equal(result[HEAD], a[EMBED]) and not errors
+
+
+def test_shards_of_the_model_itself_are_not_left_behind(tmp_path, capsys, monkeypatch):
+    """Whether its path is relative or not."""
+    a = llama_tensors(1)
+    sharded(tmp_path / "one", a)
+    sharded(tmp_path / "two", relative(a, 2))
+    monkeypatch.chdir(tmp_path)
+    for path in ("one", str(tmp_path / "one")):
+        merge.main([path, "two", "--dry-run"])
+        said = capsys.readouterr().out
+        assert "not taken along: none" in said
+        assert said.startswith("same-shape")
+
+
+@pytest.mark.parametrize("flags", [{"output": "x"}, {"dry_run": True}])
+def test_from_python_the_result_is_returned(flags):
+    a = llama_tensors(1)
+    with pytest.raises(ValueError, match="returned"):
+        merge.merge_state_dicts(a, relative(a, 2), **flags)

@@ -76,6 +76,7 @@ train.py a --holdout 1                                   | 2 | --holdout
 train.py a --lr inf                                      | 2 | --lr
 train.py a --seed -1                                     | 2 | --seed
 train.py a --init vae --ratio 2                          | 2 | network
+train.py a --init vae --steps1 5                         | 2 | drop --steps1
 merge.py '' b                                            | 2 | empty
 lsmerge.py ''                                            | 2 | empty
 lora.py merge a b -o new                                 | 2 | 'merge'
@@ -112,7 +113,7 @@ merge.py a org/name                                      | 1 | nothing is downlo
 merge.py a /dev/zero                                     | 1 | regular
 merge.py a circle                                        | 1 | circle
 merge.py a empty                                         | 1 | no, .safetensors
-merge.py tiny huge                                       | 1 | huge, layers.0, 4096
+merge.py tiny huge                                       | 1 | huge, layers.0, 256 times
 merge.py a wide --operator slerp                         | 1 | wide, layers.0.mlp.down
 merge.py a wide --space weight                           | 1 | [64\\, 96], [96\\, 160]
 merge.py a wide --operator task-arithmetic --base a      | 1 | wide, match.py
@@ -124,16 +125,16 @@ train.py a -o new --lr 1e30 --steps1 20                  | 1 | lower --lr
 train.py a -o new --init foo                             | 1 | random\\, pca
 train.py a -o vaes/vae.safetensors --init vaes --force   | 1 | vaes, reads or writes
 lsmerge.py vae                                           | 1 | meets no tensor
-lora.py fold a adapter -o a --force                      | 1 | reads or writes
-lora.py fold a adapter -o adapter/adapter_config.json --force | 1 | reads or writes
-lora.py fold a adapter -o new/                           | 1 | folder's name
+lora.py fold a adapter -o a --force                      | 1 | is a file
+lora.py fold a adapter -o adapter/adapter_model.safetensors --force | 1 | reads or
+lora.py fold a adapter -o new/                           | 1 | is a file
 lora.py extract b a -o foreign --rank 2 --force          | 1 | notes.txt
 match.py c.safetensors b -o c.safetensors                | 1 | reads or writes
-match.py a b -o new                                      | 1 | end it
+match.py a b -o new                                      | 1 | is a file
 match.py a b --report b                                  | 1 | reads or writes
-greedy_soup.py --eval true a b -o old                    | 1 | exists
+greedy_soup.py --eval true a b -o o.safetensors          | 1 | exists
 greedy_soup.py --eval /no/such/program a b -o new.safetensors | 1 | /no/such/program
-greedy_soup.py --eval true a b wide -o new --space weight | 1 | wide
+greedy_soup.py --eval true a b wide -o n.safetensors --space weight | 1 | wide
 weight_statistics.py flat                                | 1 | no matrix
 weight_statistics.py broken                              | 1 | layers.1.mlp.up_proj
 """
@@ -364,7 +365,7 @@ LINES = {
               "merge.py good.safetensors BAD -o new.safetensors"],
     "source": ["merge.py half.safetensors BAD -o new.safetensors"],
     "VAE": ["merge.py a.safetensors good.safetensors -o new.safetensors --vae BAD"],
-    "adapter": ["lora.py fold a.safetensors BAD -o new"],
+    "adapter": ["lora.py fold a.safetensors BAD -o new.safetensors"],
     "expert": ["lora.py extract BAD a.safetensors -o new --rank 2"],
     "pair": ["match.py BAD good.safetensors", "match.py good.safetensors BAD"],
 }

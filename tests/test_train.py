@@ -254,8 +254,9 @@ def test_command(models, tmp_path, capsys):
 
 def test_it_goes_on_from_a_file(models, tmp_path):
     """--init FILE: stage 2 only, from that state and its network, on another model."""
-    flags = ["--lr", 1e-3, "--steps1", 20, "--steps2", 10, "--batch", 4]
-    assert run(models["a"], "-o", tmp_path / "first", *FLAGS, *flags) == 0
+    flags = ["--lr", 1e-3, "--steps2", 10, "--batch", 4]
+    first = [*FLAGS, *flags, "--steps1", 20]
+    assert run(models["a"], "-o", tmp_path / "first", *first) == 0
     more = ["--init", tmp_path / "first", *flags, "--log", tmp_path / "log"]
     assert run(models["half"], "-o", tmp_path / "again", *more) == 0
     start, _ = load(tmp_path / "first")

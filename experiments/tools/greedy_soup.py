@@ -131,20 +131,14 @@ def check(a, models, options):
     refuse."""
     parents = [Checkpoint(model) for model in models]
     inputs = [file for parent in parents for file in parent.files]
-    output = a.output
-    inside = None
-    if parents[0].folder and not (output or "").endswith(".safetensors"):
-        along, _ = merge.companions(parents[0].folder)
-        inside = [merge.weights_name(parents[0]), "README.md", *along]
-        output = output or "merged"
-    output = output or "merged.safetensors"
-    check_output(output, inputs, a.force, folder=inside)
+    result = merge.Destination(parents[0], a.output)
+    check_output(result.path, inputs, a.force, folder=result.files)
     if a.report:
-        check_output(a.report, [*inputs, output], a.force, "--report")
+        check_output(a.report, [*inputs, result.path], a.force, "--report")
     everybody = merge_arguments(models, range(len(models)))
     with contextlib.redirect_stdout(io.StringIO()):
         merge.main([*everybody, *options, "--dry-run"])     # warnings are heard once
-    return output
+    return result.path
 
 
 def parse(argv):

@@ -26,7 +26,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -39,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from chunking import (AGAIN, PIECE, Checkpoint, CheckpointError, Entry, Parser, appear,
                       check_output, command, create, is_selected, need, parse_name, say,
                       spans, write_tensors)
-from merge import companions, weights_name
+from merge import Destination
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -589,30 +588,19 @@ def fold(base, adapter, output, force=False, quiet=True):
     """
     plan = Fold(base, adapter)
     base = plan.base
-    output = os.fspath(output)
-    along = []          # files that go into a result folder, relative to the base's
-    inside = None       # all files of that folder; None: the result is a file
-    within = None       # the name of the weights in it
-    if base.folder and not output.endswith(".safetensors"):
-        along, _ = companions(base.folder)
-        within = weights_name(base)
-        inside = [within, "README.md", *along]
-    need(inside or not output.endswith(os.sep), output, "is a folder's name, and "
-         f"{base.path} is a file", "give -o the name of a file")
-    inputs = [os.path.join(base.folder, path) for path in along]
-    inputs += [*base.files, *plan.adapter.files]
-    check_output(output, inputs, force, folder=inside)
+    result = Destination(base, os.fspath(output))
+    inputs = [*base.files, *plan.adapter.files]
+    for path in result.along:
+        inputs.append(os.path.join(base.folder, path))
+    check_output(result.path, inputs, force, folder=result.files)
     facts = {"lsmerge.base": called(base.path), "lsmerge.adapter": called(adapter)}
     rounding = 0.0
     added = 0.0
-    with create(output, base.entries.values(), facts, within, force) as file:
-        if inside:
-            folder = Path(file.path).parent
-            for path in along:
-                (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(os.path.join(base.folder, path), folder / path)
-            write_card(folder, "fold", called(base.path),
-                       f"`{called(adapter)}` folded into it: W + s B A.")
+    card = card_of("fold", called(base.path),
+                   f"`{called(adapter)}` folded into it: W + s B A.")
+    with create(result.path, base.entries.values(), facts, result.weights,
+                force) as file:
+        result.fill(os.path.dirname(file.path), card)
         for name in tqdm(base.entries, "fold", leave=False, disable=quiet or None):
             for start, piece, squares in folded(plan, name):
                 file.put(name, start, piece)
@@ -816,9 +804,10 @@ def extract(model, base, rank, output, force=False, quiet=True):
         write_tensors(os.path.join(folder, WEIGHTS), factors, facts)
         text = json.dumps(config, indent=2) + "\n"
         Path(folder, CONFIG).write_text(text, encoding="utf-8")
-        write_card(folder, "extract", config["base_model_name_or_path"],
-                   f"Rank {rank} of `{called(model)}`; lost {percent(record['lost'])} "
-                   "of the difference's norm.")
+        card = card_of("extract", config["base_model_name_or_path"],
+                       f"Rank {rank} of `{called(model)}`; lost "
+                       f"{percent(record['lost'])} of the difference's norm.")
+        Path(folder, "README.md").write_text(card, encoding="utf-8")
     return record
 
 
@@ -857,15 +846,15 @@ def peft_config(pair, rank, factors):
 
 
 # --- The command ----------------------------------------------------------------------
-def write_card(folder, verb, base, line):
-    """README.md of a result folder: what it is; no time, no path."""
+def card_of(verb, base, line):
+    """The text of a result folder's README.md: what it is; no time, no path."""
     lines = ["---", f"base_model: {json.dumps(base)}"]
     if verb == "extract":
         lines.append("library_name: peft")
     lines += ["tags: [lora, lsmerge]", "---", f"# `{base}` and a LoRA adapter", "",
               f"Base `{base}`. {line}", "",
               f"Made by `experiments/tools/lora.py {verb}` of lsmerge.", ""]
-    Path(folder, "README.md").write_text("\n".join(lines), encoding="utf-8")
+    return "\n".join(lines)
 
 
 def percent(share):

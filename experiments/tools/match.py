@@ -54,7 +54,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -69,7 +68,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from align import pair_names, pair_stacks, stacks_of
 from chunking import (PIECE, Checkpoint, Parser, appear, check_output, command,
                       create, need, say, spans, wide)
-from merge import RELATED, companions, digest, mean_cosine, weights_name
+from merge import RELATED, Destination, digest, mean_cosine
 
 VERSION = 1             # of the report
 
@@ -1010,22 +1009,17 @@ def parse(argv):
 def check_outputs(a, target, sources):
     """Refuse what cannot be written, before any work.
 
-    Returns:  the companions that go into a result folder, as paths relative to the
-              target's; None: the result is a file, or a folder of files
+    Returns:  the Destination of one source's result; None for several, and for none
     Raises:   CheckpointError if an output exists (--force replaces it), is an input, or
               cannot be made
     """
-    along = None
+    result = None
     held = None
     if a.output and len(sources) > 1:
         held = [f"{stem(source.path)}.safetensors" for source in sources]
-    elif a.output and target.folder and not a.output.endswith(".safetensors"):
-        along, _ = companions(target.folder)
-        held = [weights_name(target), *along]
     elif a.output:
-        # A file without an ending would be written gladly, and found by nobody.
-        need(a.output.endswith(".safetensors"), a.output, "is no .safetensors file, "
-             "and TARGET no folder", "end it in .safetensors")
+        result = Destination(target, a.output)
+        held = result.files
     # No output may be an input, nor stand in another output's way.
     others = list(target.files)
     for source in sources:
@@ -1035,7 +1029,7 @@ def check_outputs(a, target, sources):
         others.append(a.output)
     if a.report:
         check_output(a.report, others, a.force, "--report")
-    return along
+    return result
 
 
 def print_kinship(target, source, kinship):
@@ -1109,10 +1103,10 @@ def write_report(a, pairs, kinships):
             json.dump(report, file, indent=1, allow_nan=False)
 
 
-def write_all(a, along, pairs, plans, progress):
+def write_all(a, result, pairs, plans, progress):
     """Every source in the target's order. It appears whole, or not at all.
 
-    Args:     along   companions for a folder in the Hugging Face layout, or None
+    Args:     result  the Destination, for one source
               pairs   (target Layers, source Layers) of each source; with several the
                       result is a folder with a file for each
               plans   of plan_tensors, one for each
@@ -1132,14 +1126,10 @@ def write_all(a, along, pairs, plans, progress):
     # One source: a file, or a folder in which the target's companions lie beside it.
     source = pairs[0][1].checkpoint
     brought, _ = plans[0]
-    inside = None
-    if along is not None:
-        inside = weights_name(target)
-    with create(a.output, entries, inside=inside, force=a.force) as output:
-        for file in along or []:
-            copy = os.path.join(os.path.dirname(output.path), file)
-            os.makedirs(os.path.dirname(copy), exist_ok=True)
-            shutil.copyfile(os.path.join(target.folder, file), copy)
+    card = (f"`{stem(source.path)}` in the order, shapes and names of "
+            f"`{stem(target.path)}`, by `experiments/tools/match.py` of lsmerge.\n")
+    with create(result.path, entries, inside=result.weights, force=a.force) as output:
+        result.fill(os.path.dirname(output.path), card)
         write_matched(output, target, source, brought, progress)
 
 
@@ -1154,7 +1144,7 @@ def main(argv=None):
     # Open, and refuse what headers and paths show.
     target = Checkpoint(a.target)
     sources = [Checkpoint(path) for path in a.sources]
-    along = check_outputs(a, target, sources)
+    result = check_outputs(a, target, sources)
     pairs = [open_layers(target, source) for source in sources]
 
     def progress(things, label):
@@ -1191,7 +1181,7 @@ def main(argv=None):
     for pair, kinship in zip(pairs, kinships):
         plans.append(plan_tensors(*pair, kinship, units))
         print_plan(*pair, kinship, *plans[-1])
-    write_all(a, along, pairs, plans, progress)
+    write_all(a, result, pairs, plans, progress)
     if a.report:
         write_report(a, pairs, kinships)
     say(f"wrote {a.output}")
