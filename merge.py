@@ -434,9 +434,10 @@ def strangers(run):
                 if (cosines < RELATED).sum() > len(cosines) // STRIPS:
                     apart[task.entry.place.role] += 1
         if apart:
+            # Each with the number of its tensors.
             roles = ", ".join(f"{role} ({n})" for role, n in apart.items())
             run.warnings.append(f"{source.path} and the target are strangers in "
-                                f"{roles}, by number of tensors. {HARM}; {MATCH}")
+                                f"{roles}. {HARM}; {MATCH}")
 
 
 def left_out(run, source, met):

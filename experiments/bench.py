@@ -17,8 +17,9 @@ an environment of its own, as it pins other versions:
 
     python -m venv peer; peer/bin/pip install torch "mergekit>=0.1,<0.2"
 
---networks: the same pair, merged through the networks that codec.py --search compares.
-What they have learnt does not change how long they take: they are at their exact start.
+--networks: such a pair with 6 of the 24 layers, merged through the networks that
+codec.py --search compares. What they have learnt does not change how long they take:
+they are at their exact start.
 
 --memory: merge.py on pairs of 1 and 3 GB, each with one encoded matrix of 500 MB: the
 peak of anonymous memory must depend neither on the model nor on its largest tensor.
@@ -328,7 +329,7 @@ def bench_networks(quick, python):
     run."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_pair(folder, **SMALL if quick else {})
+        write_pair(folder, **SMALL if quick else {"num_hidden_layers": 6})
         commands = {"mergekit": peer_commands(folder, python)["mergekit"]}
         for width, blocks in itertools.product(WIDTHS, DEPTHS):
             vae = VAE(VAEConfig(width=width, blocks=blocks, init="pca"))
@@ -353,8 +354,7 @@ def section_networks(rows):
     for row in rows:
         lines.append([row["width"], row["blocks"], f"{row['seconds']:.0f}",
                       f"{row['ratio']:.1f}"])
-    return table(["width", "blocks", "seconds of a 0.5 B merge", "over mergekit's"],
-                 lines)
+    return table(["width", "blocks", "seconds of the merge", "over mergekit's"], lines)
 
 
 NAMES = {"default": "`merge.py`, the reference VAE", "exact": "`--vae exact`",

@@ -44,7 +44,8 @@ KEYS = {
     "table8": ("checkpoint", "ratio", "method"), "real": ("model", "ratio", "method"),
     "vae": ("vae", "model", "dtype"), "search": ("width", "blocks", "steps", "model"),
     "curves": ("name", "model", "seed"), "learning": ("width", "seed"),
-    "bench-peer": ("what",), "bench-memory": ("bytes", "network"),
+    "bench-peer": ("what",), "bench-networks": ("width", "blocks"),
+    "bench-memory": ("bytes", "network"),
     "bench-align": ("what", "n", "m", "kind", "latent", "epsilon")}
 
 

@@ -15,7 +15,10 @@ os.environ |= {"OMP_NUM_THREADS": "1", "MKL_DISABLE_FAST_MM": "1"}
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.linalg
+import scipy.special
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -34,8 +37,7 @@ def generator(seed=0):
 
 def llama_tensors(seed, hidden=64, layers=2, mlp=96, vocab=40, dtype=torch.float32,
                   kv=None):
-    """A state dict with Hugging Face's names. The spread differs by role, as in real
-    models."""
+    """A state dict with Hugging Face's names. The spread differs by role."""
     g = generator(seed)
 
     def w(*shape, std=0.05, mean=0.0):
@@ -110,6 +112,39 @@ def assert_near(got, expected, rtol=1e-6):
         assert error <= most * wide.abs().max(), f"{name}: {error}"
 
 
+# --- Oracles that several files need --------------------------------------------------
+def overlap_matrix(n_s, n_t):
+    """P of Algorithm 1, line 3, by its definition, interval by interval:
+    P[j, i] = n_t |[j/n_t, (j+1)/n_t) n [i/n_s, (i+1)/n_s)|"""
+    P = torch.zeros(n_t, n_s, dtype=torch.float64)
+    for j in range(n_t):
+        for i in range(n_s):
+            left = max(j * n_s, i * n_t)
+            right = min((j + 1) * n_s, (i + 1) * n_t)
+            P[j, i] = max(0, right - left) / n_s
+    return P
+
+
+def transport_of(source, target):
+    """A of the Gaussian map, (Z, Z) by scipy, from two clouds of latents."""
+    S, T = (np.cov(np.asarray(z).T, bias=True) for z in (source, target))
+    root = scipy.linalg.sqrtm(S).real
+    inverse = np.linalg.inv(root)
+    middle = scipy.linalg.sqrtm(root @ T @ root).real
+    return torch.from_numpy(inverse @ middle @ inverse)
+
+
+def textbook_plan(cost, epsilon):
+    """Sinkhorn's loop in the log domain, run to its end. Masses are uniform."""
+    I, J = cost.shape
+    score = -np.asarray(cost, dtype=float) / (epsilon * cost.max().item())
+    g = np.zeros(J)
+    for _ in range(600):
+        f = -np.log(I) - scipy.special.logsumexp(score + g, axis=1)
+        g = -np.log(J) - scipy.special.logsumexp(score + f[:, None], axis=0)
+    return torch.from_numpy(np.exp(score + f[:, None] + g))
+
+
 MODELS = {"a": dict(seed=1), "half": dict(seed=3, dtype=torch.bfloat16),
           "big": dict(seed=4, hidden=96, layers=3, mlp=160, kv=48)}
 
@@ -128,7 +163,8 @@ def models(tmp_path_factory):
         save(paths[name], llama_tensors(**options))
     save(paths["b"], relative(llama_tensors(**MODELS["a"]), 2))
     exact = vae.VAE(vae.VAEConfig(blocks=0, init="pca")).start(vae.generator_for(0))
-    train.save_vae(paths["vae"], exact, [], train.Schedule(), False, trained_on=["none"])
+    schedule = train.Schedule()
+    train.save_vae(paths["vae"], exact, [], schedule, False, trained_on=["none"])
     flags = "--init pca --blocks 0 --ratio 4 --steps1 0 --steps2 0 --quiet"
     files = [str(paths["a"]), "-o", str(paths["lossy"])]
     assert train.main([*files, *flags.split()]) == 0
@@ -138,16 +174,14 @@ def models(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def exact(monkeypatch, models):
     """Where a test names no VAE, its codec is not the matter: an exact one is the
-    fastest. (The reference VAE is tried where it is named, and by the README's
-    commands.)"""
+    fastest."""
     import merge
     monkeypatch.setattr(merge, "REFERENCE", str(models["vae"]))
 
 
 # --- Commands in this process ---------------------------------------------------------
 def snapshot(folder):
-    """All below a folder: kind and mode; of what is no folder also time, size, names
-    and contents."""
+    """All below a folder: mode, and of files time, size, names and contents."""
     state = {}
     for path in folder.rglob("*"):
         info = path.lstat()
@@ -237,8 +271,7 @@ def desk(tmp_path, capsys):
 
 # --- Commands in processes of their own: forked, so that nothing is imported anew -----
 def forked(log, arguments, prepare=lambda: None, main=None):
-    """Start merge.py, or another main; its process number. stdout and stderr go to
-    log.out and log.err."""
+    """Start a command; its process number. Its streams go to log.out and log.err."""
     import chunking
     import merge
     if pid := os.fork():

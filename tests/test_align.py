@@ -1,5 +1,4 @@
-"""align.py against oracles: names by hand; scipy's LP, assignment and sqrtm, loops,
-closed forms."""
+"""align.py against oracles: names by hand; scipy's LP, assignment, sqrtm; loops."""
 import math
 import re
 
@@ -12,7 +11,7 @@ import torch
 import align
 import chunking as ck
 from align import Moments
-from conftest import generator
+from conftest import generator, overlap_matrix, textbook_plan, transport_of
 
 SIZES = [(1, 1), (1, 5), (5, 1), (3, 2), (2, 3), (12, 5), (64, 48)]
 
@@ -55,15 +54,11 @@ LLAMA = {"q": "self_attn.q_proj.weight", "k": "self_attn.k_proj.weight",
 VISION = {"q": "self_attn.q_proj.weight", "q bias": "self_attn.q_proj.bias",
           "o": "self_attn.out_proj.weight", "up": "mlp.fc1.weight",
           "down": "mlp.fc2.weight", "ln1": "layer_norm1.weight"}
-BLOCKS = {"qkv": "attn.qkv.weight", "o": "attn.proj.weight", "up": "mlp.fc1.weight",
-          "down": "mlp.fc2.weight", "ln1": "norm1.weight"}
 BERT = {"q": "attention.self.query.weight", "q bias": "attention.self.query.bias",
         "o": "attention.output.dense.weight", "up": "intermediate.dense.weight",
         "down": "output.dense.weight", "ln1": "attention.output.LayerNorm.weight"}
 GPT2 = {"qkv": "attn.c_attn.weight", "o": "attn.c_proj.weight", "up": "mlp.c_fc.weight",
         "down": "mlp.c_proj.weight", "ln1": "ln_1.weight"}
-NEOX = {"qkv": "attention.query_key_value.weight", "o": "attention.dense.weight",
-        "up": "mlp.dense_h_to_4h.weight", "down": "mlp.dense_4h_to_h.weight"}
 T5 = {"q": "layer.0.SelfAttention.q.weight", "ln": "layer.0.layer_norm.weight",
       "wi": "layer.1.DenseReluDense.wi_0.weight"}
 T5_DECODER = {"q": "layer.0.SelfAttention.q.weight",
@@ -101,12 +96,6 @@ def gpt2(lead="transformer.", parts=GPT2):
             "norm": lead + "ln_f.weight"} | stack("text", lead + "h", parts)
 
 
-def qwen_vl(text, vision):
-    return llama(text) | stack("vision", vision + "blocks", BLOCKS, 4) | {
-        "patch": vision + "patch_embed.proj.weight",
-        "merger": vision + "merger.mlp.0.weight"}
-
-
 def wrapped(names, lead="", inside=""):
     """Every name behind `lead`, and with `inside` behind a layer's number."""
     return {meaning: lead + re.sub(r"(layers\.\d+\.)", rf"\1{inside}", name)
@@ -117,49 +106,29 @@ MASKS = GPT2 | {"mask": "attn.bias", "minus": "attn.masked_bias"}
 TOWER = clip_vision("vision_tower.vision_model.")
 LLAVA_OLD = llama("language_model.model.", "language_model.lm_head.weight") | TOWER | {
     "projector": "multi_modal_projector.linear_1.weight"}
-LLAVA_NEW = llama("model.language_model.") | wrapped(TOWER, "model.") | {
-    "projector": "model.multi_modal_projector.linear_1.weight"}
-QWEN_OLD = qwen_vl("model.", "visual.")
-QWEN_NEW = qwen_vl("model.language_model.", "model.visual.")
 T5_ENCODER = {"embed": "shared.weight", "norm": "encoder.final_layer_norm.weight"} | (
     stack("encoder", "encoder.block", T5))
 T5_BOTH = T5_ENCODER | stack("decoder", "decoder.block", T5_DECODER) | {
     "decoder norm": "decoder.final_layer_norm.weight"}
 BART = stack("encoder", "model.encoder.layers", VISION) | stack(
     "decoder", "model.decoder.layers", VISION)
-CLIP_TEXT = {"clip norm": "text_model.final_layer_norm.weight"} | stack(
-    "clip text", "text_model.encoder.layers", VISION)
-CLIP = CLIP_TEXT | clip_vision("vision_model.") | {"scale": "logit_scale"}
 NAMES = {
     "Llama, itself": (llama(), llama()),
     "the bare model": (llama(), llama("", None)),
     "LLaVA and a text model": (LLAVA_OLD, llama()),
-    "LLaVA of today and a text model": (LLAVA_NEW, llama()),
-    "LLaVA, old and new": (LLAVA_OLD, LLAVA_NEW),
     "LLaVA and its tower": (LLAVA_OLD, clip_vision("vision_model.")),
-    "Qwen2-VL, old, and a text model": (QWEN_OLD, llama()),
-    "Qwen2-VL, new, and a text model": (QWEN_NEW, llama()),
-    "Qwen2-VL, old and new": (QWEN_OLD, QWEN_NEW),
     "a text model of another lead": (llama(), llama("model.language_model.")),
     "a wrapper": (llama(), wrapped(llama(), "module.")),
-    "two of them": (llama(), wrapped(llama(), "module._orig_mod.")),
     "FSDP's, inside": (llama(), wrapped(llama(), "_fsdp_wrapped_module.",
                                         "_fsdp_wrapped_module.")),
-    "torch.compile, layer by layer": (llama(), wrapped(llama(), inside="_orig_mod.")),
     "checkpointing's, inside": (
         llama(), wrapped(llama(), inside="_checkpoint_wrapped_module.")),
-    "PEFT's leading part": (llama(), wrapped(llama(), "base_model.model.")),
-    "an actor's": (llama(), wrapped(llama(), "actor.model.")),
     "BERT and its encoder": (bert(), bert("")),
-    "BERT in sentence-transformers": (bert(""), bert("0.auto_model.")),
     "T5 and its encoder": (T5_BOTH, T5_ENCODER),
     "both stacks and a decoder": (BART, stack("decoder", "decoder.layers", VISION)),
     "GPT-2, with masks and without": (gpt2(parts=MASKS), gpt2("")),
     "a mixture of experts": (llama(parts=EXPERTS), llama("", None, parts=EXPERTS)),
     "a mixture and a dense model": (llama(parts=EXPERTS), llama()),
-    "CLIP, itself": (CLIP, CLIP),
-    "CLIP and its text tower": (CLIP, CLIP_TEXT),
-    "CLIP and its vision tower": (CLIP, clip_vision("vision_model.")),
 }
 
 
@@ -179,11 +148,9 @@ ROLES = {"q", "o", "up", "down"}
 
 
 @pytest.mark.parametrize("one, other, roles", [
-    (bert(), llama(), ROLES), (gpt2(), llama(), ROLES - {"q"}),
-    (gpt2(), stack("text", "gpt_neox.layers", NEOX), {"qkv", "o", "up", "down"})])
+    (bert(), llama(), ROLES), (gpt2(), llama(), ROLES - {"q"})])
 def test_of_other_families_roles_meet(one, other, roles):
-    """BERT's query is Llama's q_proj; norms stand elsewhere, and embeddings say
-    nothing."""
+    """BERT's query is Llama's q_proj; norms and embeddings say nothing."""
     for mine, theirs in ((one, other), (other, one)):
         expected = {}
         for meaning in mine.keys() & theirs.keys():
@@ -200,27 +167,28 @@ def test_what_is_ambiguous_meets_nobody():
     target = {"up": "layers.0.mlp.up_proj.weight"}
     source = {"1": "layers.0.mlp.fc1.weight", "2": "layers.0.mlp.w3.weight"}
     assert paired(target, source) == paired(source, target) == {}
-    assert paired({"w": "a.weight"}, {"w": "b.weight"}) == {}
+    norm = {"norm": "layers.0.norm1.weight"}            # models place them differently
+    assert paired(norm, {"norm": "layers.0.input_layernorm.weight"}) == {}
+    for lead in ("a.", ""):
+        assert paired({"w": "b.weight"}, {"w": f"{lead}weight"}) == {}
+    # of stacks whose names fit equally well, those that hold the same tensors meet
+    two = one | stack("y", "b.layers", BERT)
+    three = stack("x", "c.layers", LLAMA)
+    assert paired(two, three) == {two[meaning]: three[meaning] for meaning in three}
     assert align.best_pairs({("a", "x"): 2, ("a", "y"): 1, ("b", "y"): 1}) == {
         "a": "x", "b": "y"}
     assert align.best_pairs({("a", "x"): 1, ("a", "y"): 1, ("b", "x"): 1}) == {}
 
 
-def test_layers_pair_by_depth():
+def test_layers_pair_by_depth_or_by_index_as_algorithm_1_reads():
     for n_s in range(1, 40):
         for n_t in range(2, 40):
             step = (n_s - 1) / (n_t - 1)
             # halves go up
             exact = [math.floor(j * step + 0.5 + 1e-9) for j in range(n_t)]
-            pairs = align.pair_layers(n_s, n_t)
-            assert pairs == exact and pairs[0] == 0 and pairs[-1] == n_s - 1
-    assert align.pair_layers(6, 6) == list(range(6))
+            assert align.pair_layers(n_s, n_t) == exact
     assert [align.pair_layers(n, 1) for n in (1, 3, 5)] == [[0], [1], [2]]
-
-
-def test_layers_pair_by_index_as_algorithm_1_reads():
     assert align.pair_layers(2, 4, by="index") == [0, 1]
-    assert align.pair_layers(4, 2, by="index") == [0, 1]
     pairs = align.partners_by_depth({3: 0, 5: 0, 7: 0}, {2: 0, 4: 0}, "index")
     assert pairs == {3: 2, 5: 4}
     for arguments in [(0, 3), (3, 0), (3, 3, "name")]:
@@ -229,28 +197,6 @@ def test_layers_pair_by_index_as_algorithm_1_reads():
 
 
 # --- Line 3: projection ---------------------------------------------------------------
-def overlap_matrix(n_s, n_t):
-    """The definition, interval by interval."""
-    P = torch.zeros(n_t, n_s, dtype=torch.float64)
-    for j in range(n_t):
-        for i in range(n_s):
-            left = max(j * n_s, i * n_t)
-            right = min((j + 1) * n_s, (i + 1) * n_t)
-            P[j, i] = max(0, right - left) / n_s
-    return P
-
-
-def test_projection_to_the_same_size_is_the_identity():
-    z = cloud(3, 4)
-    z[0, 0] = -0.0
-    same = align.project(z, 3, 4)
-    assert same.numpy().tobytes() == z.numpy().tobytes()        # -0.0 too
-
-
-def test_projection_of_columns_between_two_latent_sizes():
-    z = cloud(6, 5)
-    expected = overlap_matrix(6, 4) @ z @ overlap_matrix(5, 8).T
-    close(align.project(z, 4, 8), expected, atol=1e-13)
 
 
 @pytest.mark.parametrize("n_s, n_t", SIZES + [(200, 37), (37, 200)])
@@ -259,6 +205,7 @@ def test_projection_is_the_overlap_matrix_whole_and_in_pieces(n_s, n_t, step):
     z = cloud(n_s, 2) + 100
     whole = overlap_matrix(n_s, n_t) @ z
     close(align.project(z, n_t), whole, rtol=1e-12)
+    assert torch.equal(align.project(z, n_s), z)
     for j0 in range(0, n_t, step):
         j1 = min(j0 + step, n_t)
         i0, i1 = align.source_range(j0, j1, n_s, n_t)
@@ -267,11 +214,12 @@ def test_projection_is_the_overlap_matrix_whole_and_in_pieces(n_s, n_t, step):
 
 
 # --- Line 4: Sinkhorn -----------------------------------------------------------------
-def check_plan(solution, cost, a, b, epsilon, bound):
-    """Plan and both marginals again, from the potentials: a solver can fool its own
-    measure."""
+def check_plan(solution, cost, epsilon, bound):
+    """Plan and marginals again, from the potentials."""
     potentials = solution.f_I[:, None] + solution.g_J
     plan = ((potentials - cost) / (epsilon * cost.max())).exp()
+    a = uniform(len(cost))
+    b = uniform(len(cost.T))
     # potentials of some 100 epsilon and one exp: relative rounding of about 1e-13
     close(solution.plan_IJ, plan, rtol=1e-11, atol=1e-16)
     assert (plan.sum(1) - a).abs().sum() <= bound
@@ -301,7 +249,7 @@ def test_cost_against_the_linear_programme(n, m, epsilon):
     a = uniform(n)
     b = uniform(m)
     solution = align.sinkhorn(cost, epsilon=epsilon, tolerance=1e-9)
-    check_plan(solution, cost, a, b, epsilon, 1e-9)
+    check_plan(solution, cost, epsilon, 1e-9)
     optimum = lp_cost(cost, a, b)
     reached = (solution.plan_IJ * cost).sum().item()
     entropy = -(a * a.log()).sum().item() - (b * b.log()).sum().item()
@@ -310,64 +258,41 @@ def test_cost_against_the_linear_programme(n, m, epsilon):
     assert reached <= optimum + epsilon * cost.max().item() * entropy + 1e-8
 
 
-@pytest.mark.parametrize("kind", ["isotropic", "anisotropic", "heavy"])
-@pytest.mark.parametrize("n, m", [(96, 96), (60, 140), (140, 60)])
-def test_marginals_at_every_epsilon(kind, n, m):
-    """1e-9 at epsilon >= 0.05, 1e-6 at 0.01 and 0.005, on both sides, in few steps."""
-    cost = align.squared_cost(cloud(n, 16, 1, kind), cloud(m, 16, 2, kind))
-    for epsilon, bound, most in [(0.5, 1e-9, 60), (0.05, 1e-9, 60), (0.01, 1e-6, 100),
-                                 (0.005, 1e-6, 250)]:
+COSTS = {
+    "isotropic": align.squared_cost(cloud(96, 16, 1), cloud(96, 16, 2)),
+    "anisotropic": align.squared_cost(cloud(60, 16, 1, "anisotropic"),
+                                      cloud(140, 16, 2, "anisotropic")),
+    "heavy": align.squared_cost(cloud(140, 16, 1, "heavy"), cloud(60, 16, 2, "heavy")),
+    # the hard ones: many nearly separate pairs, where plain steps stall
+    "pairs": align.squared_cost(
+        cloud(512, 8, 1), cloud(512, 8, 1).flip(0) + 0.05 * cloud(512, 8, 2))}
+
+
+@pytest.mark.parametrize("kind", COSTS)
+def test_marginals_at_every_epsilon(kind):
+    """1e-9 at epsilon >= 0.05, 1e-6 at 0.01 and 0.005, on both sides, in few steps: of
+    the pairs in 14, 125 and 320 when written. The limit is 2000."""
+    cost = COSTS[kind]
+    for epsilon, bound, most in [(0.5, 1e-9, 60), (0.05, 1e-9, 60), (0.01, 1e-6, 200),
+                                 (0.005, 1e-6, 600)]:
         solution = align.sinkhorn(cost, epsilon=epsilon, tolerance=bound)
-        check_plan(solution, cost, uniform(n), uniform(m), epsilon, bound)
+        check_plan(solution, cost, epsilon, bound)
         assert solution.iterations <= most
 
 
-def planted(n):
-    """The hard ones: many nearly separate pairs. Plain steps stall here."""
-    x = cloud(n, 8, 1)
-    return align.squared_cost(x, x.flip(0) + 0.05 * cloud(n, 8, 2))
-
-
-@pytest.mark.parametrize("epsilon, bound", [(0.05, 1e-9), (0.01, 1e-6), (0.005, 1e-6)])
-def test_marginals_of_planted_problems(epsilon, bound):
-    cost = planted(512)
-    solution = align.sinkhorn(cost, epsilon=epsilon, tolerance=bound)
-    check_plan(solution, cost, uniform(512), uniform(512), epsilon, bound)
-    assert solution.iterations <= 600   # 14, 125, 320 when written; the limit is 2000
-
-
-def textbook_plan(cost, a, b, epsilon):
-    """Sinkhorn's loop in numpy, in the log domain, run to its end: the same unique
-    plan."""
-    score = -cost.numpy() / (epsilon * cost.max().item())
-    g = np.zeros(len(b))
-    for _ in range(600):
-        f = np.log(a.numpy()) - scipy.special.logsumexp(score + g, axis=1)
-        g = np.log(b.numpy()) - scipy.special.logsumexp(score + f[:, None], axis=0)
-    return torch.from_numpy(np.exp(score + f[:, None] + g))
-
-
-@pytest.mark.parametrize("unit", [1.0, 1e-12])
-def test_against_the_textbook_loop(unit):
-    """Whatever the unit of the cost. The argument is not changed; float32 would not
-    reach 1e-10."""
-    cost = unit * align.squared_cost(cloud(9, 2, 1), cloud(13, 2, 2)).float()
-    before = cost.clone()
-    found = align.sinkhorn(cost, epsilon=0.05, tolerance=1e-11).plan_IJ
-    expected = textbook_plan(cost.double(), uniform(9), uniform(13), 0.05)
-    close(found, expected, atol=1e-10)
-    assert torch.equal(cost, before)
-
-
 def test_kernel_is_rebuilt_when_potentials_move_far():
-    """A far cluster at tiny epsilon: potentials move by thousands of log units."""
+    """A far cluster at tiny epsilon: potentials move by thousands of log units. NaN,
+    and what is below 0, is refused."""
     x, y = cloud(8, 2, 1), cloud(8, 2, 2)
     y[:3] += 40.0
     cost = align.squared_cost(x, y)
     solution = align.sinkhorn(cost, epsilon=2e-4)
-    check_plan(solution, cost, uniform(8), uniform(8), 2e-4, 1e-6)
+    check_plan(solution, cost, 2e-4, 1e-6)
     rows, columns = scipy.optimize.linear_sum_assignment(cost.numpy())
     assert solution.plan_IJ[rows, columns].sum() > 0.5
+    for bad in (math.nan, -1.0, math.inf):
+        with pytest.raises(ValueError):
+            align.sinkhorn(torch.tensor([[0.0, bad]]))
 
 
 @pytest.mark.parametrize("epsilon", [1e-4, 1e-6, 1e-9, 1e-15, 1e-200, 1e-320])
@@ -384,39 +309,14 @@ def test_tiny_epsilon_is_right_or_refused_but_never_a_zero_plan(epsilon):
     assert optimum - 1e-9 <= (plan * cost).sum() <= most + 1e-9
 
 
-def test_bad_input_is_refused():
-    for bad, words in ((math.nan, "at least 0"), (-1.0, "at least 0"),
-                       (math.inf, "did not converge")):
-        with pytest.raises(ValueError, match=words):
-            align.sinkhorn(torch.tensor([[0.0, bad]]))
-    for epsilon in [0.0, -1.0, math.nan]:
-        with pytest.raises(ValueError, match="epsilon"):
-            align.sinkhorn(torch.rand(3, 4), epsilon=epsilon)
-
-
 def test_squared_cost_against_differences():
-    """Far from the origin too: |x|^2 + |y|^2 - 2 x.y without a shift would be off by
-    1e-4 there."""
+    """Far from the origin too, where |x|^2 + |y|^2 - 2 x.y would be off by 1e-4."""
     z = 1e3 * cloud(60, 33)
     assert align.squared_cost(z, z).min() >= 0      # rounding makes some zeros negative
     for offset in [0.0, 1e6]:
-        x, y = cloud(7, 5, 1) + offset, cloud(9, 5, 2) + offset
+        x, y = cloud(40, 5, 1) + offset, cloud(30, 5, 2) + offset
         brute = (x[:, None] - y).square().sum(2)
         close(align.squared_cost(x, y), brute, rtol=1e-9, atol=1e-12)
-
-
-# --- The barycentric map --------------------------------------------------------------
-@pytest.mark.parametrize("n, m", [(6, 3), (3, 6), (5, 5)])
-def test_barycentric_map_divides_by_the_targets_mass(n, m):
-    z = cloud(n, 4)
-    plan = torch.rand(n, m, generator=generator(1), dtype=torch.float64) + 0.1
-    plan = plan / plan.sum()                        # any two marginals
-    moved = align.barycentric_map(plan, z)
-    for j in range(m):
-        slot = sum(plan[i, j] * z[i] for i in range(n)) / plan[:, j].sum()
-        close(moved[j], slot, atol=1e-13)
-    with pytest.raises(ValueError, match="empty"):
-        align.barycentric_map(torch.tensor([[0.5, 0.0], [0.5, 0.0]]), cloud(2, 3))
 
 
 # --- Moments and the Gaussian map -----------------------------------------------------
@@ -441,28 +341,21 @@ def gaussian(source, target):
 
 
 def mixed(n, d, seed):
-    """Correlated, anisotropic, off the origin: condition number of the covariance
-    1e3."""
+    """Correlated, off the origin: condition number of the covariance 1e3."""
     turn, _ = torch.linalg.qr(cloud(d, d, seed + 50))
     mixer = turn * torch.logspace(0, -1.5, d, dtype=torch.float64)
     return cloud(n, d, seed) @ mixer.T + seed
 
 
-def covariances(source, target):
-    return (np.cov(z.numpy().T, bias=True) for z in (source, target))
-
-
 def test_square_root_and_gaussian_map_are_scipys():
     source = mixed(500, 12, 1)
     target = mixed(700, 12, 2)
-    S_s, S_t = covariances(source, target)
-    half = scipy.linalg.sqrtm(S_s)
-    close(align.sqrtm(torch.from_numpy(S_s)), torch.from_numpy(half.real), atol=1e-12)
-    inverse = np.linalg.inv(half)
-    A = np.real(inverse @ scipy.linalg.sqrtm(half @ S_t @ half) @ inverse)
-    # condition number 1e3, roots of 1e-16
+    S = np.cov(source.numpy().T, bias=True)
+    expected = torch.from_numpy(scipy.linalg.sqrtm(S).real)
+    close(align.sqrtm(torch.from_numpy(S)), expected, atol=1e-12)
     found, mapped = gaussian(source, target)
-    close(found, torch.from_numpy(A), atol=1e-9)
+    # condition number 1e3, roots of 1e-16
+    close(found, transport_of(source, target), atol=1e-9)
     assert align.wasserstein2(Moments.of(mapped), Moments.of(target)) < 1e-12
 
 
@@ -471,8 +364,7 @@ def test_square_root_and_gaussian_map_are_scipys():
     (40, 30, 1), (1, 1, 1), (2, 2, 300)])
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e6])
 def test_gaussian_map_is_finite_and_bounded(n, m, d, scale):
-    """|A| <= sqrt(Z / FLOOR); the mapped covariance never exceeds the target's, up to
-    rounding."""
+    """|A| <= sqrt(Z / FLOOR); the mapped covariance never exceeds the target's."""
     source, target = scale * cloud(n, d, 1), cloud(m, d, 2)
     A, mapped = gaussian(source, target)
     assert mapped.isfinite().all()
@@ -484,19 +376,15 @@ def test_gaussian_map_is_finite_and_bounded(n, m, d, scale):
     close(mapped.mean(0), target.mean(0), atol=1e-4)    # A up to 1e6 times the rounding
 
 
-def test_wasserstein_against_sqrtm_and_one_dimension():
-    source, target = mixed(300, 8, 1), mixed(200, 8, 2)
-    S_s, S_t = covariances(source, target)
-    half = scipy.linalg.sqrtm(S_s)
-    bures = np.trace(S_s + S_t - 2 * np.real(scipy.linalg.sqrtm(half @ S_t @ half)))
+def test_wasserstein_against_sqrtm():
+    source = mixed(300, 8, 1)
+    target = mixed(200, 8, 2)
+    S, T = (np.cov(z.numpy().T, bias=True) for z in (source, target))
+    root = scipy.linalg.sqrtm(S)
+    bures = np.trace(S + T - 2 * np.real(scipy.linalg.sqrtm(root @ T @ root)))
     expected = ((source.mean(0) - target.mean(0)).square().sum().item() + bures) / 8
     found = align.wasserstein2(Moments.of(source), Moments.of(target))
     assert abs(found - expected) < 1e-9
-    x = 3 * cloud(50, 1, 1)
-    y = cloud(60, 1, 2) + 1
-    spread = x.std(correction=0) - y.std(correction=0)
-    by_hand = (x.mean() - y.mean()) ** 2 + spread ** 2
-    assert abs(align.wasserstein2(Moments.of(x), Moments.of(y)) - by_hand) < 1e-12
 
 
 # --- Line 4 as a table ----------------------------------------------------------------
@@ -521,7 +409,7 @@ def test_every_aligner_by_its_definition(n_source, n_target):
     close(torch.cov(mapped.T), torch.cov(target.T), atol=1e-8)
     # Sinkhorn moves the points as they are, not projected: uniform masses, its own plan
     cost = (m.z_source_IZ[:, None] - target).square().sum(2)
-    plan = textbook_plan(cost, uniform(n_source), uniform(n_target), m.epsilon)
+    plan = textbook_plan(cost, m.epsilon)
     moved = n_target * plan.T @ m.z_source_IZ
     close(found["sinkhorn"].z_JZ, moved, atol=1e-4)             # tolerance 1e-6
     assert found["sinkhorn"].iterations > 0
@@ -550,6 +438,4 @@ def test_controls_have_the_targets_shape_and_statistics():
     for kind in ("noise", "shuffled"):
         assert torch.equal(draw(kind), draw(kind))
         assert not torch.equal(draw(kind), draw(kind, seed=2))
-    with pytest.raises(ValueError, match="control must be"):
-        draw("nothing")
     assert torch.equal(state, torch.get_rng_state())            # no global randomness

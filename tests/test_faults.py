@@ -7,8 +7,6 @@ import io
 import json
 import math
 import os
-import random
-import re
 import resource
 import shutil
 import signal
@@ -19,16 +17,15 @@ import time
 
 import pytest
 import torch
-from safetensors import SafetensorError, deserialize
+from safetensors import deserialize
 from safetensors.torch import load_file
 
 import chunking as ck
 import merge
 import train
-from conftest import (ROOT, assert_equal, check_line, ended, forked, save, sharded,
-                      snapshot, two_processes)
+from conftest import (ROOT, assert_equal, check_line, ended, forked, sharded, snapshot,
+                      two_processes)
 
-NORM = "model.norm.weight"
 KINDS = pytest.mark.parametrize("kind", ["file", "folder"])
 
 
@@ -62,8 +59,7 @@ def said(log, kind="err"):
 
 
 def merge_of(box, kind):
-    """The command that replaces an old result: a file, by way of a link; or a folder,
-    in another spelling."""
+    """The command that replaces an old file, by a link; or folder, spelled oddly."""
     if kind == "file":
         return [box.a, box.b, "-o", box / "link.safetensors", "--force"]
     target = sharded(box / "model", load_file(box.a))
@@ -165,18 +161,14 @@ def test_too_little_memory(box, log):
 
 def test_an_input_that_shrinks_under_the_run(box, monkeypatch):
     """After the codec was checked, before anything is merged."""
-    real = merge.check_codec
-
     def check_then_cut(run):
-        found = real(run)
         os.truncate(box.b, 3000)
-        return found
+        return [], {"nmse": None}
     monkeypatch.setattr(merge, "check_codec", check_then_cut)
     before = snapshot(box / "out")
     code, _, error = box.run(*merge_of(box, "file"))
-    assert code == 1
+    assert code == 1 and snapshot(box / "out") == before
     check_line(error, [box.b, "tensor '", "shrank"])
-    assert snapshot(box / "out") == before
 
 
 # --- Streams --------------------------------------------------------------------------
@@ -278,10 +270,9 @@ sys.exit(command(lambda: merge.main(sys.argv[1:])))
 
 
 def test_a_process_of_its_own_in_a_poor_environment(box):
-    """python -OO (no asserts, no docstrings); LC_ALL=C, and a folder whose name is no
-    ASCII; a reader that has gone, where the interpreter flushes what is left, and once
-    complained at its exit (code 120). Nothing of a launcher's environment is read at
-    import."""
+    """python -OO; LC_ALL=C, and a folder whose name is no ASCII; a reader that has
+    gone, where the interpreter once complained at its exit (code 120). Nothing of a
+    launcher's environment is read at import."""
     poor = {"PATH": os.environ["PATH"], "LC_ALL": "C", "PYTHONUTF8": "0",
             "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
     ear, mouth = os.pipe()
@@ -328,37 +319,26 @@ def test_modes_links_and_other_names(box):
     assert box.b.read_bytes() == source != (box / "alias.safetensors").read_bytes()
 
 
-def packed(header, data):
-    """A safetensors file by hand; header: as an object, or as text."""
-    if not isinstance(header, bytes):
-        header = json.dumps(header).encode()
-    return len(header).to_bytes(8, "little") + header + data
-
-
 def test_equal_bytes_from_elsewhere_and_later(box, models):
-    """No path and no time in a result; nor does the order within a file matter."""
-    way = ["--samples", 2, "--lam", 0.25]
+    """No path and no time in a result."""
     target = merge_of(box, "folder")[0]
-    shutil.copyfile(models["vae"], box / "vae.safetensors")
-    box.merged(target, box.b, "--vae", box / "vae.safetensors", *way,
-               out="one.safetensors")
-    facts = json.dumps(ck.Checkpoint(box / "one.safetensors").metadata)
-    assert str(box.folder) not in facts and time.strftime("%Y-") not in facts
-    tensors = [*load_file(box.b).items()]
-    random.Random(0).shuffle(tensors)
-    header = {}
-    data = b""
-    for name, tensor in tensors:
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape),
-                        "data_offsets": [len(data), len(data) + tensor.nbytes]}
-        data += tensor.numpy().tobytes()
     (box / "elsewhere").mkdir()
-    (box / "elsewhere/x").write_bytes(packed(header, data))
-    vae = shutil.move(box / "vae.safetensors", box / "elsewhere/vae.safetensors")
-    os.utime(vae, (5e8, 5e8))
-    box.merged(box.a, box / "elsewhere/x", "--vae", vae, *way, out="two.safetensors")
-    one = (box / "one.safetensors").read_bytes()
-    assert (box / "two.safetensors").read_bytes() == one
+    found = []
+    for where in (box.folder, box / "elsewhere"):
+        source = shutil.copyfile(box.b, where / "source.safetensors")
+        vae = shutil.copyfile(models["vae"], where / "vae.safetensors")
+        os.utime(vae, (5e8, 5e8))
+        box.merged(target, source, "--vae", vae, "--samples", 2, out=where / "m")
+        found.append((where / "m/model.safetensors").read_bytes())
+    facts = json.dumps(ck.Checkpoint(box / "m").metadata)
+    assert str(box.folder) not in facts and time.strftime("%Y-") not in facts
+    assert found[0] == found[1]
+
+
+def packed(header, data):
+    """A safetensors file by hand."""
+    header = json.dumps(header).encode()
+    return len(header).to_bytes(8, "little") + header + data
 
 
 # --- What a file may hold: the library is the oracle ----------------------------------
@@ -376,94 +356,33 @@ ACCEPTED = {        # odd, but the library reads it: so must we, and the same
 }
 
 
-def library(data):
-    """{name: (dtype, shape, bytes)} as the library reads them; None: it refuses."""
-    try:
-        found = deserialize(data)
-    except SafetensorError:
-        return None
-    return {name: (each["dtype"], tuple(each["shape"]), bytes(each["data"]))
-            for name, each in found}
-
-
-def ours(path):
-    """The same as we read it, and the line that refuses it. All else is a crash."""
-    found = {}
-    try:
-        file = ck.Checkpoint(path)
-        for name, entry in file.entries.items():
-            data = file.read(name).view(torch.uint8).numpy().tobytes()
-            found[name] = (ck.DTYPE_NAMES[entry.dtype], entry.shape, data)
-    except (ck.CheckpointError, OSError) as error:
-        assert str(error).isprintable(), error
-        return None, str(error)
-    return found, ""
-
-
 @pytest.mark.parametrize("case", ACCEPTED)
 def test_what_the_library_accepts_is_read_as_it_reads_it(tmp_path, case):
     (tmp_path / "x").write_bytes(ACCEPTED[case])
-    assert ours(tmp_path / "x")[0] == library(ACCEPTED[case]) != None  # noqa: E711
-
-
-NASTY = [json.dumps(value).encode() for value in (
-    None, True, -1, 0, 1.5, 16, 2 ** 61, 2 ** 64, "", "F32", "BOOL", "F4", [], {}, [4],
-    [0, 16], [2 ** 32, 2 ** 32, 0], [2 ** 61] * 300, "²", "\ud800", "\0", "..",
-    "__metadata__", "dtype", "w.scales", {"F32": None})]
-TOKEN = rb'"[^"]*"|-?[0-9.]+|\[[^\[\]]*\]|\{[^{}]*\}'
-
-
-def mutated(text, chance):
-    """A value of the JSON text exchanged or taken away; or a byte replaced, doubled or
-    taken away."""
-    if chance.random() < 0.5:
-        spot = chance.choice([*re.finditer(TOKEN, text)])
-        return text[:spot.start()] + chance.choice([*NASTY, b""]) + text[spot.end():]
-    at = chance.randrange(len(text))
-    byte = bytes([chance.randrange(256)])
-    new = chance.choice([byte, byte + text[at:at + 1], b""])
-    return text[:at] + new + text[at + 1:]
-
-
-def test_no_mutation_of_a_header_is_read_otherwise_than_by_the_library(tmp_path):
-    """Or it is refused for a reason of our own."""
-    tensors = {f"layers.{i}.w": torch.full((2, 2), float(i)) for i in range(4)}
-    tensors |= {"ids": torch.arange(2), "empty": torch.zeros(0)}
-    start = save(tmp_path / "start", tensors).read_bytes()
-    size = 8 + int.from_bytes(start[:8], "little")
-    chance = random.Random(0)
-    count = {True: 0, False: 0}
-    for number in range(600):
-        data = packed(mutated(start[8:size], chance), start[size:])
-        path = tmp_path / str(number)
-        path.write_bytes(data)
-        mine, line = ours(path)
-        own = re.search("is not supported|holds no tensors|quantised", line)
-        assert mine == library(data) or own, (data, line)
-        count[mine is not None] += 1
-    assert count[True] > 40 and count[False] > 300, count
+    file = ck.Checkpoint(tmp_path / "x")
+    expected = dict(deserialize(ACCEPTED[case]))
+    assert file.entries.keys() == expected.keys()
+    for name, record in expected.items():
+        entry = file.entries[name]
+        found = (ck.DTYPE_NAMES[entry.dtype], [*entry.shape])
+        assert found == (record["dtype"], [*record["shape"]])
+        data = file.read(name).view(torch.uint8).numpy().tobytes()
+        assert data == bytes(record["data"])
 
 
 # --- Several processes ----------------------------------------------------------------
-@KINDS
-def test_two_processes_give_the_bytes_of_one(box, log, kind, models):
+def test_two_processes_give_the_bytes_of_one(box, log, models):
     """torchrun splits the tensors; the report counts them all, whoever merged them."""
-    target = merge_of(box, kind)[0]
+    target = merge_of(box, "folder")[0]
     way = [target, models["big"], "--align", "sinkhorn", "--samples", 2, "--force"]
-    out = box / "two.safetensors"
-    single = box / "one.safetensors"
-    if kind == "folder":
-        out = box / "two"
-        single = box / "one"
-    assert box.run(*way, "-o", single, "--report", box / "1.json")[0] == 0
-    way += ["-o", out, "--report", box / "2.json"]
-    codes, text, errors = two_processes(log, *way)
+    one = ["-o", box / "one", "--report", box / "1.json"]
+    assert box.run(*way, *one)[0] == 0
+    two = ["-o", box / "two", "--report", box / "2.json"]
+    codes, text, errors = two_processes(log, *way, *two)
     assert codes == [0, 0], errors
     assert [part.count("wrote ") for part in text] == [1, 0]
-    weights = [single, out]
-    if kind == "folder":
-        weights = [path / "model.safetensors" for path in weights]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
+    first, second = (box / f"{k}/model.safetensors" for k in ("one", "two"))
+    assert first.read_bytes() == second.read_bytes()
     one, two = (json.loads((box / f"{k}.json").read_text()) for k in (1, 2))
     for key in one.keys() - {"seconds", "output"}:
         assert one[key] == two[key], key
@@ -471,9 +390,8 @@ def test_two_processes_give_the_bytes_of_one(box, log, kind, models):
 
 @pytest.mark.parametrize("place, value", [(0, math.nan), (1, 3e5)])
 def test_a_fault_in_one_of_two_processes(box, log, place, value):
-    """Found as the weights are read, or as they are merged (it does not fit the
-    target's dtype): one line of the process that finds it; nothing of the other, nor on
-    the disk."""
+    """Found as the weights are read, or as they are merged (it does not fit): one line
+    of the process that finds it; nothing of the other, nor on the disk."""
     tensors = load_file(box.a)
     target = box.put({name: t.half() for name, t in tensors.items()}, "t")
     entries = sorted(ck.StateDict(tensors).entries.values(), key=lambda e: -e.numel)

@@ -16,7 +16,6 @@ from conftest import (INDEX, assert_equal, assert_near, generator, llama_tensors
 REFERENCE = merge.REFERENCE     # before the fixture `exact` puts another in its place
 EMBED = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-NORM = "model.norm.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -103,18 +102,10 @@ def check_siblings(desk, target, source, partner=lambda name: name, unpaired=())
 A = llama()
 ALONE = {
     "a layer more": layer_as(A, 0, "model.layers.2."),
-    "multi-token prediction": layer_as(A, 0, "model.layers.2.") | {
-        "model.layers.2.eh_proj.weight": drawn(16, 32),
-        "model.layers.2.enorm.weight": drawn(16)},
     "a stack for multi-token prediction": layer_as(A, 0, "mtp.layers.0."),
-    "layers of a draft model": layer_as(A, 1, "draft_model.layers.0."),
     "an average over the training": prefixed(tuned(A, std=0.05), "ema."),
     "a score head": {"score.weight": drawn(2, 16)},
-    "Medusa heads": {"medusa_head.0.0.linear.weight": drawn(16, 16),
-                     "medusa_head.0.1.weight": drawn(40, 16)},
     "mask buffers": {"model.layers.1.attn.bias": torch.ones(1, 1, 8, 8).tril()},
-    "a pooler": {"pooler.dense.weight": drawn(16, 16), "pooler.dense.bias": drawn(16)},
-    "frequencies": {"model.layers.1.rotary_emb.inv_freq": torch.ones(8)},
     "biases": {"model.layers.1.self_attn.q_proj.bias": drawn(16)},
     "a vision tower": tower("vision_tower.encoder.", layers=5),
     "a tower like the text's layers": tower("audio.", layers=2),
@@ -153,32 +144,23 @@ def test_strangers_of_other_depth_meet_by_depth(desk):
     check_siblings(desk, A, other, lambda name: name.replace("layers.1.", "layers.3."))
 
 
-LLAVA = prefixed(A, "language_model.") | tower("vision_tower.encoder.") | {
-    "multi_modal_projector.linear_1.weight": drawn(16, 16)}
-RENAMED = {         # (target, its names -> those of the source)
-    "FSDP, layer by layer": (
-        A, lambda name: name.replace("1.", "1._fsdp_wrapped_module.")),
-    "PEFT's leading part": (A, lambda name: "base_model.model." + name),
-    "LLaVA and a text model": (
-        LLAVA, lambda name: name.removeprefix("language_model.")),
-}
+def test_a_text_model_meets_the_text_part_of_another(desk):
+    """By names alone, for many more models: test_align.py."""
+    llava = prefixed(A, "language_model.") | tower("vision_tower.encoder.")
+    llava["multi_modal_projector.linear_1.weight"] = drawn(16, 16)
 
-
-@pytest.mark.parametrize("case", RENAMED)
-def test_names_that_differ(desk, case):
-    target, partner = RENAMED[case]
-    source = {partner(name): tensor for name, tensor in tuned(target).items()}
-    check_siblings(desk, target, source, partner)
+    def partner(name):
+        return name.removeprefix("language_model.")
+    source = {partner(name): tensor for name, tensor in tuned(llava).items()}
+    check_siblings(desk, llava, source, partner)
 
 
 # --- Units: spreads that differ, constants. With the reference VAE --------------------
 DOWN = "model.layers.1.mlp.down_proj.weight"
 UNITS = {           # (a tensor of the target, of the source)
     "zeros, as LLaMA-Pro inserts them": (torch.zeros(16, 48), drawn(16, 48)),
-    "zeros in the source": (drawn(16, 48), torch.zeros(16, 48)),
     "narrow": (drawn(16, 48, std=1e-5), drawn(16, 48, std=1e-2, seed=1)),
     "narrow about a mean": (drawn(16, 48, std=1e-6, mean=1.0), drawn(16, 48, seed=1)),
-    "one constant": (torch.full((16, 48), 0.25), drawn(16, 48)),
     "constants": (torch.full((16, 48), 0.1), torch.full((16, 48), 0.3)),
     "hardly any spread": (drawn(16, 48, std=1e-10), drawn(16, 48, seed=1)),
 }
@@ -218,16 +200,13 @@ TIES = {            # (target, the tensors of it that are equal, those that both
     "both hold it": (TIED, (EMBED, HEAD), (EMBED, HEAD)),
     "T5, one in the source": (T5_MODEL, T5, T5[:1]),
     "T5, another": (T5_MODEL, T5, T5[1:2]),
-    "T5, only the head": (T5_MODEL, T5, T5[3:]),
     "T5, all": (T5_MODEL, T5, T5),
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", TIES)
-def test_what_the_target_ties_stays_tied(desk, case, dtype):
-    target, equal, held = TIES[case]
-    a = {name: tensor.to(dtype) for name, tensor in target.items()}
+def test_what_the_target_ties_stays_tied(desk, case):
+    a, equal, held = TIES[case]
     b = tuned(a)
     for name in equal:
         b[name] = b[equal[0]].clone()
@@ -242,13 +221,15 @@ def test_what_the_target_ties_stays_tied(desk, case, dtype):
     check_average(got, a, [b], partner)
 
 
-@pytest.mark.parametrize("flags", ["--space weight", "--operator slerp",
+@pytest.mark.parametrize("flags", ["", "--space weight", "--operator slerp",
                                    "--select lm_head", "--lam 0 --residual"])
-def test_ties_under_other_flags(desk, flags):
-    """An untied source, which would pull the two apart."""
+def test_a_source_that_is_untied_does_not_pull_the_two_apart(desk, flags):
+    """Its head is left out, and that is said."""
     pair = [desk.put(TIED, "a"), desk.put(tuned(A), "b")]
     got, _ = desk.merged(*pair, *flags.split())
     assert torch.equal(got[EMBED], got[HEAD])
+    if flags != "--select lm_head":
+        assert HEAD in desk.err and "left out" in desk.err
 
 
 def test_equal_norms_and_zeros_are_no_tie(desk):
@@ -306,13 +287,14 @@ BEHIND = ["pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "x
 
 def test_all_goes_along_but_weights_checkpoints_and_training(desk):
     """A dense layer of sentence-transformers is a part of the model: it goes along, its
-    weights too. A model beside an adapter's configuration is a model. A link is
-    followed."""
+    weights too. A model beside an adapter's configuration is a model. A link to a file
+    is followed; one to a folder, and a pipe, are named and stay."""
     texts = {file: f"the text of {file}" for file in ALONG + BEHIND}
     folder = desk.model(A, **texts)
     (desk / "blob").write_text("a link's text")
     os.symlink("../blob", folder / "merges.txt")
     os.symlink(".", folder / "circle")
+    os.mkfifo(folder / "pipe")
     b = tuned(A)
     got, _ = desk.merged(folder, desk.put(b, "b"), out="m")
     check_average(got, A, [b])
@@ -325,6 +307,7 @@ def test_all_goes_along_but_weights_checkpoints_and_training(desk):
     expected = {file: texts[file].encode() for file in ALONG}
     assert found == expected | {"merges.txt": b"a link's text"}
     assert not (desk / "m/merges.txt").is_symlink()
+    assert "circle" in desk.said and "pipe" in desk.said
 
 
 # --- Indexes --------------------------------------------------------------------------
@@ -336,22 +319,13 @@ def stale(folder):
     save(folder / "model.safetensors", A)
 
 
-def in_a_subfolder(folder):
-    sharded(folder, A, where="weights/deep/")
-
-
 def more_than_the_index_names(folder):
-    sharded(folder, A)
-    shard = sorted(folder.glob("model-*"))[0]
-    save(shard, load_file(shard) | {"x.scales": torch.ones(3), "extra": torch.ones(2)})
-
-
-def twice(folder):
-    """A tensor in both shards; the index names the first."""
-    sharded(folder, A)
-    shard = sorted(folder.glob("model-*"))[1]
+    """In a sub-folder; one tensor in both shards: the index names the first."""
+    sharded(folder, A, where="weights/deep/")
+    shard = sorted(folder.glob("weights/deep/model-*"))[1]
     name = sorted(A)[0]
-    save(shard, load_file(shard) | {name: 7 + A[name]})
+    more = {"x.scales": torch.ones(3), "extra": torch.ones(2), name: 7 + A[name]}
+    save(shard, load_file(shard) | more)
 
 
 def linked(folder):
@@ -367,8 +341,8 @@ def beside_a_whole_file(folder):
     save(folder / "model.safetensors", llama(seed=5))
 
 
-@pytest.mark.parametrize("make", [stale, in_a_subfolder, more_than_the_index_names,
-                                  twice, linked, beside_a_whole_file])
+@pytest.mark.parametrize("make", [stale, more_than_the_index_names, linked,
+                                  beside_a_whole_file])
 def test_an_index_says_where_each_tensor_is_no_more(desk, make):
     (desk / "T").mkdir()
     make(desk / "T")
@@ -381,17 +355,18 @@ def test_an_index_says_where_each_tensor_is_no_more(desk, make):
 
 
 # --- Numbers --------------------------------------------------------------------------
-@pytest.mark.parametrize("mean, std", [(1.0, 1e-9), (1000.0, 1e-6), (-1.0, 1e-8)])
-def test_float64_is_centred_before_it_is_rounded(desk, mean, std):
-    """What is encoded (UP) and what is averaged (NORM)."""
+
+
+def test_float64_is_centred_before_it_is_rounded(desk):
+    """What is encoded (UP) and what is averaged; of a spread of 1e-9 around 1."""
     pair = []
     for seed in (1, 2):
-        tensors = {UP: drawn(48, 16, seed=seed, std=1.0).double(),
-                   NORM: drawn(16, seed=seed, std=1.0).double()}
-        pair.append({name: mean + std * noise for name, noise in tensors.items()})
+        noise = {UP: drawn(48, 16, seed=seed, std=1e-9).double(),
+                 "model.norm.weight": drawn(16, seed=seed, std=1e-9).double()}
+        pair.append({name: 1 + w for name, w in noise.items()})
     got, _ = desk.merged(desk.put(pair[0], "a"), desk.put(pair[1], "b"))
     for name, wanted in average(pair[0], pair[1:]).items():
-        assert (got[name] - wanted).abs().max() < 1e-3 * std, name
+        assert (got[name] - wanted).abs().max() < 1e-12, name
 
 
 @pytest.mark.parametrize("scale", [5e18, 1e20, 1e25, 1e-25])
@@ -407,62 +382,37 @@ def test_distances_of_huge_and_tiny_weights(desk, scale):
 
 
 # --- What the user is told ------------------------------------------------------------
-def permuted(tensors):
-    """The same function, its neurons in another order."""
-    result = dict(tensors)
-    for i in range(2):
-        order = torch.randperm(48, generator=generator(i))
-        name = f"model.layers.{i}.mlp."
-        for role in ("gate_proj.weight", "up_proj.weight"):
-            result[name + role] = result[name + role][order]
-        result[name + "down_proj.weight"] = result[name + "down_proj.weight"][:, order]
-    return result
 
 
-HARMFUL = {
-    "strangers": llama(seed=77),
-    "strangers of another shape": llama(hidden=24, seed=77),
-    "neurons in another order": permuted(tuned(A, std=1e-3)),
-    "the other sign": {name: -tensor for name, tensor in A.items()},
-}
+@pytest.mark.parametrize("source, flags, words", [
+    pytest.param("light", "", "--residual", id="a codec coarser than the difference"),
+    pytest.param("light", "--residual", "", id="what it loses comes back"),
+    pytest.param("light", "--align gaussian", "", id="transport moves more than that"),
+    pytest.param("light", "--samples 1", "", id="noise does"),
+    pytest.param("sibling", "", "", id="siblings"),
+    pytest.param("deeper", "", "", id="a sibling with a layer more"),
+    pytest.param("stranger", "", "target's norm away", id="too far away")])
+def test_what_only_the_result_shows(desk, source, flags, words):
+    """Only the codec's own error is called that, and only where the flag that is
+    advised would bring it back."""
+    sources = {"light": tuned(A, std=1e-7), "sibling": tuned(A),
+               "deeper": tuned(A) | layer_as(A, 0, "model.layers.2."),
+               "stranger": llama(seed=77)}
+    pair = [desk.put(A, "a"), desk.put(sources[source], "b")]
+    desk.merged(*pair, "--vae", REFERENCE, *flags.split())
+    last = "".join(desk.err.splitlines()[-1:])
+    assert words in last and bool(last) == bool(words)
 
 
-@pytest.mark.parametrize("case", HARMFUL)
-def test_a_merge_that_does_harm_is_warned_of(desk, case):
-    desk.merged(desk.put(A, "a"), desk.put(HARMFUL[case], "b"))
-    lines = desk.err.splitlines()
-    assert lines[0].startswith("warning: ") and lines[-1].startswith("warning: ")
-
-
-def test_no_warning_for_siblings(desk):
-    target = desk.put(A, "a")
-    sibling = desk.put(tuned(A), "b")
-    deeper = desk.put(tuned(A) | layer_as(A, 0, "model.layers.2."), "c")
-    for arguments in ([sibling], [deeper], ["--roundtrip"], []):
-        desk.merged(target, *arguments)
-        assert desk.err == ""
-
-
-def test_a_codec_coarser_than_the_difference_is_said(desk):
-    target = desk.put(A, "a")
-    light = desk.put(tuned(A, std=1e-7), "b")
-    far = desk.put(tuned(A), "c")
-    for arguments, told in (([light], True), ([light, "--residual"], False),
-                            ([far], False)):
-        desk.merged(target, *arguments, "--vae", REFERENCE)
-        assert ("--residual" in desk.err) == told
-
-
-def test_the_plan_says_the_sum_first_and_what_met_nobody_last(desk):
+def test_the_plan_of_a_dry_run(desk):
     extra = layer_as(A, 0, "model.layers.2.")
     pair = [desk.put(A | extra, "a"), desk.put(prefixed(tuned(A), "module."), "b")]
     code, out, _ = desk.run(*pair, "--vae", "exact", "--dry-run")
     assert code == 0 and not (desk / "merged.safetensors").exists()
     lines = out.splitlines()
-    head = "\n".join(lines[:6])
     for word in ("same-shape", "lerp", "0.5", "exact", "14 ", "bytes"):
-        assert word in head, word
+        assert word in "".join(lines[:6]), word
     assert any(f" {UP} " in line and f"module.{UP}" in line for line in lines)
-    last = "\n".join(lines[-len(extra):])
+    last = "".join(lines[-len(extra):])
     for name in extra:
         assert name in last

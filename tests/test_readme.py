@@ -1,9 +1,14 @@
-"""README.md: its commands run in order, its Python runs, what it names exists."""
+"""What a reader tries first. README.md: its commands run in order, so does its Python,
+what it names exists. The tour (python lsmerge.py): every number recomputed, from raw
+files and by numpy."""
 import re
 import shlex
 import sys
 
+import numpy as np
+import pytest
 import torch
+from safetensors.torch import load_file
 
 import align
 import chunking
@@ -13,7 +18,7 @@ import match
 import merge
 import train
 import vae
-from conftest import ROOT, llama_tensors
+from conftest import ROOT, generator, llama_tensors, overlap_matrix, save, transport_of
 
 README = (ROOT / "README.md").read_text()
 
@@ -27,8 +32,9 @@ def commands():
 
 
 def test_the_two_commands_stand_there_and_ci_runs_them():
+    models = "experiments/models/"
     install = ("pip install -r requirements.txt && python merge.py "
-               "experiments/models/code.safetensors experiments/models/prose.safetensors")
+               f"{models}code.safetensors {models}prose.safetensors")
     assert install in README and "    python -m pytest\n" in README
     run = (ROOT / ".ci" / "run").read_text()
     assert 'pip" install' in run and "-r requirements.txt" in run
@@ -46,7 +52,8 @@ def test_every_command_on_our_own_models_runs_in_order(tmp_path, monkeypatch, ca
     short = ["--init", "pca", "--steps1", "1", "--steps2", "1"]
     whole = train.main
     monkeypatch.setattr(train, "main", lambda argv: whole([*argv, *short]))
-    monkeypatch.setattr(evaluate, "held_out", lambda domain, split: (b"12+34=46\n",) * 2)
+    texts = (b"12+34=46\n",) * 2
+    monkeypatch.setattr(evaluate, "held_out", lambda domain, split: texts)
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     monkeypatch.chdir(tmp_path)
     ran = 0
@@ -74,32 +81,21 @@ def test_commands_on_your_own_models_parse():
     assert parsed >= 10
 
 
-def test_every_named_function_exists():
+def test_every_named_function_exists(capsys):
+    """In README, in its table without their module, and in the tour."""
     modules = {"align": align, "chunking": chunking, "lsmerge": lsmerge, "merge": merge,
                "train": train, "vae": vae}
-    for module, name in re.findall(r"`(\w+)\.(\w+)`", README):
-        if module in modules and name != "py":
-            assert hasattr(modules[module], name), f"{module}.{name}"
-    # In the table of files a name stands without its module.
-    named = 0
+    assert lsmerge.tour([]) is None
+    named = re.findall(r"\b(align|chunking|lsmerge)\.([\w.]+)", capsys.readouterr().out)
+    named += re.findall(r"`(\w+)\.(\w+)`", README)
     for module, held in re.findall(r"^\| \d \| `(\w+)\.py` \| (.*?) \|", README, re.M):
-        for name in re.findall(r"`([\w.]+)`", held):
+        named += [(module, name) for name in re.findall(r"`([\w.]+)`", held)]
+    assert len(named) >= 30
+    for module, name in named:
+        if module in modules and name != "py":
             found = modules[module]
             for part in name.split("."):
                 found = getattr(found, part)
-            named += 1
-    assert named >= 10
-
-
-def test_it_is_two_screens_that_fit():
-    """Tables are as wide as a page; results.py fills the blocks (test_results.py
-    compares them)."""
-    lines = README.splitlines()
-    assert len(lines) <= 165
-    assert not [line for line in lines if line.startswith("|") and len(line) > 150]
-    for name in re.findall(r"<!-- (\w+): begin -->", README):
-        begin = lines.index(f"<!-- {name}: begin -->")
-        assert lines.index(f"<!-- {name}: end -->") > begin + 2
 
 
 def test_every_picture_and_page_exists():
@@ -108,8 +104,7 @@ def test_every_picture_and_page_exists():
 
 
 def test_the_python_example_merges_two_state_dicts():
-    """Norms and embeddings as the command treats them; nothing is written to the
-    inputs."""
+    """Norms and embeddings too; nothing is written to the inputs."""
     a = llama_tensors(1, dtype=torch.float64)
     b = llama_tensors(2, dtype=torch.float64)
     kept = {name: tensor.clone() for name, tensor in a.items()}
@@ -120,3 +115,84 @@ def test_the_python_example_merges_two_state_dicts():
         average = (kept[name] + b[name]) / 2
         torch.testing.assert_close(got, average, rtol=1e-5, atol=1e-6)
         assert torch.equal(a[name], kept[name])
+
+
+# --- The tour -------------------------------------------------------------------------
+MODELS = ROOT / "experiments" / "models"
+NAME = "model.layers.0.self_attn.q_proj.weight"
+ROWS = ["w", "X", "real", "z = E(X)", "w - D(z)"]
+
+
+def printed(capsys, *paths):
+    """[(symbol, shape, mean, std), ...] of a tour, for each tensor that it shows."""
+    assert chunking.command(lambda: lsmerge.tour([*map(str, paths)])) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert 12 <= len(lines) <= 24 and max(map(len, lines)) <= 88
+    found = []
+    for line in lines:
+        row = re.match(r".{8}(.*?)(?::|  ).*\[([\d, ]+)\] +(\S+e\S+) +(\S+e\S+)$", line)
+        if row:
+            shape = tuple(map(int, row[2].split(",")))
+            found.append((row[1], shape, float(row[3]), float(row[4])))
+    assert [row[0] for row in found] == [*ROWS, *ROWS, "z_s", "z~", "z_lambda", "W^",
+                                         "W^ - w_t"]
+    return found
+
+
+def is_row(row, x, shape, near=6e-3):
+    """Three digits are printed; a mean near 0 is noise of the arithmetic."""
+    assert row[1] == shape
+    assert row[2] == pytest.approx(x.mean(), rel=near, abs=2e-5)
+    assert row[3] == pytest.approx(x.std(), rel=near)
+
+
+@torch.no_grad()
+def through(function, x):
+    """The network itself, on windows cut here by hand; x: whole windows."""
+    return function(torch.from_numpy(x).float().reshape(-1, 16, 64)).double().numpy()
+
+
+@pytest.mark.parametrize("paths", [(), ("large", "base"), ("base", "code")], ids=str)
+def test_every_number_of_the_tour(capsys, paths):
+    """Parents of equal shape share a unit: that of all their weights together."""
+    net = lsmerge.Codec.load(MODELS / "vae.safetensors").vae
+    files = [MODELS / f"{name}.safetensors" for name in paths or ("base", "large")]
+    rows = printed(capsys, *files[:len(paths)])
+    w = [load_file(path)[NAME].double().numpy().ravel() for path in files]
+    units = w
+    if len(w[0]) == len(w[1]):
+        units = [np.concatenate(w)] * 2
+    z = []
+    for k, unit in enumerate(units):
+        N = len(w[k]) // 64
+        x = (w[k] - unit.mean()) / unit.std()
+        z.append(through(net.encode_mean, x).reshape(N, 64))
+        lost = (x - through(net.decode, z[k]).ravel()) * unit.std()
+        mine = rows[5 * k:5 * k + 5]
+        is_row(mine[0], w[k], (len(w[k]),))
+        is_row(mine[1], x, (N, 64))
+        is_row(mine[2], np.ones(1), (N, 64))
+        is_row(mine[3], z[k], (N, 64))
+        is_row(mine[4], lost, (len(w[k]),), near=0.05)
+    # Line 3, and line 4 by scipy's square roots.
+    J = len(z[0])
+    projected = overlap_matrix(len(z[1]), J).numpy() @ z[1]
+    is_row(rows[10], projected, (J, 64))
+    A = transport_of(projected, z[0]).numpy()
+    aligned = z[0].mean(0) + (projected - projected.mean(0)) @ A
+    is_row(rows[11], aligned, (J, 64))
+    # Lines 5 and 6, and how far that is from the target.
+    merged = 0.9 * z[0] + 0.1 * aligned
+    is_row(rows[12], merged, (J, 64))
+    result = through(net.decode, merged).ravel() * units[0].std() + units[0].mean()
+    is_row(rows[13], result, (len(w[0]),))
+    is_row(rows[14], result - w[0], (len(w[0]),))
+
+
+def test_padding_is_shown_and_one_model_may_be_given(capsys, tmp_path):
+    """100 weights: 28 of 128 numbers of the two chunks are padding."""
+    w = torch.randn(5, 20, generator=generator())
+    path = save(tmp_path / "x.safetensors", {"layers.3.q_proj.weight": w})
+    rows = printed(capsys, path)
+    assert rows[1][1] == rows[2][1] == rows[3][1] == rows[11][1] == (2, 64)
+    assert rows[2][2] == pytest.approx(100 / 128, rel=6e-3)

@@ -1,5 +1,4 @@
-"""vae.py against torch.distributions, plain loops and Eckart-Young; its codec; its
-files."""
+"""vae.py against torch.distributions, plain loops and Eckart-Young; its codec."""
 import math
 
 import pytest
@@ -66,8 +65,7 @@ def test_kl_against_torch_distributions():
 
 
 def test_loss_is_eq_1_per_weight():
-    """-log p(w | z) of a unit Gaussian, less its constant, plus beta KL, over real
-    weights."""
+    """-log p(w | z), less its constant, plus beta KL, over real weights."""
     x, real = windows()
     decoded = torch.randn(x.shape, generator=generator(1))
     posterior = v.Posterior(*torch.randn(2, 6, 4, 2, generator=generator(2)).unbind())
@@ -92,8 +90,7 @@ def test_posterior_variance_is_the_closed_form():
 
 
 def test_every_key_has_noise_of_its_own():
-    """torch looks at 32 bits of a seed: products of seed and index once left a single
-    one."""
+    """torch looks at 32 bits of a seed: products once left a single one."""
     keys = [(seed, tensor, parent) for seed in (0, 1, 2 ** 31) for tensor in range(3)
             for parent in range(2)]
     draws = torch.stack([torch.randn(1000,
@@ -136,8 +133,7 @@ def test_windows_do_not_see_each_other_but_chunks_of_a_window_do():
 
 
 def test_block_against_explicit_loops():
-    """The block written the slow way: rotation by complex numbers, one query at a
-    time."""
+    """The slow way: rotation by complex numbers, one query at a time."""
     D, H, T = 8, 2, 5
     net = v.VAE(v.VAEConfig(chunk=8, width=D, heads=H, blocks=1)).start(generator())
     block, h = net.encoder[0], torch.randn(1, T, D, generator=generator())
@@ -223,25 +219,14 @@ def test_a_codec_is_its_network_on_windows():
     torch.testing.assert_close(codec.decode(z_NZ, stats, 109), whole_L, **close)
 
 
-def test_bfloat16_is_the_arithmetic_not_the_result():
+def test_other_dtypes():
+    """bfloat16 is a codec's arithmetic, not its result. A file in any dtype is read as
+    float32."""
     flat_L = torch.randn(640, generator=generator())
     codec = Codec.load("exact", dtype=torch.bfloat16)
     z_NZ = codec.encode(flat_L, stats_of(flat_L))
     apart = (codec.decode(z_NZ, stats_of(flat_L), 640) - flat_L).square().mean()
     assert z_NZ.dtype == torch.float32 and 1e-7 < apart < 1e-3
-
-
-# --- Files ----------------------------------------------------------------------------
-RECORD = {"trained_on": ["x"], "seed": 3}
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.float8_e4m3fn])
-def test_a_vae_in_another_dtype_works_or_is_refused(dtype):
-    """In whatever a file was converted to, training goes on in float32."""
-    tensors, metadata = wake(started()).to_file(RECORD)
-    try:
-        back, _ = v.VAE.from_file({n: t.to(dtype) for n, t in tensors.items()},
-                                  metadata)
-    except ValueError:
-        return
+    tensors, metadata = started().to_file({})
+    back, _ = v.VAE.from_file({n: t.bfloat16() for n, t in tensors.items()}, metadata)
     assert all(p.dtype == torch.float32 for p in back.parameters())

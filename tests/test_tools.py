@@ -1,17 +1,22 @@
-"""experiments/tools/greedy_soup.py. Oracles: the definition of the recipe, means by
-torch, a known best soup."""
+"""experiments/tools/greedy_soup.py and weight_statistics.py. Oracles: the definition of
+the recipe, means by torch, a known best soup; scipy's moments, singular values. (The
+picture is not looked at.)"""
+import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import scipy.stats
 from safetensors.torch import load_file
 
 import chunking
 import greedy_soup as gs
+import weight_statistics as ws
 from conftest import ROOT, assert_equal, assert_near, llama_tensors, relative
 
 
+# --- greedy_soup.py -------------------------------------------------------------------
 @pytest.mark.parametrize("seed", range(5))
 def test_greedy_soup_by_its_definition(seed):
     values = np.random.default_rng(seed).normal(size=(5, 3))
@@ -49,7 +54,9 @@ def test_the_soup_keeps_what_helps(desk, monkeypatch, flags, folder):
     wanted = {name: (second[name] + third[name]) / 2 for name in first}
 
     def judge(line, path):
-        found = load_file(f"{path}/model.safetensors" if folder else path)
+        if folder:
+            path += "/model.safetensors"
+        found = load_file(path)
         return -sum((found[name] - wanted[name]).square().sum() for name in wanted)
     monkeypatch.setattr(gs, "evaluate", judge)
     way = ["--eval", "x", *paths, *flags, "-o", result]
@@ -59,7 +66,6 @@ def test_the_soup_keeps_what_helps(desk, monkeypatch, flags, folder):
     assert f"kept 2 of 3: {paths[1]}, {paths[2]}\n" in out
     assert_near(load_file(weights), wanted, rtol=1e-5)
     assert folder == (desk / "m/config.json").exists()
-    desk.refuse(*way, words=["exists"], main=gs.main)
     assert desk.run(*way, "--force", main=gs.main)[0] == 0
 
 
@@ -95,7 +101,56 @@ def test_an_evaluation_that_fails_says_why(command, words):
     ("loaded 12 docs\\nscore=0.5", 0.5), ("7 (accuracy: 81.5%%)", 81.5),
     ("-1e-3", -0.001), ("[3, .5]", 0.5), ("0.5 after the 3rd", 0.5)])
 def test_the_last_number_is_the_score(words, score):
-    """A good command does not print the path that comes last; if it does, no digit is a
-    score."""
+    """If a command prints the path, which comes last, no digit of it is a score."""
     found = gs.evaluate(f"printf '{words}\\n%s'", "/a/1/b_2.safetensors")
     assert found == score
+
+
+# --- weight_statistics.py -------------------------------------------------------------
+def test_moments_against_scipy():
+    rows = np.linspace(0.1, 3, 40)[:, None]
+    matrix = np.random.default_rng(0).standard_t(5, (40, 60)) * rows
+    matrix[1] = 3.0                                     # a constant row counts as 0
+    figures = ws.moments(matrix)
+    flat = matrix.reshape(-1)
+    assert figures["mean"] == pytest.approx(flat.mean())
+    assert figures["variance"] == pytest.approx(flat.var())
+    assert figures["skewness"] == pytest.approx(scipy.stats.skew(flat))
+    assert figures["kurtosis"] == pytest.approx(scipy.stats.kurtosis(flat))
+    by_row = [scipy.stats.kurtosis(row) for row in np.delete(matrix, 1, axis=0)]
+    assert figures["kurtosis_row"] == pytest.approx(sum(by_row) / 40)
+
+
+def test_spectrum_against_singular_values():
+    scales = np.diag(np.linspace(1, 5, 20))
+    matrix = np.random.default_rng(0).standard_normal((30, 20)) @ scales
+    for m in (matrix, matrix.T):
+        squares = np.linalg.svd(m - m.mean(axis=0), compute_uv=False) ** 2
+        shares = np.append(0, squares.cumsum()) / squares.sum()
+        ranks = np.array(ws.RANKS) * len(squares)
+        expected = np.interp(ranks, range(len(shares)), shares)
+        np.testing.assert_allclose(ws.spectrum(m), expected, rtol=1e-9)
+
+
+def test_the_statistics_of_a_model(desk, models, monkeypatch):
+    """These weights are white noise themselves: the same curve as noise has, up to the
+    draw. A record for each matrix of a layer."""
+    for record in ws.describe(chunking.Checkpoint(models["a"])):
+        np.testing.assert_allclose(record["curve"], record["curve_noise"], atol=0.03)
+    code, out, _ = desk.run(models["a"], main=ws.main)
+    assert code == 0 and "kurtosis" in out and "explained variance" in out
+    records = json.loads(desk.run(models["a"], "--json", main=ws.main)[1])
+    assert len(records) == 14 and {r["layer"] for r in records} == {0, 1}
+    assert {r["role"] for r in records} == {"q", "k", "v", "o", "gate", "up", "down"}
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    figure = [models["a"], "--figure", desk / "f.svg"]
+    desk.refuse(*figure, words=["matplotlib is not installed"], main=ws.main)
+
+
+def test_a_picture_never_replaces_its_input(desk, models):
+    pytest.importorskip("matplotlib")
+    odd = desk / "odd.svg"
+    odd.write_bytes(models["a"].read_bytes())
+    desk.refuse(odd, "--figure", odd, words=["another --figure"], main=ws.main)
+    assert desk.run(odd, "--figure", desk / "f.svg", main=ws.main)[0] == 0
+    assert "<svg" in (desk / "f.svg").read_text()
