@@ -463,8 +463,9 @@ class Meeting(NamedTuple):
 
 
 class Aligned(NamedTuple):
-    """What an aligner returns; the last two are evidence for the report."""
-    z_JZ: torch.Tensor              # finite, also where all chunks are equal (std 0)
+    """What an aligner returns; the last two are evidence for the report. It is to be
+    finite, also where all chunks are equal, so that a std is 0."""
+    z_JZ: torch.Tensor
     iterations: int = 0
     error: float = 0.0              # the larger of both sides' marginal errors
 

@@ -550,6 +550,8 @@ class Checkpoint:
         self.files = [abspath(file), *map(abspath, shards)]
         # Opened once: what is read stays the same file, even if its name is given away.
         self._handles = {shard: open(shard, "rb") for shard in shards}
+        # And closed with the Checkpoint: while a file is open, some systems let nobody
+        # rename or delete it.
         for handle in self._handles.values():
             weakref.finalize(self, handle.close)
         self._lock = threading.Lock()       # a handle has one position for all threads

@@ -334,7 +334,10 @@ def decide(run, task):
 def check_shapes(run, task):
     """Refuse another shape if the operator needs equal ones (an angle and a difference
     are between vectors of one length), or if a window would meet more of a source
-    than a piece holds: memory would then grow with the source."""
+    than a piece holds: memory would then grow with the source.
+    Example:  128 x 128 meets 192 x 192. lerp projects 576 latents to 256; slerp and
+              --space weight are refused
+    """
     entry = task.entry
     strict = run.space == "weight" or run.operator in ("slerp", "task-arithmetic")
     for k, other in task.tensors.items():
@@ -442,8 +445,9 @@ def strangers(run):
 
 def left_out(run, source, met):
     """Warn of what a source has and the target has no place for. The source computes
-    with it, and the result does not.  Example: the biases of q, k and v, where the
-    target has none
+    with it, and the result does not.
+    Example:  the biases of q, k and v, where the target has none; a head of its own. A
+              vision tower is left out without a warning: text alone is merged then
 
     met:  names of the source's tensors that met one of the target's
     """
@@ -499,7 +503,7 @@ def left_alone(run):
 
 
 def total_weights(model):
-    """At least 1, to be divided by."""
+    """Of all tensors, whole numbers among them; at least 1, to be divided by."""
     return max(1, sum(entry.numel for entry in model.entries.values()))
 
 
@@ -547,7 +551,9 @@ def config_of(model):
 def measure_task(run, task):
     """The task with the statistics of its parents. All that enters the result is read
     here, so that NaN and Inf are refused before any work. What is only copied may hold
-    them, as may a mask of -inf that is equal in all models."""
+    them, as may a mask of -inf that is equal in all models.
+    Example:  norms that no fine-tune has touched: "copied, equal in all"
+    """
     if task.action == "averaged":
         # In the target's dtype: a source that was saved in another one may be equal.
         digests = set()
@@ -613,7 +619,10 @@ def tie(run):
 
 
 def told_apart(run, task, leader):
-    """Warn if a source has a head of its own where the target's is its embedding."""
+    """Warn if a source has a head of its own where the target's is its embedding.
+    Example:  a fine-tune that untied and trained its head: the result has one matrix
+              for both, the average of the embeddings
+    """
     for k in task.tensors.keys() - {0}:
         model = run.models[k]
         # What the head would equal if they were tied there, too. An embedding that is
@@ -630,7 +639,8 @@ def told_apart(run, task, leader):
 # --- The codec, and whether it can carry these weights --------------------------------
 def load_codecs(run):
     """[the target's Codec, that of sources of other shapes], before anything else: a
-    wrong file is noticed at once."""
+    wrong file is noticed at once. Empty where there is none yet (--init random), or
+    none at all (--space weight)."""
     if not run.vae:
         return []                               # none, or it is trained here
     device = pick_device(run.device)
@@ -782,7 +792,8 @@ def check_codec(run):
 
 
 def gate(run, k, what, value, name):
-    """The record of a gate that model k has passed; an error if it has not."""
+    """The record of a gate that model k has passed; an error if it has not. The error
+    names the tensor that is worst, and only such remedies as would change something."""
     fix = "a VAE trained for longer or at a lower ratio"
     if run.vae != "exact":
         fix = f"--vae exact, or {fix}"
@@ -896,7 +907,9 @@ def distances(run, task, readers, coefficients, start, piece_L):
 
 # --- The report -----------------------------------------------------------------------
 def names_of(run):
-    """The models' names, without folders: paths mean nothing elsewhere."""
+    """The models' names, without folders: paths mean nothing elsewhere.
+    Example:  '/data/llama/' -> 'llama', 'x/code.safetensors' -> 'code.safetensors'
+    """
     return [basename(normpath(model.path)) for model in run.models]
 
 
@@ -968,7 +981,8 @@ def make_report(run, gates, trip, results):
 
 
 def print_plan(run):
-    """What is done, for people: counts first, then why tensors are copied."""
+    """What is done, for people: counts first, then why tensors are copied, then what
+    lies beside the weights. The top of this file shows an example."""
     facts = facts_of(run)
     count = facts["tensors"]
     lam = ", ".join(f"{value:g}" for value in run.lam) or "none"
@@ -1006,7 +1020,8 @@ def print_pairs(run):
 
 
 def print_report(report):
-    """For people: how far the result went. What is not defined is not printed.
+    """For people: how far the result went. What is not defined is not printed: there is
+    no distance to a source of another shape, and no round trip without a codec.
 
     Example:  two experts of one base, 7 % of its norm to either side, and 0.3 % from
               plain averaging (in bfloat16 the rounding alone makes that much):
@@ -1033,7 +1048,10 @@ def print_report(report):
 
 
 def late_warnings(run, report):
-    """What only the result shows: parents too far apart, a codec too coarse."""
+    """What only the result shows: a source that is too far from the target, or is the
+    target; a codec that is too coarse for a difference so small.
+    Example:  a fine-tune 1e-5 of the norm away; the codec's error is 3e-4 of it
+    """
     far = report["distance"]
     warnings = []
     plain = report["align"] == "none" and not run.control and not run.base
@@ -1055,7 +1073,8 @@ def late_warnings(run, report):
 
 
 # --- What stands beside the weights ---------------------------------------------------
-# What holds weights, or belongs to a training or an adapter: it stays behind.
+# What holds weights, or belongs to a training or an adapter: it stays behind. Beside
+# the merged weights it would be taken for them, or for their optimiser's state.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf",
            ".onnx", ".onnx_data", ".ot", ".npz", ".index.json", "trainer_state.json",
            "adapter_config.json")
@@ -1234,14 +1253,20 @@ def parse(argv):
 
 
 def numbers(value):
-    """The type of --lam: numbers with commas between: '0.2,0.3' -> [0.2, 0.3].
+    """The type of --lam: numbers with commas between.
+    Example:  '0.2,0.3' -> [0.2, 0.3]; '0.5' -> [0.5], which is then for all sources.
     A ValueError becomes argparse's own line about the flag."""
     return [float(part) for part in value.split(",")]
 
 
 def check_usage(run, parser):
     """What the command line alone decides. A flag that would change nothing is refused,
-    as it shows a wrong expectation.  rules: (it holds, why, flags of no use)"""
+    as it shows a wrong expectation.
+
+    rules:    (it holds, why, flags of no use). A flag counts as given if it differs
+              from its default
+    Example:  --space weight --vae FILE: "there is no codec: drop --vae"
+    """
     n = len(run.paths) - 1
     codec = ("vae source-vae init save-vae max-nmse samples roundtrip residual dtype "
              "device align control epsilon")
