@@ -7,11 +7,15 @@
 A chunk of a flattened matrix means nothing outside its own model's order of hidden
 units. Shuffle the neurons of an MLP, the heads of an attention, the positions of the
 residual stream: the model computes the same function, and yet its weights, read as
-they stand, have nothing in common with what they were. A pruned or a grown model is
-shuffled in this sense, too: behind each missing neuron everything has moved. So,
-before weights are averaged, somebody must say which unit is which. Of relatives (one
-was made from the other, or both from a third) the weights say it, since they still
-resemble each other. Between strangers there is nothing to say.
+they stand, have nothing in common with what they were. For neurons, with a permutation
+matrix S and an activation that works number by number:
+
+    W_down S^T act(S W_up x) = W_down act(W_up x)
+
+A pruned or a grown model is shuffled in this sense, too: behind each missing neuron
+everything has moved. So, before weights are averaged, somebody must say which unit is
+which. Of relatives (one was made from the other, or both from a third) the weights say
+it, since they still resemble each other. Between strangers there is nothing to say.
 
     match    weights -> which unit of the source is which of the target
                find_stream      the order of the residual stream, from the embeddings
@@ -19,7 +23,8 @@ resemble each other. Between strangers there is nothing to say.
                find_kinship     the best source layer of each target layer; the verdict
                match_units      neurons and heads of each pair of layers
     write    the source's numbers in the target's order, shapes, names and dtypes
-               plan_tensors     which tensor is brought, with which rows and columns
+               plan_tensors     which tensor is brought (written with the source's
+                                numbers), and with which of its rows and columns
                read_matched     its rows; where nobody is a partner, the target's own
                doubts           what may make the result another function: warnings
 
@@ -37,7 +42,9 @@ of layers: 1.9 GB in all for one of 14,336 neurons and a stream of 4,096.
 
 Suffixes of names: J of the target and I of the source, be it layers, neurons, groups or
 positions; H and K heads in a group; P compared positions of the stream; U numbers that
-stand for a unit; V tokens. In `write`, J and K are rows and columns of a tensor.
+stand for a unit; N units of either side, B a block of them; V tokens; L a flat piece.
+In `write`, J and K are rows and columns of a tensor. An index_J holds the source's
+index of each of the target's, -1 where there is none: [-1, 1, 0] in the example above.
 
 Paper: Sec. 3.3 merges across shapes by chunks alone. ours: weights are matched first,
        of relatives only. To find one order of units from another is known for equal
@@ -65,6 +72,10 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+# Of these, `need` raises a CheckpointError unless its condition holds; `spans` cuts a
+# length into pieces; `wide` is the dtype to compute in, float32 or float64; `create`
+# and `appear` give what is written its name only when it is complete; `called` is the
+# name of a model without its path; `listed` puts * for the numbers of layers.
 from align import pair_names, pair_stacks, stacks_of
 from chunking import (PIECE, Checkpoint, Parser, appear, check_output, command,
                       create, need, say, spans, wide)
@@ -74,29 +85,33 @@ from merge import RELATED, Destination, digest, float_places, mean_cosine
 VERSION = 1             # of the report
 
 # All that is known of architectures: the axes of each role's rows and columns. A fork
-# adds a line.
+# adds a line. torch computes W x: rows are what a matrix writes, columns what it reads.
 #   stream    the residual stream, which all layers share: one order for a whole model
 #   neurons   of the MLP
 #   heads     rows of the query heads
 #   groups    rows of the key and value heads; several query heads may share one
+# Example: SmolLM2-135M, with 9 query heads of 64 rows that share 3 key heads:
+#   q, o (576, 576)   k, v (192, 576)   gate, up (1536, 576)   down (576, 1536)
 AXES = {
     "q": ("heads", "stream"), "k": ("groups", "stream"), "v": ("groups", "stream"),
     "o": ("stream", "heads"),
     "gate": ("neurons", "stream"), "up": ("neurons", "stream"),
     "down": ("stream", "neurons")}
 NEEDED = ("q", "k", "v", "o", "up", "down")     # an MLP without a gate is fine
-# A norm scales the stream, unless its name says otherwise.
+# A norm scales the stream, unless its name says otherwise: Qwen3 and Phi have norms of
+# queries and keys, BitNet has one before o and one before down.
 NORM_AXES = [("heads", r"q_(layer_?)?norm|attn_sub_norm|inner_attn"),
              ("groups", r"k_(layer_?)?norm"),
              ("neurons", r"ffn_sub_norm")]
 
 # A cosine up to this is no evidence. In the models of experiments/models a neuron has
 # with its best partner 0.17 between strangers (0.33 at most), 0.99 between relatives.
+# A few neurons above it make no relative: the mean over a layer has to exceed it.
 SLACK = 0.3
 # Neurons of a layer that tell which layer is which. Those of a relative have a partner
 # each, so that few are enough.
 SAMPLE = 32
-# Rows that tell whether a matrix that is brought is like the target's. The median of
+# Rows that tell whether a matrix that is written is like the target's. The median of
 # their cosines is that of most rows, whatever a few hold.
 ROWS = 16
 # Tokens of the vocabulary that tell which position of the stream is which: by chance,
@@ -115,8 +130,8 @@ OTHER = "match models whose q, k, v, o, up and down are matrices of their own"
 
 
 def quiet(things, label):
-    """The progress bar of a library function: none. The command passes one that draws.
-    """
+    """No progress bar, for functions that are called from Python; the command passes
+    one that draws. things: what a loop goes through; label: what the bar is called."""
     return things
 
 
@@ -142,6 +157,7 @@ class Layers:
         number of a layer, 'model.layers'."""
         self.checkpoint = checkpoint
         self.stack = stack
+        # {stack: {number: {(rest of the name, role): name}}} of all that can be merged.
         stacks = stacks_of(float_places(checkpoint))
         self.named = stacks.pop(stack)
         self.foreign = tuple(apart(stack, other) for other in stacks)
@@ -153,13 +169,12 @@ class Layers:
         self.stream = self.entries[self.numbers[0]]["q"].shape[1]
         self.embedding = word_embedding(checkpoint, self.stream)
         check_shapes(self)
+        # A head that repeats the embedding has the same fingerprint.
         self.tied = []
         own = digest(checkpoint, self.embedding)
         for name, entry in checkpoint.entries.items():
             if entry.place.layer is None and digest(checkpoint, entry) == own:
                 self.tied.append(name)
-
-    def __len__(self): return len(self.numbers)
 
     def sizes(self, number=None):
         """{axis: its length} outside the layers, or in one; layers may differ.
@@ -177,9 +192,9 @@ class Layers:
         found = {}
         for role, entry in self.entries[number].items():
             if AXES[role][0] == axis:
-                found[role] = self.checkpoint.read_tensor(entry.name)
+                found[role] = self.checkpoint.read_tensor(entry.name)   # (N, stream)
             elif AXES[role][1] == axis:
-                found[role] = self.checkpoint.read_tensor(entry.name).T
+                found[role] = self.checkpoint.read_tensor(entry.name).T     # turned so
         return found
 
     def holds(self, entry, numbers):
@@ -207,9 +222,10 @@ def matrices_by_role(checkpoint, number, names):
 
     Raises:   CheckpointError if one of NEEDED is lacking. If there is another matrix (a
               fused projection, an expert's), that is the one to name
+    Example:  {'q': Entry of model.layers.0.self_attn.q_proj.weight, 'k': ...}
     """
     found = {}
-    others = [None]
+    other = None            # a matrix that AXES does not know
     for name in names:
         entry = checkpoint.entries[name]
         role = entry.place.role
@@ -218,10 +234,10 @@ def matrices_by_role(checkpoint, number, names):
                  OTHER, name)
             found[role] = entry
         elif len(entry.shape) > 1:
-            others.append(name)
+            other = name
     lacking = ", ".join(role for role in NEEDED if role not in found)
     need(not lacking, checkpoint.path, f"layer {number} has no matrix of its own for "
-         f"{lacking}", OTHER, others[-1])
+         f"{lacking}", OTHER, other)
     return found
 
 
@@ -230,6 +246,7 @@ def word_embedding(checkpoint, stream):
 
     Raises:   CheckpointError if it is not a matrix as wide as the stream: through a
               projection between the two (OPT-350m) no order can be followed
+    Example:  GPT-2: of words (50257, 768), not of positions (1024, 768)
     """
     found = []
     for entry in checkpoint.entries.values():
@@ -254,7 +271,8 @@ def check_shapes(layers):
             expected = (sizes[row], sizes[column])
             what = f"has shape {entry.shape}; {expected} would go with its layer"
             need(entry.shape == expected, entry.file, what, OTHER, entry.name)
-        # Otherwise no head of q would know which keys are its own.
+        # Query heads share key heads evenly. Otherwise no head of q would know which
+        # keys are its own. Example: 576 rows of q, 192 of k: three share one.
         whole = sizes["heads"] % sizes["groups"] == 0
         need(whole, layers.checkpoint.path, "has rows that those of q cannot share",
              OTHER, entries["k"].name)
@@ -310,12 +328,14 @@ class Positions(NamedTuple):
 def directions(rows):
     """Every row divided by its length, in float32: two rows of it multiply to their
     cosine. A row of zeros stays zero.
+    Equation:  d = r / |r|, for each row r; the shape stays
     ours:      by its largest number first: squares of 1e-30 are 0 in float32, those of
                1e30 are infinite
     Example:   [[3e30, 4e30]]: [[.6, .8]]"""
     exact = rows.to(wide(rows.dtype))
-    largest = exact.abs().amax(1, keepdim=True)
-    return normalize((exact / largest.masked_fill(largest == 0, 1)).float(), dim=1)
+    largest = exact.abs().amax(1, keepdim=True)                     # (rows, 1)
+    scaled = exact / largest.masked_fill(largest == 0, 1)           # now 1 at most
+    return normalize(scaled.float(), dim=1)
 
 
 def unit_vectors(rows, positions_P, roles, size=1):
@@ -329,11 +349,15 @@ def unit_vectors(rows, positions_P, roles, size=1):
                size         rows of a unit: 1 for a neuron, more for a head
     Returns:   (N, U) float32, with U = roles size P
     ours:      each matrix counts alike, however large its weights are
+    Example:   two neurons, P = 2: gate [3, 4] and up [0, 2]; gate [4, 3] and up [0, 7]
+               [.6, .8, 0, 1] / sqrt(2)  and  [.8, .6, 0, 1] / sqrt(2)
+               their product is 0.98, the mean of the cosines .96 of gate and 1 of up
     """
     parts = []
     for role in roles:
         part = rows[role][:, positions_P]                               # (N size, P)
         parts.append(directions(part.reshape(len(part) // size, -1)))   # (N, size P)
+    # Each part has length 1: R of them have length sqrt(R), and 1 after the division.
     return torch.cat(parts, dim=1) / math.sqrt(len(roles))
 
 
@@ -342,7 +366,7 @@ def keep_above(cosine_JI, slack):
     evidence, and what exactly they are does not matter: a unit that has no better
     partner stays alone.
     Example:   [[.9, .2], [.1, .5]], slack .3: .9 at (0, 0) and .5 at (1, 1)"""
-    j, i = (cosine_JI > slack).nonzero(as_tuple=True)
+    j, i = (cosine_JI > slack).nonzero(as_tuple=True)       # where they stand
     return scipy.sparse.csr_matrix((cosine_JI[j, i], (j, i)), cosine_JI.shape)
 
 
@@ -371,13 +395,17 @@ def assign(strong_JI, slack):
     """
     J, I = strong_JI.shape
     # Each j may also stay alone, at the price of the slack: a column of its own stands
-    # for that. So there always is an assignment of all j.
+    # for that. So there always is an assignment of all j. For slack .3:
+    #     [.9  .8 | .3   .]       a dot: no such pair
+    #     [.7   . |  .  .3]
     alone_JJ = slack * scipy.sparse.identity(J)
     cost = scipy.sparse.hstack([strong_JI, alone_JJ], format="csr")     # (J, I + J)
-    cost.data = 2 - cost.data       # the solver minimises, and takes 0 for no pair
+    # The solver minimises, and takes 0 for no pair; 2 - cosine is never 0. All J are
+    # assigned, so that the least sum, 2 J - sum of cosines, has the greatest cosines.
+    cost.data = 2 - cost.data
     _, column_J = min_weight_full_bipartite_matching(cost)
     index_J = torch.from_numpy(column_J).long()
-    return index_J.masked_fill(index_J >= I, -1)
+    return index_J.masked_fill(index_J >= I, -1)        # from I on: alone
 
 
 # --- The residual stream ------------------------------------------------------------
@@ -388,17 +416,21 @@ def match_stream(embedding_VJ, embedding_VI):
     """The order of the residual stream, from embeddings of the same V tokens (the
     target's, the source's): what a position holds of all tokens tells which it is.
 
+    Equation:  t = e / |e| for each row e;  cosine of the columns of t - mean of t
     Returns:   (J,): the source's position of each of the target's, or -1
     ours:      cosines of columns, after every token has got length 1 and every column
                mean 0. Tokens that were never trained share one large vector, which
                drifts: with these two steps 128 of 128 positions are found, without 111
+    Example:   tokens [3, 4] and [4, 3] of the target, [4, 3] and [3, 4] of the source
+               t: [.6, .8] and [.8, .6]; its columns less their mean: [-.1, .1], [.1,
+               -.1]; the source has these two in the other order: [1, 0]
     """
     columns = []
     for embedding in (embedding_VJ, embedding_VI):
         # Scaled by its length no token outweighs others; centred, a column no longer
         # holds what all tokens share.
-        token = directions(embedding)
-        columns.append(directions((token - token.mean(0)).T))
+        token = directions(embedding)                           # (V, stream)
+        columns.append(directions((token - token.mean(0)).T))   # (stream, V)
     target_JV, source_IV = columns
     return assign(strong_cosines(target_JV, source_IV, SLACK), SLACK)
 
@@ -413,8 +445,9 @@ def find_stream(target, source):
     """
     V = min(target.embedding.shape[0], source.embedding.shape[0])
     stream_J = match_stream(some_tokens(target, V), some_tokens(source, V))
-    met = (stream_J >= 0).sum().item()
-    if met >= min(target.stream, source.stream) / 2:
+    found = (stream_J >= 0).sum().item()
+    # Half, and not all: a position may have drifted beyond recognition.
+    if found >= min(target.stream, source.stream) / 2:
         return stream_J, True
     return common_index(target.stream, source.stream), False
 
@@ -426,7 +459,8 @@ def some_tokens(layers, vocabulary):
     Example:   49,152 tokens: every twelfth"""
     width = layers.stream
     tokens = []
-    for row in range(0, vocabulary, -(-vocabulary // TOKENS)):
+    step = math.ceil(vocabulary / TOKENS)
+    for row in range(0, vocabulary, step):
         begin = row * width
         token = layers.checkpoint.read(layers.embedding.name, begin, begin + width)
         tokens.append(token)
@@ -444,7 +478,7 @@ def compared_positions(stream_J):
     """The Positions at which units are compared: of those that have a partner at most
     POSITIONS, evenly spread.
     Example:   stream_J = [2, -1, 0]: target (0, 2), source (2, 0)"""
-    known = (stream_J >= 0).nonzero()[:, 0]
+    known = (stream_J >= 0).nonzero()[:, 0]         # the target's that have a partner
     some = torch.linspace(0, len(known) - 1, min(len(known), POSITIONS)).long()
     return Positions(known[some], stream_J[known[some]])
 
@@ -465,15 +499,18 @@ def compare_layers(target, source, positions, seed=0, progress=quiet):
                best of many cosines grows with their number and is never 0, so it is
                held against that of strangers. The sample is of the model with fewer
                neurons: there each one can have a partner
+    Example:   three neurons with best cosines .9, 1 and .8: similarity .9. Shuffled,
+               they find .2, .1 and .3: null .2
     """
     # By the first layer: most models have equal layers, and if not, it is a matter of
     # how far the numbers lie apart, not of the verdict.
-    mine = target.sizes(target.numbers[0])["neurons"]
-    theirs = source.sizes(source.numbers[0])["neurons"]
-    if mine > theirs:
+    target_neurons = target.sizes(target.numbers[0])["neurons"]
+    source_neurons = source.sizes(source.numbers[0])["neurons"]
+    if target_neurons > source_neurons:
         turned = Positions(positions.source, positions.target)
         similarity_IJ, null = compare_layers(source, target, turned, seed, progress)
         return similarity_IJ.T, null
+    # The matrices that every layer of both models has: gate may be lacking.
     roles = []
     for role in ("gate", "up", "down"):
         entries = [*target.entries.values(), *source.entries.values()]
@@ -481,30 +518,32 @@ def compare_layers(target, source, positions, seed=0, progress=quiet):
             roles.append(role)
     # The sample as it is, and behind it shuffled, each row by itself. That keeps how
     # large and how uneven the numbers are, and so what their best cosine is by chance.
-    # Its columns are the compared positions only, so that `every` one of them counts.
     generator = torch.Generator().manual_seed(seed)
     sample = sample_neurons(target, positions.target, roles)
-    for role, real in sample.items():
+    for role, real in sample.items():                               # (J SAMPLE, P)
         order = torch.rand(real.shape, generator=generator).argsort(1)
-        sample[role] = torch.cat([real, real.gather(1, order)])
-    every = torch.arange(len(positions.target))
-    sample_NU = unit_vectors(sample, every, roles)          # N = 2 J SAMPLE
+        sample[role] = torch.cat([real, real.gather(1, order)])     # (2 J SAMPLE, P)
+    # The sample holds the compared positions only: all its columns are compared.
+    all_P = torch.arange(len(positions.target))
+    sample_NU = unit_vectors(sample, all_P, roles)                  # N = 2 J SAMPLE
 
     # Each neuron's best cosine in each layer of the other model. The mean over the
     # neurons of a layer is how alike the two layers are.
     columns = []
     for number in progress(source.numbers, "compare layers"):
         unit_KU = unit_vectors(source.rows(number, "neurons"), positions.source, roles)
-        best_N = (sample_NU @ unit_KU.T).amax(1)
-        columns.append(best_N.view(2, -1, SAMPLE).mean(2))
-    similarity_JI, null_JI = torch.stack(columns, dim=2)
+        best_N = (sample_NU @ unit_KU.T).amax(1)                    # of K neurons
+        columns.append(best_N.view(2, -1, SAMPLE).mean(2))          # (2, J)
+    similarity_JI, null_JI = torch.stack(columns, dim=2)            # (2, J, I)
     return similarity_JI, null_JI.mean().item()
 
 
 def sample_neurons(layers, positions_P, roles):
     """Neurons of each layer, evenly spread over it, layer after layer.
     Returns:   {role: (layers SAMPLE, P)}. Some neurons come twice where a layer has
-               fewer than SAMPLE"""
+               fewer than SAMPLE
+    Example:   SmolLM2-135M: of 30 layers 32 neurons each (numbers 0, 49, 99, ..., 1535)
+               at 256 positions, gate, up and down: (960, 256) each"""
     found = {role: [] for role in roles}
     for number in layers.numbers:
         rows = layers.rows(number, "neurons")
@@ -549,16 +588,17 @@ def find_kinship(target, source, seed=0, progress=quiet):
     slack = max(SLACK, 2 * null)
     # The most similar source layer of each. Layers may repeat and stand in any order:
     # models are made by stacking the layers of others, too.
-    layers = dict.fromkeys(target.numbers)
+    layers = dict.fromkeys(target.numbers)          # None until one is found
     similarity = similarity_JI.amax(1).tolist()
+    met = 0
     for number, best, i in zip(target.numbers, similarity, similarity_JI.argmax(1)):
         if best > slack:
             layers[number] = source.numbers[i]
-    kinship = Kinship(False, layers, similarity, null, slack, stream_J, same_tokens,
-                      similarity_JI)
+            met += 1
     # Half, and not all: a relative may have been made of parts of several models.
-    related = len(kinship.met) >= min(len(target), len(source)) / 2
-    return kinship._replace(related=related)
+    related = met >= min(len(target.numbers), len(source.numbers)) / 2
+    return Kinship(related, layers, similarity, null, slack, stream_J, same_tokens,
+                   similarity_JI)
 
 
 # --- Neurons and heads of a pair of layers ------------------------------------------
@@ -568,12 +608,26 @@ def find_kinship(target, source, seed=0, progress=quiet):
 #
 #     rows of q   [head 0] [head 1] [head 2] [head 3]      two groups of two heads each,
 #     rows of k   [    group 0    ] [    group 1    ]      as in grouped-query attention
+def match_neurons(target_rows, source_rows, positions, slack):
+    """Partners of neurons: any neuron may be any other's.
+
+    Args:      {role: rows} of both layers; gate is compared if both have it
+    Returns:   (J,): the source's neuron of each of the target's, or -1
+    """
+    roles = [role for role in target_rows if role in source_rows]
+    unit_JU = unit_vectors(target_rows, positions.target, roles)
+    unit_IU = unit_vectors(source_rows, positions.source, roles)
+    return assign(strong_cosines(unit_JU, unit_IU, slack), slack)
+
+
 def match_heads(target_rows, source_rows, positions, size, slack):
     """Partners of heads, if a head has `size` rows, as of whole units: rotary positions
-    tie the numbers within a head together. First groups, by their keys, values
-    and heads; then heads within a pair of groups, as they read the keys of their group.
+    tie the numbers within a head together. First groups, by their keys, values and
+    heads; then heads within a pair of groups, as they read the keys of their group.
 
     Args:      {"heads": {role: rows}, "groups": {role: rows}} of both layers
+    Equation:  score[j, i] = (cosine of the groups j and i in k and v
+                              + mean over their heads of the best cosine in q and o) / 2
     Returns:   {"heads": index of rows, "groups": index of rows}, -1 for none; and the
                mean score of the groups, from 0 to 1
     Example:   size 2; the target's first of two heads is the source's second, and the
@@ -585,7 +639,8 @@ def match_heads(target_rows, source_rows, positions, size, slack):
         unit_JU = unit_vectors(target_rows[axis], positions.target, roles, size)
         unit_IU = unit_vectors(source_rows[axis], positions.source, roles, size)
         cosine_of[axis] = unit_JU @ unit_IU.T
-    # As [group, head in it] of both sides: J groups of H heads, I groups of K.
+    # As [group, head in it] of both sides: J groups of H heads, I groups of K. Heads
+    # are counted group after group: with H = 2, head 3 is [1, 1].
     J, I = cosine_of["groups"].shape
     H = cosine_of["heads"].shape[0] // J
     K = cosine_of["heads"].shape[1] // I
@@ -593,8 +648,8 @@ def match_heads(target_rows, source_rows, positions, size, slack):
 
     # Each head's best partner in the other group, on average over the heads. On the
     # side with fewer heads, where all can have a partner, it is the larger number.
-    by_target_JI = head_JHIK.amax(3).mean(1)
-    by_source_JI = head_JHIK.amax(1).mean(2)
+    by_target_JI = head_JHIK.amax(3).mean(1)        # (J, H, I), then its mean over H
+    by_source_JI = head_JHIK.amax(1).mean(2)        # (J, I, K), then its mean over K
     by_heads_JI = torch.maximum(by_target_JI, by_source_JI)
     score_JI = (cosine_of["groups"] + by_heads_JI) / 2
     group_J = assign(keep_above(score_JI, slack), slack)
@@ -604,14 +659,15 @@ def match_heads(target_rows, source_rows, positions, size, slack):
     total = 0.0
     for j, i in enumerate(group_J.tolist()):
         if i >= 0:
-            inner_H = assign(keep_above(head_JHIK[j, :, i], slack), slack)
+            inner_H = assign(keep_above(head_JHIK[j, :, i], slack), slack)  # of (H, K)
             head_JH[j] = torch.where(inner_H >= 0, i * K + inner_H, -1)
             total += score_JI[j, i].item()
-    rows = {"heads": blocks(head_JH.flatten(), size), "groups": blocks(group_J, size)}
+    rows = {"heads": rows_of_heads(head_JH.flatten(), size),
+            "groups": rows_of_heads(group_J, size)}
     return rows, total / min(J, I)
 
 
-def blocks(index, size):
+def rows_of_heads(index, size):
     """The rows of whole heads.
     Example:   heads [1, -1, 0] of size 2: rows [2, 3, -1, -1, 0, 1]"""
     rows = index[:, None] * size + torch.arange(size)               # (heads, size)
@@ -627,7 +683,9 @@ def match_attention(target_rows, source_rows, positions, slack):
                where they happen to stand together. (SmolLM2-135M against itself in
                another order, sizes 192, 96, 64, 32: scores 0.2, 0.2, 1.0, 0.8)
     """
-    # A size must divide the rows of q and of k, in both models.
+    # A size must divide the rows of q and of k, in both models: 576 and 192, of which
+    # 192 is the greatest common divisor, leave 192, 96, 64, 48, 32, 24, 16, 12 and 8.
+    # If it has no divisor in question (a layer of 4 rows), it is taken itself.
     lengths = []
     for side in (target_rows, source_rows):
         lengths += [len(side["heads"]["q"]), len(side["groups"]["k"])]
@@ -636,9 +694,9 @@ def match_attention(target_rows, source_rows, positions, slack):
     tried = []
     for size in sizes:
         tried.append(match_heads(target_rows, source_rows, positions, size, slack))
-    best = max(value for _, value in tried)
-    for rows, value in tried:               # the largest size first
-        if value >= 0.99 * best:
+    best = max(score for _, score in tried)
+    for rows, score in tried:               # the largest size first
+        if score >= 0.99 * best:            # as well as the best, but for noise
             return rows
 
 
@@ -653,23 +711,17 @@ def match_units(target, source, kinship, progress=quiet):
     Example:   {0: {"neurons": (1536,), "heads": (576,), "groups": (192,)}, ...}
     """
     positions = compared_positions(kinship.stream_J)
+    # A head has so many rows that a quarter of the positions is enough to know it, and
+    # takes less time.
+    some = Positions(positions.target[::4], positions.source[::4])
     units = {}
-    for mine, theirs in progress(list(kinship.met.items()), "match units"):
-        # Neurons: any neuron may be any other's partner.
-        here = target.rows(mine, "neurons")
-        there = source.rows(theirs, "neurons")
-        roles = [role for role in here if role in there]
-        strong_JI = strong_cosines(unit_vectors(here, positions.target, roles),
-                                   unit_vectors(there, positions.source, roles),
-                                   kinship.slack)
-        neurons = assign(strong_JI, kinship.slack)
-        # A head has so many rows that a quarter of the positions is enough to know it,
-        # and takes less time.
-        here = {axis: target.rows(mine, axis) for axis in ("heads", "groups")}
-        there = {axis: source.rows(theirs, axis) for axis in ("heads", "groups")}
-        some = Positions(positions.target[::4], positions.source[::4])
-        rows = match_attention(here, there, some, kinship.slack)
-        units[mine] = {"neurons": neurons, **rows}
+    for j, i in progress(list(kinship.met.items()), "match units"):
+        neuron_J = match_neurons(target.rows(j, "neurons"), source.rows(i, "neurons"),
+                                 positions, kinship.slack)
+        target_heads = {axis: target.rows(j, axis) for axis in ("heads", "groups")}
+        source_heads = {axis: source.rows(i, axis) for axis in ("heads", "groups")}
+        rows = match_attention(target_heads, source_heads, some, kinship.slack)
+        units[j] = {"neurons": neuron_J, **rows}
     return units
 
 
@@ -682,24 +734,28 @@ def match_units(target, source, kinship, progress=quiet):
 ALONE = "without a partner"
 UNKNOWN = "of unknown order"
 UNFOUND = "whose units found no partner"
-MIXED = (ALONE, UNKNOWN, UNFOUND)       # these leave a layer of two models' numbers
+# Norms may keep the target's gains. What stays as it is for one of these reasons makes
+# its layer one of two models' matrices: a warning.
+MIXED = (ALONE, UNKNOWN, UNFOUND)
 
 
 class Brought(NamedTuple):
     """How a tensor of the target is read from the source. Both are matrices here; what
     is a vector is a matrix of one row.
-    Equation:  W~[j, k] = W_source[row[j], column[k]], where neither is -1
+    Equation:  W_written[j, k] = W_source[row[j], column[k]], and W_target[j, k] where
+               one of the two is -1
     Example:   a bias of 3 neurons, of which the source has two: width 2, row [0],
                column [1, 0, -1]"""
     source: str             # its name there
     width: int              # its columns there
-    row_J: torch.Tensor
-    column_K: torch.Tensor
+    row_J: torch.Tensor     # the source's row of each row of the target, or -1
+    column_K: torch.Tensor  # its column of each column, or -1
 
     @property
     def whole(self):
         """Nothing in it is the target's own."""
         return bool((self.row_J >= 0).all() and (self.column_K >= 0).all())
+
 
 def pair_tensors(target, source, layers):
     """{target name: source name}, of two Layers.
@@ -709,7 +765,8 @@ def pair_tensors(target, source, layers):
               model.layers.2.mlp.up_proj.weight -> model.layers.1.mlp.up_proj.weight
               Layer 1 is not in it, nor are other stacks of layers: they meet nobody
     """
-    # pair_names asks this for any two stacks of layers that pair by name.
+    # pair_names asks this for any two stacks of layers that pair by name. The target's
+    # stack is told by what it holds.
     def partners_of(target_stack, source_stack):
         if target_stack != target.named:
             return {}
@@ -784,7 +841,11 @@ def plan_tensors(target, source, kinship, units):
               find_kinship and match_units, or stands in the order of one that was
     Returns:  {name: Brought}; and {name: why it stays as it is} for all others
     ours:     norms are brought where widths are equal. The gains of a grown model
-              differ by a factor, since its mean square is over more numbers
+              differ by a factor, since its mean square is over more numbers. Tables
+              of labels or positions are brought where both models have as many: the
+              first of three labels need not be the first of five
+    Example:  {"model.layers.0.mlp.up_proj.weight": Brought(...), ...},
+              {"model.norm.weight": "norms of another width", ...}
     """
     pairs = pair_tensors(target, source, kinship.met)
     brought = {}
@@ -822,12 +883,18 @@ def order_of(entry, other, axes, index):
               index          {axis: the source's index of each of the target's}. An axis
                              that is not in it (tokens, fixed) stands in the same order
                              in both: it is common as far as the source goes
+    Example:  stream [1, 0] and neurons [2, -1, 0]
+              up               rows [2, -1, 0], columns [1, 0]
+              down             rows [1, 0], columns [2, -1, 0]
+              bias of up       row [0], columns [2, -1, 0]
+              embedding        rows [0, 1, ...], one per token, columns [1, 0]
     """
     # A vector: its only axis is that of the columns, of one row.
     if len(axes) == 1:
         one_row = torch.zeros(1, dtype=torch.long)
         column_K = index.get(axes[0], common_index(entry.numel, other.numel))
         return Brought(other.name, other.numel, one_row, column_K)
+    # A matrix: rows may be of an axis without an index, columns never are.
     row_J = index.get(axes[0], common_index(entry.shape[0], other.shape[0]))
     return Brought(other.name, other.shape[1], row_J, index[axes[1]])
 
@@ -847,7 +914,7 @@ def read_matched(target, source, name, brought, start, stop):
     """
     K = len(brought.column_K)
     width = brought.width
-    exact = wide(target.entries[name].dtype)        # all that it can store is in it
+    exact = wide(target.entries[name].dtype)        # holds all that the dtype can
     own_JK = target.read(name, start * K, stop * K).to(exact).view(-1, K)
     # Which rows have a partner, and so are read from the source?
     row_J = brought.row_J[start:stop]
@@ -860,8 +927,8 @@ def read_matched(target, source, name, brought, start, stop):
     last = row_J.max().item()
     block = source.read(brought.source, first * width, (last + 1) * width)
     block = block.to(exact).view(-1, width)         # (last + 1 - first, width)
-    # Where nobody is a partner, any row and column will do: it is not used.
-    rows = block.index_select(0, (row_J - first).clamp(min=0))
+    # Where nobody is a partner, any row and column will do (0, for -1): not used below.
+    rows = block.index_select(0, (row_J - first).clamp(min=0))      # (J, width)
     theirs_JK = rows.index_select(1, brought.column_K.clamp(min=0))
     known_JK = known_J[:, None] & (brought.column_K >= 0)
     return torch.where(known_JK, theirs_JK, own_JK)
@@ -887,7 +954,7 @@ def write_matched(output, target, source, brought, progress=quiet):
             step = max(1, PIECE // K)   # or a piece of the vocabulary
         for start, stop in spans(J, step):
             rows_JK = read_matched(target, source, name, brought[name], start, stop)
-            piece_L = rows_JK.to(entry.dtype).view(-1)
+            piece_L = rows_JK.to(entry.dtype).view(-1)          # row after row
             # float16 ends at 65,504, and a model of 1e-10 would be one of zeros there.
             fits = piece_L.double().sum().isfinite()
             fits = fits and (piece_L.any() or not rows_JK.any())
@@ -906,6 +973,8 @@ def doubts(target, source, kinship, plan):
               another order within each head
     """
     brought, own = plan
+    # What does one of the two compute with, and the other not? Of the source it is what
+    # pairs with nothing; of the target what stays as it is in a layer that is brought.
     paired = pair_tensors(target, source, kinship.met).values()
     alone = []
     for name in computed_with(source, kinship.met.values()):
@@ -957,9 +1026,9 @@ def likeness(target, source, name, brought):
     cosines = []
     for row in known[some].tolist():
         own = target.read(name, row * K, (row + 1) * K).view(1, K)
-        new = read_matched(target, source, name, brought, row, row + 1)
-        both = directions(torch.cat([own, new])[:, known_K])
-        if both.any(1).all():
+        new = read_matched(target, source, name, brought, row, row + 1)     # (1, K)
+        both = directions(torch.cat([own, new])[:, known_K])    # (2, columns known)
+        if both.any(1).all():               # a row of zeros has no direction
             cosines.append(both[0].dot(both[1]).item())
     return torch.tensor(cosines).nanmedian().item()
 
@@ -993,21 +1062,25 @@ def check_same_order(first, other, force):
             need(fits, entry.file, "has no like of its shape", alone, entry.name)
             value = mean_cosine(first.checkpoint, other.checkpoint,
                                 [(like.name, entry.name)])
+            # NaN (of zeros) is not below anything: it says nothing against the order.
             same = force or not value <= RELATED
             need(same, entry.file, "stands in another order", alone, entry.name)
 
 
 def differing(first, other):
-    """Names of tensors that not both of two sources bring, with the same rows and
-    columns: {name: Brought} of both.
+    """Names of tensors that only one of two sources brings, or each with other rows or
+    columns. Of such a tensor the difference of the two results means nothing.
+    Args:     {name: Brought} of both
     Example:  an expert without the base's biases: where the base's file has these, its
               own would have the target's, and their difference be that of two models"""
     names = []
     for name in first | other:
         one = first.get(name)
         two = other.get(name)
-        if not (one and two and torch.equal(one.row_J, two.row_J)
-                and torch.equal(one.column_K, two.column_K)):
+        same = one is not None and two is not None
+        same = same and torch.equal(one.row_J, two.row_J)
+        same = same and torch.equal(one.column_K, two.column_K)
+        if not same:
             names.append(name)
     return names
 
@@ -1068,17 +1141,26 @@ def check_outputs(a, target, sources):
 
 
 def print_kinship(target, source, kinship):
-    """Related or not, with how many layers that rests on; then a line per layer."""
+    """Related or not, with how many layers that rests on; then a line per layer.
+    Example:
+        base is related to grown: 4 of 6 layers have a partner (cosine of strangers:
+        0.155)
+          layer 0 <- 0  0.998
+          layer 1 <- 1  0.998
+          layer 2 <- none  0.173
+    """
     verdict = "no relative of"
     if kinship.related:
         verdict = "related to"
     say(f"{called(source.checkpoint.path)} is {verdict} "
-        f"{called(target.checkpoint.path)}: {len(kinship.met)} of {len(target)} layers "
-        f"have a partner (cosine of strangers: {kinship.null:.3f})")
-    for (mine, theirs), value in zip(kinship.layers.items(), kinship.similarity):
-        if theirs is None:
-            theirs = "none"
-        say(f"  layer {mine} <- {theirs}  {value:.3f}")
+        f"{called(target.checkpoint.path)}: {len(kinship.met)} of "
+        f"{len(target.numbers)} layers have a partner "
+        f"(cosine of strangers: {kinship.null:.3f})")
+    for (j, i), cosine in zip(kinship.layers.items(), kinship.similarity):
+        partner = "none"
+        if i is not None:
+            partner = i
+        say(f"  layer {j} <- {partner}  {cosine:.3f}")
 
 
 def print_plan(target, source, kinship, plan):
@@ -1159,12 +1241,36 @@ def write_all(a, result, pairs, plans, progress):
         write_matched(output, target, source, brought, progress)
 
 
+def relate(a, pairs, progress):
+    """The Kinship of each source, printed as soon as it is known.
+
+    With -o the first source's match serves all: a further one has to stand in the same
+    order. It gets the first one's layers and stream, and keeps cosines of its own.
+    Without -o each source is looked at by itself, and may have any shape.
+
+    Args:     pairs   (target Layers, source Layers) of each source
+    """
+    kinships = []
+    for target, source in pairs:
+        further = bool(a.output and kinships)
+        if further:
+            check_same_order(pairs[0][1], source, a.force)
+        check_finite(source, progress)
+        kinship = find_kinship(target, source, a.seed, progress)
+        if further:
+            first = kinships[0]
+            kinship = kinship._replace(layers=first.layers, stream_J=first.stream_J,
+                                       same_tokens=first.same_tokens)
+        print_kinship(target, source, kinship)
+        kinships.append(kinship)
+    return kinships
+
+
 def main(argv=None):
     """The command, straight down: open and check; who is related; match; write.
 
-    With -o the first source's match serves all. Without, each source is looked at by
-    itself, and may have any shape. A stranger as the first source ends the run: with -o
-    nothing at all is written then; without, the report is, as it was asked for.
+    A stranger as the first source ends the run: with -o nothing at all is written then;
+    without, the report is, as it was asked for.
     """
     a = parse(argv)
     # Open, and refuse what headers and paths show.
@@ -1173,26 +1279,14 @@ def main(argv=None):
     result = check_outputs(a, target, sources)
     pairs = [open_layers(target, source) for source in sources]
 
+    # disable=None: no bar where stderr is no terminal.
     def progress(things, label):
         return tqdm(things, desc=label, leave=False, disable=a.quiet or None)
 
-    # Who is related, and which layer is which. What holds for one match of several
-    # sources is the first one's order; the cosines are each one's own.
+    # Who is related, and which layer is which? The first source decides.
     check_finite(pairs[0][0], progress)
-    first = None
-    kinships = []
-    for pair in pairs:
-        one_match = a.output and first          # for all
-        if one_match:
-            check_same_order(pairs[0][1], pair[1], a.force)
-        check_finite(pair[1], progress)
-        kinship = find_kinship(*pair, a.seed, progress)
-        if one_match:
-            kinship = kinship._replace(layers=first.layers, stream_J=first.stream_J,
-                                       same_tokens=first.same_tokens)
-        print_kinship(*pair, kinship)
-        kinships.append(kinship)
-        first = first or kinship
+    kinships = relate(a, pairs, progress)
+    first = kinships[0]
     if a.report and not a.output:
         write_report(a, pairs, kinships)
     need(first.related or a.force, a.sources[0], f"is no relative of {a.target}: its "
