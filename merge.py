@@ -493,8 +493,8 @@ def left_alone(run):
         if task.why in ("met nobody", "met another shape", "no task vector"):
             alone += task.entry.numel
     if run.reshaped and run.kind == "same-shape":
-        run.warnings.append(f"{', '.join(run.reshaped[:3])}: a source has it in another "
-                            "shape (another vocabulary?), which is left out")
+        run.warnings.append(f"{', '.join(run.reshaped[:3])}: a source has it in "
+                            "another shape (another vocabulary?), which is left out")
     share = alone / total_weights(run.models[0])
     if share > 0.5:
         run.warnings.append(f"{share:.0%} of the target's weights met no partner, and "
