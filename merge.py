@@ -265,6 +265,7 @@ def plan(run):
     run.kind = "self"
     if sources:
         run.kind = "same-shape"
+    run.reshaped = []           # what met another shape and cannot be projected
     for task in run.tasks:
         decide(run, task)
     # What is not encoded has no latents: nothing can align it, or be a control of it,
@@ -314,8 +315,9 @@ def decide(run, task):
         if alike != met:
             run.kind = "cross-shape"
             check_shapes(run, task)
-    else:
+    elif alike != met:
         task.tensors = alike
+        run.reshaped.append(entry.name)
     if not entry.is_float:
         task.keep("whole numbers")
     elif run.kind == "self":
@@ -487,15 +489,12 @@ def left_alone(run):
     of tensors that met another shape where the rest are alike: added words make an
     embedding longer."""
     alone = 0
-    longer = []
     for task in run.tasks:
         if task.why in ("met nobody", "met another shape", "no task vector"):
             alone += task.entry.numel
-        if task.why == "met another shape" and run.kind == "same-shape":
-            longer.append(task.entry.name)
-    if longer:
-        run.warnings.append(f"{', '.join(longer[:3])} met another shape (another "
-                            "vocabulary?), and the target's is kept")
+    if run.reshaped and run.kind == "same-shape":
+        run.warnings.append(f"{', '.join(run.reshaped[:3])}: a source has it in "
+                            "another shape (another vocabulary?), which is left out")
     share = alone / total_weights(run.models[0])
     if share > 0.5:
         run.warnings.append(f"{share:.0%} of the target's weights met no partner, and "

@@ -181,11 +181,17 @@ class Sheet:
         for label, other in against.items():
             found = difference(scores, self.scored[other])
             differences[label] = {**found.record(), "row": other}
+        domains = {}            # to base, domain by domain
+        if "base" in against:
+            for domain in DOMAINS:
+                found = difference(scores, self.scored[against["base"]], [domain])
+                domains[domain] = found.record()
         kept = {key: report[key] for key in KEPT if key in report}
         self.rows[name] = {
             "row": name, "kind": kind, "settings": settings,
             "seeds": len(pooled(scores)), "test": summary(scores),
             "per_seed": pooled(scores).tolist(), "difference": differences,
+            "domains": domains,
             "report": kept, "documents": scores[DOMAINS[0]].shape[1],
             "codecs": self.stages, "sha256": dict(self.digests), **machine()}
         self.save(self.rows[name])

@@ -351,9 +351,10 @@ def section_matched(rows):
         ours = row["difference"]
     for row in rows[1:]:
         beaten = ours.get(row["row"])
+        by_domain = [cell(row.get("domains", {}).get(domain)) for domain in DOMAINS]
         lines.append([row["row"], row["seeds"], cell(row["difference"]["base"]),
-                      cell(beaten), cell(row["difference"].get("lerp"))])
-    return table(["merged into base, lambda 0.5", "seeds", "minus base",
+                      *by_domain, cell(beaten), cell(row["difference"].get("lerp"))])
+    return table(["merged into base, lambda 0.5", "seeds", "minus base", *DOMAINS,
                   "grown, matched, minus this", "this minus grown, matched"], lines)
 
 

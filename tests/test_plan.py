@@ -371,6 +371,11 @@ def test_a_longer_vocabulary_is_told(merged):
     assert code == 0 and EMBED in errors and "another shape" in errors
     assert torch.equal(result[EMBED], a[EMBED])
     assert is_average(result[Q], a[Q], b[Q])
+    # Of three models two agree.
+    c = relative(a, 3)
+    code, result, errors = merged(a, b, c)
+    assert code == 0 and EMBED in errors and "another shape" in errors
+    assert is_average(result[EMBED], a[EMBED], a[EMBED], c[EMBED])
 
 
 def test_a_source_that_is_the_target_is_told(merged):
