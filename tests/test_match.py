@@ -590,3 +590,36 @@ def test_an_expert_that_lacks_what_its_base_has_is_told(desk):
     target[HEAD] = grown
     wider[HEAD] = grown
     assert f"{HEAD} (1)" in told(desk, target, base, wider)[1]
+
+
+def test_a_further_source_of_another_vocabulary(desk):
+    """In the first one's order, but for its words: its embedding is not brought."""
+    target = made(3)
+    base = planted(target, 4, (0, 1, 2))[0]
+    words = dict(base)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
+    for name in ("model.embed_tokens.weight", HEAD):
+        words[name] = base[name][order]
+    said, error, result = told(desk, target, base, words)
+    assert said.count("is related to") == 2
+    assert_equal(result, target)
+    assert "model.embed_tokens.weight" in error
+
+
+def test_float8_is_refused_by_name(files):
+    target = made(3)
+    small = {name: w.to(torch.float8_e4m3fn) for name, w in target.items()}
+    paths = files(target=target, source=small)
+    assert "float8" in refused(*paths.values())
+
+
+def test_a_stack_around_the_layers_is_no_other_tower(files):
+    target = made(3)
+    target["model.0.weight"] = torch.randn(3, 3)
+    source = planted(made(3), 4, (0, 1, 2))[0] | {"model.0.weight": torch.randn(3, 3)}
+    outside = ("model.embed_tokens.weight", "model.norm.weight")
+    for name in outside:
+        source[name] = 2 * source[name]         # told from the target's own
+    found = brought(files, target, source)
+    for name in outside:
+        assert torch.equal(found[name], 2 * target[name])

@@ -160,7 +160,9 @@ class Layers:
         # {stack: {number: {(rest of the name, role): name}}} of all that can be merged.
         stacks = stacks_of(float_places(checkpoint))
         self.named = stacks.pop(stack)
-        self.foreign = tuple(apart(stack, other) for other in stacks)
+        # But for a stack around ours: 'model.0' beside 'model.layers.0'.
+        self.foreign = tuple(apart(stack, other) for other in stacks
+                             if not stack.startswith(f"{other}."))
         self.numbers = sorted(self.named)
         self.entries = {}
         for number, names in self.named.items():
@@ -305,6 +307,8 @@ def check_finite(layers, progress=quiet):
     for entry in progress(list(checkpoint.entries.values()), "check"):
         if not entry.is_float or axes_of(entry, layers) is None:
             continue
+        need(entry.dtype.itemsize > 1, entry.file, f"is {entry.dtype}, with which torch "
+             "hardly computes", "save it as bfloat16", entry.name)
         for start, stop in spans(entry.numel):
             piece_L = checkpoint.read(entry.name, start, stop).to(wide(entry.dtype))
             # In one sum every NaN and Inf shows.
@@ -571,10 +575,12 @@ class Kinship(NamedTuple):
         return {j: i for j, i in self.layers.items() if i is not None}
 
 
-def find_kinship(target, source, seed=0, progress=quiet):
+def find_kinship(target, source, seed=0, progress=quiet, first=None):
     """The Kinship of two models, from weights alone.
 
     Args:     target, source: Layers; seed: of the shuffled neurons
+              first: the Kinship of another source, in whose order this one stands: then
+              its stream and its layers hold here, and only the cosines are measured
     Source:   ours. Strangers of these shapes have the cosine `null`; twice that, and at
               least SLACK, is what a relative must exceed
     Example:  `base` and `grown` of experiments/models, which put two new layers among
@@ -583,6 +589,8 @@ def find_kinship(target, source, seed=0, progress=quiet):
     """
     # Where on the stream can layers be compared, and how alike are they there?
     stream_J, same_tokens = find_stream(target, source)
+    if first:
+        stream_J = first.stream_J
     positions = compared_positions(stream_J)
     similarity_JI, null = compare_layers(target, source, positions, seed, progress)
     slack = max(SLACK, 2 * null)
@@ -597,6 +605,8 @@ def find_kinship(target, source, seed=0, progress=quiet):
             met += 1
     # Half, and not all: a relative may have been made of parts of several models.
     related = met >= min(len(target.numbers), len(source.numbers)) / 2
+    if first:
+        layers = first.layers
     return Kinship(related, layers, similarity, null, slack, stream_J, same_tokens,
                    similarity_JI)
 
@@ -1252,15 +1262,12 @@ def relate(a, pairs, progress):
     """
     kinships = []
     for target, source in pairs:
-        further = bool(a.output and kinships)
-        if further:
+        first = None
+        if a.output and kinships:
+            first = kinships[0]
             check_same_order(pairs[0][1], source, a.force)
         check_finite(source, progress)
-        kinship = find_kinship(target, source, a.seed, progress)
-        if further:
-            first = kinships[0]
-            kinship = kinship._replace(layers=first.layers, stream_J=first.stream_J,
-                                       same_tokens=first.same_tokens)
+        kinship = find_kinship(target, source, a.seed, progress, first)
         print_kinship(target, source, kinship)
         kinships.append(kinship)
     return kinships
