@@ -64,7 +64,7 @@ ROLES = [
     ("gate", r"(gate_proj|w1|wi_0)$"),
     ("up", r"(up_proj|w3|wi_1|wi|intermediate\.dense|c_fc|fc1|lin1|dense_h_to_4h)$"),
     ("down", r"(down_proj|w2|wo|output\.dense|c_proj|fc2|lin2|dense_4h_to_h)$"),
-    ("head", r"lm_head|embed_out|(^|\.)score$|classifier"),
+    ("head", r"lm_head|embed_out|(^|\.)score$|classifier|^output$|decoder$"),
     ("embed", r"embed|(^|\.)wte$|(^|\.)wpe$|^shared$"),       # of words, of positions
 ]
 # Dotted parts that a training framework puts around a module, anywhere in a name. They
@@ -157,19 +157,22 @@ def is_selected(entry, pattern=None):
 
     paper:    attention and MLP (Table 6); norms and biases are left out (Sec. 3.2)
     ours:     floats of two or more dimensions inside numbered layers. Norms and biases
-              are vectors; biases of fused experts have two dimensions and are in; a
-              `bias` of more (GPT-2's causal mask) is no weight, nor is a `mask`. With a
-              pattern: all such floats whose name it finds, in a layer or not
+              are vectors; biases of fused experts have two dimensions and are in. With
+              a pattern: all such floats whose name it finds, in a layer or not
     """
-    dimensions = len(entry.shape)
-    no_weight = entry.name.endswith("mask")
-    if dimensions > 2 and entry.name.endswith("bias"):
-        no_weight = True
-    if not entry.is_float or dimensions < 2 or entry.numel == 0 or no_weight:
+    weights = entry.is_float and entry.numel > 0 and not is_mask(entry)
+    if not weights or len(entry.shape) < 2:
         return False
     if pattern is not None:
         return re.search(pattern, entry.name) is not None
     return entry.place.layer is not None
+
+
+def is_mask(entry):
+    """Whether it is no weight but a mask: by its name, or as GPT-2's causal mask, which
+    is called `bias` and has four dimensions."""
+    called_bias = entry.name.endswith("bias") and len(entry.shape) > 2
+    return called_bias or entry.name.endswith("mask")
 
 
 # --- Statistics: the record that makes chunks invertible ------------------------------
@@ -596,18 +599,18 @@ class StateDict(Checkpoint):
 
     def __init__(self, tensors, name="state dict"):
         self.path = name
-        self.tensors = tensors
+        self.tensors = {}                   # each flat: views, where it is contiguous
         for key, tensor in tensors.items():
             fits = isinstance(tensor, torch.Tensor) and tensor.dtype in DTYPE_NAMES
             need(fits and tensor.layout == torch.strided and not tensor.is_meta, name,
                  "is no dense tensor of a dtype that safetensors knows", "leave it out",
                  key)
+            self.tensors[key] = tensor.detach().reshape(-1)
         self.entries = in_order({key: Entry(key, tensor.dtype, tensor.shape, name)
                                  for key, tensor in tensors.items()})
 
     def read(self, name, start=0, stop=None):
-        flat_L = self.tensors[name].detach().reshape(-1)[start:stop]
-        return flat_L.to("cpu", copy=True)
+        return self.tensors[name][start:stop].to("cpu", copy=True)
 
 
 # --- Writing. The library's save_file wants all tensors in memory at once. ------------

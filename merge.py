@@ -72,7 +72,7 @@ import lsmerge as ls
 import train
 from chunking import (STOP, Checkpoint, Entry, Output, StateDict, appear, check_output,
                       command, create, is_selected, keep_freed_memory, measure, need,
-                      say, spans, standardise)
+                      is_mask, one_line, say, spans, standardise)
 from train import MAX_NMSE, gather, pick_device, rank_and_size, start_parser
 from vae import VAEConfig
 
@@ -89,7 +89,7 @@ SHARE = 1 << 8          # source chunks under one of the target's, at most: thos
 GATE_WEIGHTS = 1 << 16  # of a tensor, in windows evenly spread: the gate takes seconds
 TABLES = ("inv_freq", "masked_bias")    # RoPE's frequencies; -inf or -1e4, in GPT-2
 # The names of PEFT, kohya and LyCORIS for what is added to weights.
-ADAPTER = r"(?<![a-z])lora_|lora\.(up|down)|hada_w|lokr_w|ia3_l|base_layer\."
+ADAPTER = r"(^|\.)lora_|lora\.(up|down)|hada_w|lokr_w|ia3_l|\.base_layer\."
 MATCH = "if they are relatives, run python experiments/tools/match.py first"
 HARM = ("Merging unrelated models does harm, in our measurements 0.02 to 0.09 bits per "
         "byte at lambda 0.1, and more above (experiments/RESULTS.md, Figure 4)")
@@ -116,7 +116,7 @@ def main(argv=None, models=None):
                  "python experiments/tools/lora.py fold BASE ADAPTER -o EXPERT", name)
         # Beside an index lies a whole model: people may expect the one or the other.
         single = abspath(join(model.path, "model.safetensors"))
-        if isfile(single) and single not in model.files:
+        if model.folder and isfile(single) and single not in model.files:
             run.warnings.append(f"{single} is not used: the index names other files")
     check_outputs(run)
     # Who meets whom; nothing but some strips of the weights has been read so far.
@@ -142,7 +142,7 @@ def warn(warnings):
     """On stderr: what is printed on stdout scrolls away, or into a file."""
     for warning in warnings:
         if rank_and_size()[0] == 0:
-            say(f"warning: {warning}", stream=sys.stderr)
+            say(one_line(f"warning: {warning}"), stream=sys.stderr)
 
 
 def merge(run):
@@ -410,7 +410,9 @@ def strip_cosines(target, source, mine, theirs):
     entry = target.entries[mine]
     cosines = []
     if len(entry.shape) > 1 and entry.shape == source.entries[theirs].shape:
-        for start in range(0, entry.numel, max(STRIP, entry.numel // STRIPS)):
+        # A strip is whole, unless there is but one: a short one says little.
+        last = max(1, entry.numel - STRIP + 1)
+        for start in range(0, last, max(STRIP, entry.numel // STRIPS)):
             mine_L = target.read(mine, start, start + STRIP).double()
             theirs_L = source.read(theirs, start, start + STRIP).double()
             # Zero has no direction: 0 / 0 is NaN, which a mean leaves out.
@@ -458,6 +460,8 @@ def left_out(run, source, met):
     torn = []           # out of a layer that met one of the target's; and heads
     for name in float_places(source).keys() - met:
         entry = source.entries[name]
+        if is_mask(entry):
+            continue
         lost.append(entry)
         of_a_layer = entry.place.layer is not None and entry.place[:2] in layers
         if of_a_layer or own_head(source, entry):
@@ -479,7 +483,7 @@ def own_head(source, entry):
         return False
     for other in source.entries.values():
         if other.place.role == "embed" and other.shape == entry.shape:
-            if digest(source, other) == digest(source, entry):
+            if digest(source, other) == digest(source, entry, other.dtype):
                 return False
     return True
 
@@ -510,15 +514,14 @@ def total_weights(model):
 # under another of these.
 MEANING = ("num_attention_heads num_key_value_heads n_head n_heads num_heads "
            "encoder_attention_heads decoder_attention_heads head_dim "
-           "rope_theta rope_type factor full_attention sliding_attention rotary_pct "
-           "partial_rotary_factor position_embedding_type hidden_act hidden_activation "
-           "activation_function id2label")
-# And what it means of positions where it says nothing.
-UNSAID = {"rope_theta": 10_000.0, "rope_type": "default", "factor": 1.0}
+           "rope_theta rope_type factor rotary_pct partial_rotary_factor "
+           "position_embedding_type hidden_act hidden_activation activation_function "
+           "id2label")
 
 
 def contradictions(run, source):
-    """Warn if two models' config.json tell the meaning of their weights apart.
+    """Warn if two models' config.json tell the meaning of their weights apart. What
+    one of them does not say (the default of its family) tells nothing.
 
     Example:  equal shapes, 32 heads of 128 and 64 of 64: no weight of q is in place
     """
@@ -526,7 +529,8 @@ def contradictions(run, source):
     theirs = config_of(source)
     apart = []
     for key in MEANING.split():
-        if key in mine and key in theirs and mine[key] != theirs[key]:
+        unsaid = mine.get(key) is None or theirs.get(key) is None
+        if not unsaid and mine[key] != theirs[key]:
             apart.append(f"{key} ({str(theirs[key])[:40]}, here {str(mine[key])[:40]})")
     if apart:
         run.warnings.append(f"config.json of {source.path} differs in "
@@ -539,9 +543,11 @@ def config_of(model):
     try:
         with open(join(dirname(model.files[0]), "config.json"), "rb") as file:
             config = json.load(file)
-        config |= config.get("text_config") or {}
-        return (UNSAID | config | (config.get("rope_scaling") or {})
-                | (config.get("rope_parameters") or {}))
+        for part in ("text_config", "rope_scaling", "rope_parameters"):
+            config |= config.get(part) or {}
+        if "LABEL_0" in str(config.get("id2label")):
+            del config["id2label"]      # nobody has given them names
+        return config
     except (OSError, ValueError, TypeError, AttributeError, IndexError):
         return {}               # no such file; no JSON; no object; a state dict
 
@@ -555,9 +561,13 @@ def measure_task(run, task):
     """
     if task.action == "averaged":
         # In the target's dtype: a source that was saved in another one may be equal.
+        # But a task vector may be scaled: there nothing is rounded before.
+        dtype = task.entry.dtype
+        if run.base:
+            dtype = torch.float64
         digests = set()
         for k, entry in task.tensors.items():
-            digests.add(digest(run.models[k], entry, task.entry.dtype))
+            digests.add(digest(run.models[k], entry, dtype))
         if len(digests) == 1:
             task.keep("equal in all")
     if task.action == "copied":
@@ -594,9 +604,10 @@ def tie(run):
     equal.
 
     Of those that are equal bit for bit in the target, one that has partners leads, the
-    embedding before its head. Another follows if it has none, or is a head. Others that
-    have partners of their own may be equal by accident (a model and its moving average,
-    at the start), as may constants: they are merged each for itself.
+    embedding before its head. Another follows if it has none, or is a head. Without an
+    embedding among the two they may be equal by accident (two classifiers, or a model
+    and its moving average, at the start), as may constants: they are merged each for
+    itself.
     """
     alone = ("met nobody", "not encoded")
 
@@ -609,6 +620,8 @@ def tie(run):
         if entry.place.layer is None and len(entry.shape) > 1 and entry.numel > 0:
             leader = leaders.setdefault(digest(run.models[0], entry), task)
             accident = leader.action != "copied" and leader.tensors[0].constant
+            if "embed" not in (leader.entry.place.role, entry.place.role):
+                accident = True
             if leader is task or leader.why in alone or accident:
                 continue
             if task.why in alone or entry.place.role == "head":
@@ -743,9 +756,11 @@ def round_trip(run, task):
         if run.samples:
             middle += parent.codec.vae.config.beta / run.samples
         errors.append((squares_L.mean(), middle))
-        # Without zeros, which are pruned weights; 0 if nothing else is there.
+        # Without zeros, which are pruned weights. Where all others are equal (a matrix
+        # of zeros and ones), the variance stands for it, which is 1.
         x_L = x_L[flat_L != 0]
-        spreads.append((x_L - x_L.mean()).square().median().nan_to_num())
+        spread = (x_L - x_L.mean()).square().median().nan_to_num()
+        spreads.append(spread or torch.ones_like(spread))
     shares = torch.tensor(shares_of(run, task)).square()
     # At least 1e-9 of the variance, 1: float32 itself loses 1e-14 of it.
     unit = max((shares * torch.stack(spreads)).max(), 1e-9)
@@ -963,7 +978,7 @@ def make_report(run, gates, trip, results):
     # Not where the target is zero or too large, nor where nothing was encoded.
     norm = squares["target", "zero"]
     for pair, value in squares.items():
-        if 0 < norm < math.inf:
+        if 0 < norm < math.inf and math.isfinite(value / norm):
             far[pair] = math.sqrt(value / norm)
     sources = range(1, len(run.lam) + 1)
     return facts_of(run) | {
@@ -1015,7 +1030,7 @@ def print_pairs(run):
             if k > 0:
                 met.append(f"{run.models[k].path}: {other.name}")
         why = task.why or ", ".join(met) or "itself"
-        say(f"  {task.action} {task.entry.name} <- {why}")
+        say(one_line(f"  {task.action} {task.entry.name} <- {why}"))
 
 
 def print_report(report):
@@ -1053,7 +1068,7 @@ def late_warnings(run, report):
     """
     far = report["distance"]
     warnings = []
-    plain = report["align"] == "none" and not run.control and not run.base
+    plain = report["align"] == "none" and not run.control
     if not any(run.lam) or not plain or far["average_to_target"] is None:
         return warnings                         # there is nothing to compare with
     for k, way in enumerate(far["source_to_target"], 1):
@@ -1065,9 +1080,9 @@ def late_warnings(run, report):
                             f"{HARM}")
     # Draws are noise on purpose: with --samples it is no error of the codec.
     drowned = 0 < far["average_to_target"] < far["to_average"]
-    if drowned and run.vae != "exact" and not run.samples:
+    if drowned and not run.samples:
         warnings.append("the codec's error exceeds the difference that was merged: add "
-                        "--residual, or --vae exact")
+                        "--residual, or take --vae exact in float32")
     return warnings
 
 
@@ -1075,7 +1090,8 @@ def late_warnings(run, report):
 # What holds weights, or belongs to a training or an adapter: it stays behind. Beside
 # the merged weights it would be taken for them, or for their optimiser's state.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf",
-           ".onnx", ".onnx_data", ".ot", ".npz", ".index.json", "trainer_state.json",
+           ".onnx", ".onnx_data", ".ot", ".npz", ".distcp", ".pkl", ".index.json",
+           ".index.fp16.json", ".index.bf16.json", "trainer_state.json",
            "adapter_config.json")
 
 
@@ -1106,11 +1122,14 @@ def companions(model):
         for name in sorted(names + links):
             path = normpath(join(sub, name))
             weights = not part and (own or name.endswith(WEIGHTS))
+            if abspath(join(where, name)) in model.files:
+                continue
             if weights or not isfile(join(where, name)):
-                if abspath(join(where, name)) not in model.files:
-                    behind.append(path)
+                behind.append(path)
             elif name[0] != "." and path != "README.md":
                 along.append(path)
+        if own and not part:
+            folders.clear()             # what lies in a checkpoint belongs to it
     return along, behind
 
 

@@ -262,11 +262,13 @@ def test_experts_that_have_changed_places_are_told(merged):
 @pytest.mark.parametrize("mine, theirs, key", [
     ({"rope_theta": 1e6}, {"rope_parameters": {"rope_theta": 1e6}}, None),
     ({"rope_theta": 1e6}, {"rope_parameters": {"rope_theta": 1e4}}, "rope_theta"),
-    ({"rope_theta": 1e6}, {}, "rope_theta"),
+    ({"rope_theta": 1e6}, {}, None), ({"head_dim": None}, {"head_dim": 64}, None),
     ({"rope_theta": 1e4, "rope_scaling": None}, {"n": 1}, None),
-    ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, {"n": 1}, "factor")])
+    ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+     {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}, "factor")])
 def test_rope_is_read_wherever_it_is_said(merged, tmp_path, mine, theirs, key):
-    """In one place by transformers 4, in another by 5; 10,000 where nobody says."""
+    """In one place by transformers 4, in another by 5. What only one says is no
+    contradiction."""
     a = llama_tensors(1)
     one = folder(tmp_path / "one", a, mine)
     two = folder(tmp_path / "two", relative(a, 2), theirs)
@@ -382,3 +384,105 @@ def test_a_source_that_is_the_target_is_told(merged):
     a = llama_tensors(1)
     _, _, errors = merged(a, relative(a, 2), dict(a))
     assert "source 2 equals the target" in errors and "source 1" not in errors
+
+
+# --- What an adversary found ----------------------------------------------------------
+def test_the_codecs_error_is_told_of_task_vectors_too(merged, tmp_path):
+    a = llama_tensors(1)
+    base = save(tmp_path / "base.safetensors", a)
+    close = relative(a, 2, part=1e-4)
+    flags = ("--base", base, "--operator", "task-arithmetic", "--lam", "0.3")
+    for more in (("--vae", REFERENCE), ("--vae", "exact", "--dtype", "bfloat16")):
+        _, _, errors = merged(a, close, *flags, *more)
+        assert "codec's error" in errors
+    _, _, errors = merged(a, close, *flags, "--vae", "exact")
+    assert not errors
+
+
+def test_a_task_vector_below_the_targets_steps(merged, tmp_path):
+    """1.003 is 1.0 in bfloat16; five times the difference is not."""
+    norm = "model.norm.weight"
+    a = {name: tensor.bfloat16() for name, tensor in llama_tensors(1).items()}
+    base = {name: tensor.float() for name, tensor in a.items()}
+    base[norm] = torch.ones(64)
+    a[norm] = torch.ones(64).bfloat16()
+    source = base | {norm: torch.full((64,), 1.003)}
+    path = save(tmp_path / "base.safetensors", base)
+    code, result, _ = merged(a, source, "--base", path, "--operator", "task-arithmetic",
+                             "--lam=5", "--space", "weight")
+    assert code == 0
+    assert torch.equal(result[norm], torch.full((64,), 1.015).bfloat16())
+
+
+@pytest.mark.parametrize("names", [("online.weight", "ema.weight"),
+                                   ("classifier1.weight", "classifier2.weight")])
+def test_what_is_equal_by_accident_stays_the_targets(merged, names):
+    """The source has only one of the two, or has trained both."""
+    start = torch.randn(8, 64)
+    a = llama_tensors(1) | {name: start.clone() for name in names}
+    b = relative(a, 2)
+    _, result, _ = merged(a, b)
+    for name in names:
+        assert is_average(result[name], a[name], b[name])
+    del b[names[1]]
+    _, result, _ = merged(a, b)
+    assert torch.equal(result[names[1]], start)
+
+
+def test_a_matrix_of_zeros_and_ones_passes_the_gate(merged):
+    a = llama_tensors(1) | {"model.layers.0.rot.weight": torch.eye(64)}
+    code, result, errors = merged(a, a | {Q: a[Q] + 0.1}, "--vae", REFERENCE)
+    assert code == 0, errors
+    assert (result["model.layers.0.rot.weight"] - torch.eye(64)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["base_layer.0.weight", "model.att.w_lora_a.weight"])
+def test_names_that_only_look_like_an_adapters(merged, name):
+    a = llama_tensors(1) | {name: torch.randn(32, 32)}
+    b = relative(a, 2)
+    code, result, _ = merged(a, b)
+    assert code == 0 and is_average(result[name], a[name], b[name])
+
+
+def test_buffers_of_the_source_alone_are_not_lost(merged):
+    a = {f"h.{i}.attn.c_attn.weight": torch.randn(64, 96) for i in (0, 1)}
+    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 8, 8).tril() for i in (0, 1)}
+    _, _, errors = merged(a, relative(a, 2) | masks)
+    assert not errors
+
+
+def test_distances_that_no_number_can_hold(merged, tmp_path):
+    a = {name: 1e-160 * w.double() for name, w in llama_tensors(1).items()}
+    report = tmp_path / "r.json"
+    code, _, _ = merged(a, llama_tensors(1), "--space", "weight", "--report", report)
+    assert code == 0
+    assert json.loads(report.read_text())["distance"]["to_source"] == [None]
+
+
+def test_a_name_cannot_break_a_line(merged):
+    name = "odd\nname.weight"
+    a = llama_tensors(1) | {name: torch.randn(30, 8)}
+    b = relative(a, 2) | {name: torch.randn(38, 8)}
+    _, _, errors = merged(a, b)
+    assert errors and all(line.startswith("warning: ") for line in errors.splitlines())
+
+
+def test_shards_in_a_numbered_folder_are_no_companions(tmp_path, capsys):
+    one = sharded(tmp_path / "one", llama_tensors(1), where="1/")
+    save(one / "checkpoint-500" / "model.safetensors", {"w": torch.ones(2, 2)})
+    (one / "checkpoint-500" / "1_Pooling").mkdir()
+    (one / "checkpoint-500" / "1_Pooling" / "config.json").write_text("{}")
+    two = sharded(tmp_path / "two", relative(llama_tensors(1), 2))
+    argv = [str(one), str(two), "-o", str(tmp_path / "out"), "--quiet"]
+    assert chunking.command(lambda: merge.main(argv)) == 0
+    assert "goes along" not in capsys.readouterr().err
+    held = {path.name for path in (tmp_path / "out").iterdir()}
+    assert held == {"model.safetensors", "README.md", "config.json"}
+
+
+def test_tensors_that_do_not_lie_in_order_are_read_once():
+    a = torch.randn(512, 1024)
+    got = merge.merge_state_dicts({Q: a.t()}, {Q: (a + 1).t()}, vae="exact")
+    assert is_average(got[Q], a.t(), (a + 1).t())
+    state = chunking.StateDict({Q: a.t()})
+    assert state.tensors[Q].is_contiguous()
