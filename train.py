@@ -16,8 +16,8 @@ ours:     at r <= 1 the bottleneck has room for a whole chunk. Both stages go th
           between them cost a factor of 10 to 30 in NMSE. At r > 1 PCA cuts, and stage 2
           learns anew
 ours:     what stage 2 costs. It minimises Eq. 1 and no longer the error alone: for a
-          sharp posterior, whose KL is finite, it gives up some NMSE (1.5e-8 before it,
-          2.5e-7 after it)
+          sharp posterior, whose KL is finite, it gives up some NMSE (3e-8 before it,
+          3e-7 after it)
 ours:     either stage runs all of its steps, as recovery comes late, and keeps its
           best state on held-out windows, the start included
 differs:  no distillation, which lost when measured
@@ -59,9 +59,9 @@ from vae import VAE, Loss, VAEConfig, generator_for, masked_mse, sample, vae_los
 @dataclass(frozen=True)
 class Schedule:
     """How long, on what and where is trained. What is trained: vae.VAEConfig."""
-    steps1: int = 800           # of stage 1
-    steps2: int = 300           # of stage 2; both take half a minute on two cores, and
-                                # end at an NMSE of 2.5e-7, whatever the model
+    steps1: int = 700           # of stage 1
+    steps2: int = 250           # of stage 2; both take half a minute on two cores, and
+                                # end at an NMSE of 3e-7, whatever the model
     lr: float = 0.0             # stage 1's peak; 0: the start's own, see LEARNING_RATES
     batch: int = 64             # windows per step: 1,024 chunks, where a CPU is fastest
     holdout: float = 0.1        # fraction of windows kept for validation
