@@ -196,3 +196,7 @@ def test_padding_is_shown_and_one_model_may_be_given(capsys, tmp_path):
     rows = printed(capsys, path)
     assert rows[1][1] == rows[2][1] == rows[3][1] == rows[11][1] == (2, 64)
     assert rows[2][2] == pytest.approx(100 / 128, rel=6e-3)
+
+
+def test_it_is_two_screens():
+    assert len(README.splitlines()) <= 165
