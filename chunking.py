@@ -778,7 +778,12 @@ class Parser(argparse.ArgumentParser):
     def read(self, argv):
         """The arguments; options and files in any order. An empty value is an unset
         shell variable (`--vae "$VAE"`), and never means "not given"."""
-        found = self.parse_intermixed_args(argv)
+        try:
+            found = self.parse_intermixed_args(argv)
+        except AttributeError as error:
+            # A signal in the middle of it: argparse stumbles over its own clean-up, and
+            # what interrupted it would be lost.
+            raise error.__context__ or error
         for value in vars(found).values():
             if value == "" or isinstance(value, list) and "" in value:
                 self.error("a value is empty")

@@ -424,11 +424,11 @@ def parse(argv):
     a.device = pick_device(a.device)
     a.start = None
     if a.init not in LEARNING_RATES:        # it is no start of ours, so a file
+        need(exists(a.init), a.init, "is no start and no file", "give --init "
+             "random, pca, or a VAE file")
         if a.steps1 != Schedule.steps1:
             parser.error("--init FILE goes on in stage 2: drop --steps1")
         a.steps1 = 0                        # its stage 1 lies behind it
-        need(exists(a.init), a.init, "is no start and no file", "give --init "
-             "random, pca, or a VAE file")
         a.start = a.init
         a.init = VAEConfig.init
     try:
@@ -486,9 +486,11 @@ def main(argv=None):
     if stages[-1]["ended"] == "interrupted":
         return 130                          # as shells expect
     if stages[-1]["nmse"] > MAX_NMSE:
+        fix = "train for longer"
+        if vae.config.true_ratio > 1:
+            fix = "train for longer, or at a lower --ratio"
         say("warning: merge.py refuses a codec whose NMSE is above "
-            f"{MAX_NMSE:g}: train for longer, or nearer to --ratio 1",
-            stream=sys.stderr)
+            f"{MAX_NMSE:g}: {fix}", stream=sys.stderr)
     return 0
 
 

@@ -380,12 +380,6 @@ def test_a_longer_vocabulary_is_told(merged):
     assert is_average(result[EMBED], a[EMBED], a[EMBED], c[EMBED])
 
 
-def test_a_source_that_is_the_target_is_told(merged):
-    a = llama_tensors(1)
-    _, _, errors = merged(a, relative(a, 2), dict(a))
-    assert "source 2 equals the target" in errors and "source 1" not in errors
-
-
 # --- What an adversary found ----------------------------------------------------------
 def test_the_codecs_error_is_told_of_task_vectors_too(merged, tmp_path):
     a = llama_tensors(1)

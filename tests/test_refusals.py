@@ -474,3 +474,18 @@ def test_files_that_are_refused(desk, monkeypatch, kind, case):
     for line in LINES[kind]:
         command, *arguments = line.replace("BAD", path.name).split()
         desk.refuse(*arguments, words=words, main=COMMANDS[command])
+
+
+def test_a_signal_within_argparse_is_a_signal():
+    """argparse's own clean-up then raises an AttributeError, which would be a
+    traceback."""
+    class Interrupted(ck.argparse._StoreAction):
+        def __setattr__(self, name, value):
+            if name == "save_nargs":
+                raise KeyboardInterrupt
+            super().__setattr__(name, value)
+
+    parser = ck.Parser()
+    parser.add_argument("paths", nargs="+", action=Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        parser.read(["a"])
