@@ -91,7 +91,7 @@ TABLES = ("inv_freq", "masked_bias")    # RoPE's frequencies; -inf or -1e4, in G
 # The names of PEFT, kohya and LyCORIS for what is added to weights.
 ADAPTER = r"(^|\.)lora_|lora\.(up|down)|hada_w|lokr_w|ia3_l|\.base_layer\."
 MATCH = "if they are relatives, run python experiments/tools/match.py first"
-HARM = ("Merging unrelated models does harm, in our measurements 0.02 to 0.09 bits per "
+HARM = ("Merging unrelated models does harm, in our measurements 0.03 to 0.09 bits per "
         "byte at lambda 0.1, and more above (experiments/RESULTS.md, Figure 4)")
 
 
