@@ -4,6 +4,7 @@ files and by numpy."""
 import re
 import shlex
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -49,9 +50,8 @@ def run_evaluate(arguments, monkeypatch):
 def test_every_command_on_our_own_models_runs_in_order(tmp_path, monkeypatch, capsys):
     """From a folder that holds nothing but the project: none is in another's way. A
     training is cut short, and two texts are scored."""
-    short = ["--init", "pca", "--steps1", "1", "--steps2", "1"]
-    whole = train.main
-    monkeypatch.setattr(train, "main", lambda argv: whole([*argv, *short]))
+    monkeypatch.setattr(merge, "VAEConfig", lambda: vae.VAEConfig(init="pca"))
+    monkeypatch.setattr(train, "Schedule", partial(train.Schedule, steps1=1, steps2=1))
     texts = (b"12+34=46\n",) * 2
     monkeypatch.setattr(evaluate, "held_out", lambda domain, split: texts)
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
@@ -60,7 +60,7 @@ def test_every_command_on_our_own_models_runs_in_order(tmp_path, monkeypatch, ca
     for file, *arguments in commands():
         if not any("experiments/models/" in word for word in arguments):
             continue
-        known = {"merge.py": merge.main, "train.py": whole,
+        known = {"merge.py": merge.main, "train.py": train.main,
                  "experiments/tools/match.py": match.main,
                  "experiments/evaluate.py": lambda a: run_evaluate(a, monkeypatch)}
         code = known[file](arguments)
