@@ -307,8 +307,8 @@ def check_finite(layers, progress=quiet):
     for entry in progress(list(checkpoint.entries.values()), "check"):
         if not entry.is_float or axes_of(entry, layers) is None:
             continue
-        need(entry.dtype.itemsize > 1, entry.file, f"is {entry.dtype}, with which torch "
-             "hardly computes", "save it as bfloat16", entry.name)
+        need(entry.dtype.itemsize > 1, entry.file, f"is {entry.dtype}, with which "
+             "torch hardly computes", "save it as bfloat16", entry.name)
         for start, stop in spans(entry.numel):
             piece_L = checkpoint.read(entry.name, start, stop).to(wide(entry.dtype))
             # In one sum every NaN and Inf shows.
