@@ -37,6 +37,7 @@ them (run.lam, run.operator, ...), and what was found since:
     run.result  the Destination: where the result goes, and what lies beside it
     run.kind    self, same-shape or cross-shape
     run.tasks   a Task for each tensor of the target, in its order
+    run.reshaped, names of the target's that met a shape to which nothing is projected
     run.warnings, said at once and again at the end
     run.sink    the Output that is written to
     run.seconds of each stage
@@ -71,8 +72,8 @@ import align as ot
 import lsmerge as ls
 import train
 from chunking import (STOP, Checkpoint, Entry, Output, StateDict, appear, check_output,
-                      command, create, is_selected, keep_freed_memory, measure, need,
-                      is_mask, one_line, say, spans, standardise)
+                      command, create, is_mask, is_selected, keep_freed_memory, measure,
+                      need, one_line, say, spans, standardise)
 from train import MAX_NMSE, gather, pick_device, rank_and_size, start_parser
 from vae import VAEConfig
 
@@ -639,10 +640,11 @@ def told_apart(run, task, leader):
         model = run.models[k]
         # What the head would equal if they were tied there, too. An embedding that is
         # equal in all models meets nobody any more: it is the target's.
-        tied = digest(run.models[0], leader.entry)
+        embedding = (run.models[0], leader.entry)
         if k in leader.tensors:
-            tied = digest(model, leader.tensors[k], task.entry.dtype)
-        if digest(model, task.tensors[k], task.entry.dtype) != tied:
+            embedding = (model, leader.tensors[k])
+        dtype = task.entry.dtype
+        if digest(model, task.tensors[k], dtype) != digest(*embedding, dtype):
             run.warnings.append(f"{task.entry.name} equals {leader.entry.name} in the "
                                 f"target and in the result; that of {model.path} does "
                                 "not, and is left out")
@@ -950,7 +952,7 @@ def facts_of(run):
         tensors[task.action] += 1
         tensors["weights_total"] += weights
         tensors["weights_encoded"] += weights * (task.action == "encoded")
-        size += weights * task.entry.dtype.itemsize
+        size += task.entry.nbytes
     facts = {"version": VERSION, "lambda": run.lam, "align": align, "ratio": ratio,
              "codec": basename(run.vae or "none"),
              "tensors": dict(tensors), "bytes": size}

@@ -331,7 +331,8 @@ def bench_networks(quick, python):
         folder = Path(name)
         write_pair(folder, **SMALL if quick else {"num_hidden_layers": 6})
         commands = {"mergekit": peer_commands(folder, python)["mergekit"]}
-        for width, blocks in itertools.product(WIDTHS, DEPTHS):
+        networks = list(itertools.product(WIDTHS, DEPTHS))
+        for width, blocks in networks:
             vae = VAE(VAEConfig(width=width, blocks=blocks, init="pca"))
             file = folder / f"{width}-{blocks}.safetensors"
             save_vae(file, vae.start(generator_for(0)), [], Schedule(), False,
@@ -342,8 +343,7 @@ def bench_networks(quick, python):
         facts = conditions()
         seconds, _ = peer_rounds(folder, commands, 1)
         theirs = seconds.pop("mergekit")[0]
-        for key, (mine,) in seconds.items():
-            width, blocks = map(int, key.split(", "))
+        for (width, blocks), (mine,) in zip(networks, seconds.values()):
             yield facts | {"what": "networks", "width": width, "blocks": blocks,
                            "seconds": round(mine, 1), "ratio": round(mine / theirs, 2),
                            "peer_seconds": round(theirs, 1)}
