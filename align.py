@@ -496,9 +496,10 @@ def align_sinkhorn(m):
     return Aligned(z_JZ, found.iterations, found.error)
 
 
-# lsmerge.Transport.align calls them, with the name that --align gives.
-ALIGNERS = {"none": align_none, "mean": align_mean, "gaussian": align_gaussian,
-            "sinkhorn": align_sinkhorn}
+# lsmerge.Transport.align calls them, with the name that --align gives. "auto": pairs of
+# equal shape do not get here.
+ALIGNERS = {"auto": align_gaussian, "none": align_none, "mean": align_mean,
+            "gaussian": align_gaussian, "sinkhorn": align_sinkhorn}
 
 
 # --- ours: null controls --------------------------------------------------------------

@@ -27,7 +27,6 @@ import signal
 import sys
 import tempfile
 import threading
-import weakref
 from dataclasses import dataclass, replace
 from glob import glob
 from os.path import (abspath, basename, dirname, exists, isdir, isfile, join, lexists,
@@ -160,19 +159,22 @@ def is_selected(entry, pattern=None):
               are vectors; biases of fused experts have two dimensions and are in. With
               a pattern: all such floats whose name it finds, in a layer or not
     """
-    weights = entry.is_float and entry.numel > 0 and not is_mask(entry)
-    if not weights or len(entry.shape) < 2:
+    if not is_weight(entry) or len(entry.shape) < 2:
         return False
     if pattern is not None:
         return re.search(pattern, entry.name) is not None
     return entry.place.layer is not None
 
 
-def is_mask(entry):
-    """Whether it is no weight but a mask: by its name, or as GPT-2's causal mask, which
-    is called `bias` and has four dimensions."""
-    called_bias = entry.name.endswith("bias") and len(entry.shape) > 2
-    return called_bias or entry.name.endswith("mask")
+def is_weight(entry):
+    """Whether it holds weights at all, and no whole numbers; nor a table that was never
+    trained: a mask, among them GPT-2's causal one, which is called `bias` and has four
+    dimensions; or RoPE's frequencies."""
+    if not entry.is_float or entry.numel == 0:
+        return False
+    if entry.name.endswith("bias") and len(entry.shape) > 2:
+        return False
+    return not entry.name.endswith(("mask", "masked_bias", "inv_freq"))
 
 
 # --- Statistics: the record that makes chunks invertible ------------------------------
@@ -353,10 +355,8 @@ class CheckpointError(ValueError):
 def one_line(text):
     """A text with codes for what would break its line, or command a terminal: names may
     hold it.  Example: a line break becomes a backslash and an n"""
-    def code(found):
-        return repr(found[0])[1:-1]
-
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", code, text)
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]",
+                  lambda found: repr(found[0])[1:-1], text)
 
 
 # What to do, where several errors need the same.
@@ -379,19 +379,14 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 DTYPE_NAMES = dict(zip(DTYPES.values(), DTYPES))
-# What people pass by mistake, told by its first bytes; and what to do.
-MAGIC = [
-    (b"PK\x03\x04", "a zip archive (a torch .bin/.pt or an .npz)", "convert it"),
-    (b"\x80", "a pickle (an old torch .bin/.pt)", "convert it: pickles run code"),
-    (b"GGUF", "a GGUF file", "de-quantise it to safetensors or use the original"),
-    (b"version https://git-lfs", "a git-lfs pointer, no weights", "run `git lfs pull`"),
-    (b"<", "a web page or XML, not the weights", "download the file itself")]
+# What people pass by mistake: files that are damaged, pointers, other formats.
+OTHER = ("fetch it again, with `git lfs pull` if it is a pointer of some 130 bytes; "
+         "convert a pickle, .bin, .pt, .npz or GGUF file to safetensors first")
 # Numbers that mean a weight only together with a scale. (int64 is for indices.)
 PACKED = {"I8", "U8", "I16", "I32", "U32", "F8_E4M3", "F8_E5M2"}
-# The roles that hold weights and never whole numbers.
-MATRICES = {"q", "k", "v", "o", "qkv", "gate", "up", "gate_up", "down"}
 # How their scales are called, in the last dotted part of a name.
-SCALES = r"(?i)(scale|absmax|quant|qzeros|\bscb\b)[^.]*$"
+# (A name without a dot, as 'logit_scale', stands alone: it scales no module.)
+SCALES = r"(?i)\.[^.]*(scale|absmax|quant|qzeros|\bscb\b)[^.]*$"
 
 
 def read_header(path):
@@ -404,12 +399,7 @@ def read_header(path):
     """
     need(isfile(path), path, "is no regular file", "pass a .safetensors file")
     with open(path, "rb") as file:
-        head = file.read(32)
-    for magic, what, fix in MAGIC:
-        # A header whose length happens to begin like this has its brace in byte 8.
-        need(head[8:9] == b"{" or not head.startswith(magic), path,
-             f"not a safetensors file but {what}", fix)
-    start = 8 + int.from_bytes(head[:8], "little")
+        start = 8 + int.from_bytes(file.read(8), "little")
     entries = {}
     try:
         with safe_open(path, framework="pt") as file:
@@ -423,33 +413,25 @@ def read_header(path):
                                       path, start)
                 start += entries[name].nbytes
     except SafetensorError as error:
-        raise CheckpointError(path, f"no safetensors file: {error}", AGAIN) from None
-    need(entries, path, "holds no tensors", "pass a checkpoint with weights")
+        raise CheckpointError(path, f"no safetensors file: {error}", OTHER) from None
     return entries, metadata
 
 
 def refuse_quantised(entries, folder):
     """Integers or float8 beside their scales are no weights, whatever their names: a
-    weight is their product, and an average of the integers alone would be noise. Nor
-    are integers where attention and MLP have their matrices.
+    weight is their product, and an average of the integers alone would be noise.
 
     Example:  'q_proj.weight' in float8 beside 'q_proj.weight_scale'; in bitsandbytes'
               files beside 'q_proj.weight.absmax', whose module is the weight itself
     """
     scaled = {name.rpartition(".")[0] for name in entries if re.search(SCALES, name)}
-    scaled -= {""}                  # 'logit_scale' stands alone: it scales no module
     for name, entry in entries.items():
         if DTYPE_NAMES[entry.dtype] in PACKED and len(entry.shape) >= 2:
-            beside = name in scaled or name.rpartition(".")[0] in scaled
-            role = entry.place.role.split(".")[0]           # 'gate.3' of an expert
-            integers = role in MATRICES and not entry.is_float
-            need(not beside and not integers, entry.file,
-                 f"is quantised: {entry.dtype}", ORIGINAL, name)
-    # Configurations say so as well. With {} or null they do not.
-    for name in ("config.json", "hf_quant_config.json", "quantize_config.json"):
-        config = Path(folder, name)
-        if not config.is_file():
-            continue
+            beside = {name, name.rpartition(".")[0]} & scaled
+            need(not beside, entry.file, f"is quantised: {entry.dtype}", ORIGINAL, name)
+    # The configuration says so as well. With {} or null it does not.
+    config = Path(folder, "config.json")
+    if config.is_file():
         said = re.search(rb'"(quantization|compression)(_config)?"\s*:\s*\{\s*"',
                          config.read_bytes())
         need(not said, config, "says that the checkpoint is quantised", ORIGINAL)
@@ -470,15 +452,12 @@ def locate(path):
         file = join(path, name)
         if isfile(file) and read_shards(file):
             return file
+    need(not exists(join(path, "adapter_config.json")), path, "is an adapter, no model",
+         "fold it: python experiments/tools/lora.py fold BASE ADAPTER -o EXPERT")
     found = (glob("*.safetensors.index.json", root_dir=path)
              or glob("*.safetensors", root_dir=path))
-    found = [name for name in found if not name.startswith("adapter_")]
-    need(found or not exists(join(path, "adapter_config.json")), path, "is an adapter, "
-         "no model",
-         "fold it: python experiments/tools/lora.py fold BASE ADAPTER -o EXPERT")
-    held = ", ".join(sorted(os.listdir(path))[:5]) or "nothing"
-    need(len(found) == 1, path, f"holds {len(found)} .safetensors files, not one; it "
-         f"holds {held}", "pass one of them or an index; pickles must be converted")
+    need(len(found) == 1, path, f"holds {len(found)} .safetensors files, not one",
+         "pass one of them or an index; pickles must be converted")
     # 'model-00001-of-00002.safetensors' is a part of a model.
     need(not re.search(r"-of-0*([2-9]|1\d)", found[0]), path, f"{found[0]} is one of "
          "several shards, and their index is missing", "fetch the index and all shards")
@@ -552,12 +531,8 @@ class Checkpoint:
         refuse_quantised(self.entries, dirname(file))
         self.files = [abspath(file), *map(abspath, shards)]
         # Opened once: what is read stays the same file, even if its name is given away.
-        self._handles = {shard: open(shard, "rb") for shard in shards}
-        # And closed with the Checkpoint: while a file is open, some systems let nobody
-        # rename or delete it.
-        for handle in self._handles.values():
-            weakref.finalize(self, handle.close)
-        self._lock = threading.Lock()       # a handle has one position for all threads
+        self.handles = {shard: open(shard, "rb") for shard in shards}
+        self.lock = threading.Lock()        # a handle has one position for all threads
 
     def read(self, name, start=0, stop=None):
         """Elements [start, stop) of the flattened tensor, in the stored dtype, as a
@@ -572,8 +547,8 @@ class Checkpoint:
         wanted = range(entry.numel)[start:stop]
         piece_L = torch.empty(len(wanted), dtype=entry.dtype)
         data = piece_L.view(torch.uint8).numpy()            # the same memory, as bytes
-        file = self._handles[entry.file]
-        with self._lock:
+        file = self.handles[entry.file]
+        with self.lock:
             file.seek(entry.start + wanted.start * entry.dtype.itemsize)
             got = file.readinto(data)
         need(got == len(data), entry.file, "shrank while it was read", "run it again",
@@ -601,10 +576,6 @@ class StateDict(Checkpoint):
         self.path = name
         self.tensors = {}                   # each flat: views, where it is contiguous
         for key, tensor in tensors.items():
-            fits = isinstance(tensor, torch.Tensor) and tensor.dtype in DTYPE_NAMES
-            need(fits and tensor.layout == torch.strided and not tensor.is_meta, name,
-                 "is no dense tensor of a dtype that safetensors knows", "leave it out",
-                 key)
             self.tensors[key] = tensor.detach().reshape(-1)
         self.entries = in_order({key: Entry(key, tensor.dtype, tensor.shape, name)
                                  for key, tensor in tensors.items()})
@@ -662,11 +633,10 @@ class Output:
         self.written.append(len(piece_L))
 
     def check(self):
-        """The file is whole: by count, and its header as it was made."""
-        held, _ = read_header(self.path)
-        numel = sum(entry.numel for entry in held.values())
-        need(sum(self.written) == numel and held == self.entries, self.path,
-             "was not written completely", "run it again")
+        """The file is whole, by count."""
+        numel = sum(entry.numel for entry in self.entries.values())
+        need(sum(self.written) == numel, self.path, "was not written completely",
+             "run it again")
 
 
 @contextlib.contextmanager
@@ -747,21 +717,20 @@ def check_output(path, others, force, flag="-o", folder=None):
     for other in others:
         # Where it lies, and where it is said to lie: the files of a downloaded model
         # may all be links into a cache.
-        said = Path(realpath(dirname(other)), basename(other))
-        for where in (Path(realpath(other)), said):
+        said = join(realpath(dirname(other)), basename(other))
+        for where in map(Path, (realpath(other), said)):
             within = where.is_relative_to(real) or real.is_relative_to(where)
             need(not within, path, f"is (or holds, or lies in) {other}, which this run "
                  "reads or writes as well", fix)
-    fits = isfile
-    if folder is not None:
-        fits = isdir
-    need(fits(real) or not exists(real), path, "a regular file does not replace a "
-         "folder or a device, nor a folder a file", fix)
-    held = {str(p.relative_to(real)) for p in real.rglob("*") if not p.is_dir()}
-    foreign = sorted(held - set(folder or []))
-    need(not foreign, path, f"the folder also holds {foreign[:5]}", "move that")
     need(force or not exists(real), path, "the output exists",
          fix + ", or pass --force")
+    fits = isfile(real)
+    if folder is not None:
+        fits = isdir(real)
+    need(fits or not exists(real), path, "a regular file does not replace a folder or "
+         "a device, nor a folder a file", fix)
+    held = {str(p.relative_to(real)) for p in real.rglob("*") if not p.is_dir()}
+    need(held <= set(folder or []), path, "the folder also holds other files", fix)
     # With a slash at its end the parent must be a folder.
     need(os.access(join(real.parent, ""), os.W_OK), path,
          "its folder is missing or not writable", fix)
@@ -778,12 +747,7 @@ class Parser(argparse.ArgumentParser):
     def read(self, argv):
         """The arguments; options and files in any order. An empty value is an unset
         shell variable (`--vae "$VAE"`), and never means "not given"."""
-        try:
-            found = self.parse_intermixed_args(argv)
-        except AttributeError as error:
-            # A signal in the middle of it: argparse stumbles over its own clean-up, and
-            # what interrupted it would be lost.
-            raise error.__context__ or error
+        found = self.parse_intermixed_args(argv)
         for value in vars(found).values():
             if value == "" or isinstance(value, list) and "" in value:
                 self.error("a value is empty")

@@ -324,8 +324,7 @@ def weight_merge(readers, coefficients, entry):
 # --- Alignment: Algorithm 1, lines 3 and 4 --------------------------------------------
 class Alignment(NamedTuple):
     """How a source is brought to the target."""
-    method: str = "auto"            # a name in align.ALIGNERS; auto: none between equal
-                                    # shapes, gaussian between others
+    method: str = "auto"            # a name in align.ALIGNERS
     control: str = None             # a name in align.CONTROLS: a null control instead
     epsilon: float = ot.EPSILON     # Sinkhorn's
 
@@ -338,8 +337,6 @@ def as_source(target, source, alignment=Alignment(), seed=(0,)):
     same = source.stats.shape == target.stats.shape
     if same and alignment.method in ("auto", "none") and not alignment.control:
         return source
-    if alignment.method == "auto":
-        alignment = alignment._replace(method="gaussian")
     return Transport(target, source, alignment, seed)
 
 
@@ -453,11 +450,10 @@ def show_encoding(label, parent):
         "        tensor    axes   function                   "
         " shape           mean       std")
     w_L = parent.read(0, stats.numel)
-    chunks_NC, real_NC = chunk(standardise(w_L, stats), parent.codec.C)
+    chunks_NC, _ = chunk(standardise(w_L, stats), parent.codec.C)
     z_NZ = parent.latents(0, parent.N)
     show("line 2  w         L      chunking.Checkpoint.read", w_L)
     show("        X         N x C  chunking.chunk", chunks_NC)
-    show("        real      N x C  1: a weight, 0: padding", real_NC)
     show("        z = E(X)  N x Z  lsmerge.Codec.encode", z_NZ)
     lost_L = parent.codec_error(0, parent.N)
     show("        w - D(z)  L      lsmerge.Parent.codec_error", lost_L)
@@ -483,7 +479,7 @@ def tour(argv=None):
                        if is_selected(entry)})
     pairs = list(ot.pair_names(*places).items())
     need(pairs, paths.source, "meets no tensor of the target", "see chunking.ROLES")
-    names = next((pair for pair in pairs if "q_proj" in pair[0]), pairs[0])
+    names = max(pairs, key=lambda pair: "q_proj" in pair[0])
 
     # Line 2: flatten, chunk and encode both. Of equal shapes they share statistics.
     parents = []
@@ -504,11 +500,9 @@ def tour(argv=None):
     # Line 5: merged, at lambda = 0.1. A mix of unrelated latents varies less than they.
     z_merged_JZ = 0.9 * z_target_JZ + 0.1 * z_aligned_JZ
     show("line 5  z_lambda  J x Z  lsmerge.ls_merge", z_merged_JZ)
-    # Line 6: decoded, with the target's statistics; and how far it is from the target.
-    w_L = target.read(0, target.stats.numel)
-    merged_L = codec.decode(z_merged_JZ, target.stats, len(w_L))
+    # Line 6: decoded, with the target's statistics.
+    merged_L = codec.decode(z_merged_JZ, target.stats, target.stats.numel)
     show("line 6  W^        L      lsmerge.Codec.decode", merged_L)
-    show("        W^ - w_t  L", merged_L - w_L)
 
 
 if __name__ == "__main__":

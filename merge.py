@@ -21,12 +21,12 @@ one layer, whose target has a score head of its own:
 
     same-shape: lerp in latent space, lambda 0.5, align none, codec vae.safetensors...
     7 in latent space + 5 averaged + 2 copied = 14 tensors, 85,464 bytes
-      copied, whole numbers: 1
+      copied, no weights: 1
       copied, met nobody: 1
       averaged lm_head.weight <- code.safetensors: lm_head.weight
       encoded model.layers.0.mlp.up_proj.weight <- code.safetensors: model.layers.0...
       ...
-      copied position_ids <- whole numbers
+      copied position_ids <- no weights
       copied score.weight <- met nobody
 
 All functions share one namespace, `run`. It holds the flags as the command line has
@@ -37,7 +37,6 @@ them (run.lam, run.operator, ...), and what was found since:
     run.result  the Destination: where the result goes, and what lies beside it
     run.kind    self, same-shape or cross-shape
     run.tasks   a Task for each tensor of the target, in its order
-    run.reshaped, names of the target's that met a shape to which nothing is projected
     run.warnings, said at once and again at the end
     run.sink    the Output that is written to
     run.seconds of each stage
@@ -66,14 +65,15 @@ from os.path import (abspath, basename, dirname, isfile, islink, join, normpath,
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import align as ot
 import lsmerge as ls
 import train
-from chunking import (STOP, Checkpoint, Entry, Output, StateDict, appear, check_output,
-                      command, create, is_mask, is_selected, keep_freed_memory, measure,
-                      need, one_line, say, spans, standardise)
+from chunking import (STOP, Checkpoint, Entry, Output, appear, check_output, command,
+                      create, is_selected, is_weight, keep_freed_memory, measure, need,
+                      one_line, say, spans, standardise, write_tensors)
 from train import MAX_NMSE, gather, pick_device, rank_and_size, start_parser
 from vae import VAEConfig
 
@@ -88,7 +88,6 @@ FAR = 0.8               # distance of two parents over the target's norm: 1.4 (t
 SHARE = 1 << 8          # source chunks under one of the target's, at most: those under
                         # a window of 16 are then a piece
 GATE_WEIGHTS = 1 << 16  # of a tensor, in windows evenly spread: the gate takes seconds
-TABLES = ("inv_freq", "masked_bias")    # RoPE's frequencies; -inf or -1e4, in GPT-2
 # The names of PEFT, kohya and LyCORIS for what is added to weights.
 ADAPTER = r"(^|\.)lora_|lora\.(up|down)|hada_w|lokr_w|ia3_l|\.base_layer\."
 MATCH = "if they are relatives, run python experiments/tools/match.py first"
@@ -97,19 +96,16 @@ HARM = ("Merging unrelated models does harm, in our measurements 0.03 to 0.09 bi
 
 
 # --- The run, straight down -----------------------------------------------------------
-def main(argv=None, models=None):
+def main(argv=None):
     """The command. What it decides and does stands here and in `merge`, in order.
+    argv: as on the command line, without the program; None: what it was called with.
     Returns None, which is exit code 0; every error is raised, and chunking.command says
-    it.
-
-    argv:    as on the command line, without the program; None: what it was called with
-    models:  what the paths stand for, if it is open already: Checkpoints
-    """
+    it."""
     train.only_the_first_speaks()
     run = parse(argv)
     run.codecs = load_codecs(run)
     # Opening reads headers only. What is no checkpoint is refused here.
-    run.models = models or [Checkpoint(path) for path in run.paths]
+    run.models = [Checkpoint(path) for path in run.paths]
     for model in run.models:
         for name in model.entries:
             need(not re.search(ADAPTER, name), model.path, "belongs to an adapter: its "
@@ -188,30 +184,31 @@ def parallel_map(work, run, label):
     began = time.perf_counter()
     rank, size = rank_and_size()
     order = sorted(run.tasks, key=lambda task: -task.entry.numel)[rank::size]
+    numbers = [task.number for task in order]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     # Each thread holds a piece of every parent: 16 keep memory flat on a large machine.
     pool = ThreadPoolExecutor(min(threads, 16))
-    found = {}
+    found = None
     try:
-        done = pool.map(partial(work, run), order)
-        for task in tqdm(order, label, leave=False, disable=run.quiet or None):
-            found[task.number] = next(done)
-    except BaseException:
-        STOP.set()                      # threads that read notice it,
-        gather(None)                    # and so do the other processes: None, no result
-        raise
+        done = tqdm(pool.map(partial(work, run), order), label, len(order), leave=False,
+                    disable=run.quiet or None)
+        found = dict(zip(numbers, done))
     finally:
+        if found is None:
+            STOP.set()                  # threads that read notice it
         pool.shutdown(cancel_futures=True)          # waits for those that run
-        torch.set_num_threads(threads)
         STOP.clear()
+        torch.set_num_threads(threads)
+        parts = gather(found)           # None tells the other processes: no result
+    if None in parts:
+        raise SystemExit(1)                         # that process has said why
     # Every process knows all results: what follows is decided alike in all of them.
-    for part in gather(found):
-        if part is None:
-            raise SystemExit(1)                     # that process has said why
-        found.update(part)
+    everything = {}
+    for part in parts:
+        everything.update(part)
     run.seconds[label] = time.perf_counter() - began
-    return [found[task.number] for task in run.tasks]
+    return [everything[task.number] for task in run.tasks]
 
 
 # --- The plan: who meets whom (paper: Algorithm 1, line 1) ----------------------------
@@ -250,46 +247,47 @@ def plan(run):
               of the target and N sources
     """
     target, *sources = run.models
+    run.kind = "self"
+    if sources:
+        run.kind = "same-shape"
     # 1. A task for each tensor of the target, and its partner in each source.
     run.tasks = []
     for number, entry in enumerate(target.entries.values()):
         run.tasks.append(Task(entry, number, {0: entry}))
     for k, source in enumerate(sources, 1):
-        pairs = ot.pair_names(float_places(target), float_places(source),
+        theirs = weight_places(source)
+        pairs = ot.pair_names(weight_places(target), theirs,
                               partial(layer_partners, target, source))
         for task in run.tasks:
             if task.entry.name in pairs:
                 task.tensors[k] = source.entries[pairs[task.entry.name]]
-        left_out(run, source, pairs.values())
-        contradictions(run, source)
+        warn_of_lost(run, source, theirs.keys() - pairs.values(), "are left out: they "
+                     "have no place in the target")
     # 2. What happens to each; `decide` makes the run cross-shape where it must be.
-    run.kind = "self"
-    if sources:
-        run.kind = "same-shape"
-    run.reshaped = []           # what met another shape and cannot be projected
     for task in run.tasks:
         decide(run, task)
     # What is not encoded has no latents: nothing can align it, or be a control of it,
     # and --select asks for certain tensors. So norms and embeddings are averaged with
     # their partners in a merge of one shape only, where nothing of that was asked for.
     whole = run.kind == "same-shape" and run.align in ("auto", "none")
-    whole = whole and not run.control and not run.select
-    for task in run.tasks:
-        if task.action == "averaged" and not whole:
-            task.keep("not encoded")
+    if run.control or run.select or not whole:
+        for task in run.tasks:
+            if task.action == "averaged":
+                task.keep("not encoded")
     # 3. What is refused, and what is warned of. A copy of the target under another name
     # would look like a merge.
     why = reasons(run)
-    listed = ", ".join(f"{number} {reason}" for reason, number in why.items())
-    need(why.total() < len(run.tasks), target.path, f"nothing would be merged: of its "
-         f"tensors {listed}", "check --select, and the names in both files (what is "
+    need(why.total() < len(run.tasks), target.path, "nothing would be merged: of its "
+         f"tensors {dict(why)}", "check --select, and the names in both files (what is "
          "known of names stands in chunking.ROLES)")
     # A flag that would change nothing shows a wrong expectation. The command line alone
     # cannot tell it of this one: who meets whom makes the kind.
     need(run.kind == "cross-shape" or not run.source_vae, run.source_vae,
          "is not needed: equal shapes share one VAE", "drop --source-vae")
     strangers(run)
-    left_alone(run)
+    alone = {task.entry.name for task in run.tasks
+             if task.why in ("met nobody", "met another shape")}
+    warn_of_lost(run, target, alone, "stay its own: they met no partner of their shape")
     # 4. Lambda, where the command line has none. The base is no source of its own.
     n = len(sources) - bool(run.base)
     share = 1 / (n + 1)
@@ -308,30 +306,26 @@ def decide(run, task):
     An encoded tensor may meet any shape: it is projected. What is averaged must meet
     its own shape, as there is no projection of an embedding or of a norm.
     """
-    entry = task.entry
     met = task.tensors
-    alike = {k: other for k, other in met.items() if other.shape == entry.shape}
-    if is_selected(entry, run.select):
+    alike = {k: other for k, other in met.items() if other.shape == task.entry.shape}
+    if is_selected(task.entry, run.select):
         task.action = "encoded"
         if alike != met:
             run.kind = "cross-shape"
             check_shapes(run, task)
-    elif alike != met:
+    else:
         task.tensors = alike
-        run.reshaped.append(entry.name)
-    if not entry.is_float:
-        task.keep("whole numbers")
+    if not is_weight(task.entry):
+        task.keep("no weights")             # whole numbers, a mask
     elif run.kind == "self":
         return                              # merged with itself, it meets nobody
     elif len(met) == 1:
         task.keep("met nobody")
     elif len(task.tensors) == 1:
         task.keep("met another shape")
-    elif run.base:
-        # A task vector is between a source and the base, which is the last model.
-        base = len(run.models) - 1
-        if base not in task.tensors or len(task.tensors) < 3:
-            task.keep("no task vector")
+    # A task vector is between a source and the base, which is the last model.
+    elif run.base and (len(run.models) - 1 not in met or len(met) < 3):
+        task.keep("no task vector")
 
 
 def check_shapes(run, task):
@@ -353,14 +347,10 @@ def check_shapes(run, task):
              other.name)
 
 
-def float_places(model):
-    """{name: Place} of all that can be merged: whole numbers meet nobody, nor do
-    tensors without a weight, nor tables that were never trained."""
-    places = {}
-    for name, entry in model.entries.items():
-        if entry.is_float and entry.numel > 0 and not name.endswith(TABLES):
-            places[name] = entry.place
-    return places
+def weight_places(model):
+    """{name: Place} of all that can be merged: nothing else meets anybody."""
+    return {name: entry.place for name, entry in model.entries.items()
+            if is_weight(entry)}
 
 
 def layer_partners(target, source, mine, theirs):
@@ -381,44 +371,37 @@ def layer_partners(target, source, mine, theirs):
     alike = {}
     for layer in common:
         pairs = ot.pair_within_layer(mine[layer], theirs[layer])
-        if mean_cosine(target, source, pairs.items()) > RELATED:
+        if any(cosine(target, source, *pair) > RELATED for pair in pairs.items()):
             alike[layer] = layer
-    # Nearly all: one or two layers may be new, or trained hard. Of a model that lost an
-    # early layer hardly any are alike at the same number.
+    # Nearly all: of a model that lost an early layer hardly any are alike at the same
+    # number.
     if len(alike) >= 0.9 * len(common) > 0:
         return alike
     return ot.partners_by_depth(mine, theirs)
 
 
-def mean_cosine(target, source, pairs):
-    """The mean cosine of two models' weights over (target name, source name) pairs:
-    0.00 for models trained apart, 0.9 for experts of one base. NaN, which is neither
-    small nor large, if there is nothing to compare."""
-    cosines = [strip_cosines(target, source, *pair) for pair in pairs]
-    return torch.cat([torch.empty(0), *cosines]).nanmean().item()
+def cosine(target, source, mine, theirs):
+    """How alike the weights of two tensors are: the second lowest cosine of eleven
+    strips of them. RELATED, which is neither above nor below it, where that says
+    nothing: for vectors (norms are near 1 in any model), zeros, and two shapes.
 
-
-def strip_cosines(target, source, mine, theirs):
-    """The cosines of two tensors' weights, strip by strip; none for vectors (norms are
-    near 1 in any model: even those of strangers have a cosine near 1), nor for two
-    shapes.
-
-    Some strips of each tensor are enough to tell. They are spread over all of it, as a
-    model whose rows stand in another order may have its first row in place. They are 11
-    as heads are 8, 16 or 32: strips that all began where a head does would see only its
-    first row, which an order within heads may leave in place.
+    A strip of a new word may be another; two are another order. Strips are spread over
+    all of a tensor, as a model whose rows stand in another order may have its first row
+    in place. They are 11 as heads are 8, 16 or 32: strips that all began where a head
+    does would see only its first row, which an order within heads may leave in place.
     """
     entry = target.entries[mine]
+    if len(entry.shape) < 2 or entry.shape != source.entries[theirs].shape:
+        return RELATED
     cosines = []
-    if len(entry.shape) > 1 and entry.shape == source.entries[theirs].shape:
-        # A strip is whole, unless there is but one: a short one says little.
-        last = max(1, entry.numel - STRIP + 1)
-        for start in range(0, last, max(STRIP, entry.numel // STRIPS)):
-            mine_L = target.read(mine, start, start + STRIP).double()
-            theirs_L = source.read(theirs, start, start + STRIP).double()
-            # Zero has no direction: 0 / 0 is NaN, which a mean leaves out.
-            cosines.append(mine_L.dot(theirs_L) / (mine_L.norm() * theirs_L.norm()))
-    return torch.tensor(cosines)
+    # A strip is whole, unless there is but one: a short one says little.
+    last = max(1, entry.numel - STRIP + 1)
+    for start in range(0, last, max(STRIP, entry.numel // STRIPS)):
+        mine_L = target.read(mine, start, start + STRIP).double()
+        theirs_L = source.read(theirs, start, start + STRIP).double()
+        cosines.append(F.cosine_similarity(mine_L, theirs_L, dim=0, eps=0))
+    found = torch.stack(cosines).nan_to_num(RELATED).sort().values
+    return found[len(found) // STRIPS].item()
 
 
 def strangers(run):
@@ -429,148 +412,37 @@ def strangers(run):
     a copy whose MLP neurons are permuted computes the same, has cosine 1 in attention
     and 0 in gate, up and down, and its average with the target is noise. So do q and k
     whose rows are in the order of another library, the embedding of another tokenizer,
-    and experts of which some have changed places. One strip of eleven may be of a new
-    word; two are another order: so it is the second lowest strip that tells.
+    and experts of which some have changed places.
     """
     target, *sources = run.models
     for k, source in enumerate(sources, 1):
-        apart = Counter()
+        apart = {}                          # {role: a tensor}
         for task in run.tasks:
             if task.action != "copied" and k in task.tensors:
-                cosines = strip_cosines(target, source, task.entry.name,
-                                        task.tensors[k].name)
-                if (cosines < RELATED).sum() > len(cosines) // STRIPS:
-                    apart[task.entry.place.role] += 1
+                other = task.tensors[k].name
+                if cosine(target, source, task.entry.name, other) < RELATED:
+                    apart[task.entry.place.role] = other
         if apart:
-            # Each with the number of its tensors.
-            roles = ", ".join(f"{role} ({n})" for role, n in apart.items())
             run.warnings.append(f"{source.path} and the target are strangers in "
-                                f"{roles}. {HARM}; {MATCH}")
+                                f"{', '.join(apart)}. {HARM}; {MATCH}")
 
 
-def left_out(run, source, met):
-    """Warn of what a source has and the target has no place for. The source computes
-    with it, and the result does not.
-    Example:  the biases of q, k and v, where the target has none; a head of its own. A
-              vision tower is left out without a warning: text alone is merged then
-
-    met:  names of the source's tensors that met one of the target's
-    """
-    layers = {source.entries[name].place[:2] for name in met}       # (stack, layer)
-    lost = []
-    torn = []           # out of a layer that met one of the target's; and heads
-    for name in float_places(source).keys() - met:
-        entry = source.entries[name]
-        if is_mask(entry):
-            continue
-        lost.append(entry)
-        of_a_layer = entry.place.layer is not None and entry.place[:2] in layers
-        if of_a_layer or own_head(source, entry):
-            torn.append(entry)
-    share = sum(entry.numel for entry in lost) / total_weights(source)
-    # A draft layer or a tower of the source's own may well be left out; half a model,
-    # or nearly so, may not.
-    if torn or share > 0.4:
-        name = min(entry.name for entry in torn or lost)
-        run.warnings.append(f"{len(lost)} tensors of {source.path} have no place in "
-                            f"the target and are left out ({share:.0%} of its "
-                            f"weights), {name} for one")
-
-
-def own_head(source, entry):
-    """Whether it is a head, and not the embedding under another name: that has met its
-    partner."""
-    if entry.place.role != "head":
-        return False
-    for other in source.entries.values():
-        if other.place.role == "embed" and other.shape == entry.shape:
-            if digest(source, other) == digest(source, entry, other.dtype):
-                return False
-    return True
-
-
-def left_alone(run):
-    """Warn of a target most of which met no partner: the result is nearly itself. And
-    of tensors that met another shape where the rest are alike: added words make an
-    embedding longer."""
-    alone = 0
-    for task in run.tasks:
-        if task.why in ("met nobody", "met another shape", "no task vector"):
-            alone += task.entry.numel
-    if run.reshaped and run.kind == "same-shape":
-        run.warnings.append(f"{', '.join(run.reshaped[:3])}: a source has it in "
-                            "another shape (another vocabulary?), which is left out")
-    share = alone / total_weights(run.models[0])
-    if share > 0.5:
-        run.warnings.append(f"{share:.0%} of the target's weights met no partner, and "
-                            "stay its own: see --dry-run")
-
-
-def total_weights(model):
-    """Of all tensors, whole numbers among them; at least 1, to be divided by."""
-    return max(1, sum(entry.numel for entry in model.entries.values()))
-
-
-# What config.json says of the weights' meaning: the same numbers compute something else
-# under another of these.
-MEANING = ("num_attention_heads num_key_value_heads n_head n_heads num_heads "
-           "encoder_attention_heads decoder_attention_heads head_dim "
-           "rope_theta rope_type factor rotary_pct partial_rotary_factor "
-           "position_embedding_type hidden_act hidden_activation activation_function "
-           "id2label")
-
-
-def contradictions(run, source):
-    """Warn if two models' config.json tell the meaning of their weights apart. What
-    one of them does not say (the default of its family) tells nothing.
-
-    Example:  equal shapes, 32 heads of 128 and 64 of 64: no weight of q is in place
-    """
-    mine = config_of(run.models[0])
-    theirs = config_of(source)
-    apart = []
-    for key in MEANING.split():
-        unsaid = mine.get(key) is None or theirs.get(key) is None
-        if not unsaid and mine[key] != theirs[key]:
-            apart.append(f"{key} ({str(theirs[key])[:40]}, here {str(mine[key])[:40]})")
-    if apart:
-        run.warnings.append(f"config.json of {source.path} differs in "
-                            f"{', '.join(apart)}: its weights mean something else")
-
-
-def config_of(model):
-    """What config.json beside the weights says of a language model; {} if nothing. What
-    it says of positions stands in three places, by the version of transformers."""
-    try:
-        with open(join(dirname(model.files[0]), "config.json"), "rb") as file:
-            config = json.load(file)
-        for part in ("text_config", "rope_scaling", "rope_parameters"):
-            config |= config.get(part) or {}
-        if "LABEL_0" in str(config.get("id2label")):
-            del config["id2label"]      # nobody has given them names
-        return config
-    except (OSError, ValueError, TypeError, AttributeError, IndexError):
-        return {}               # no such file; no JSON; no object; a state dict
+def warn_of_lost(run, model, names, what):
+    """Warn of weights that are in one model only.  Example: the biases of q, k and v,
+    where the target has none; a head; a vision tower; an embedding of another
+    vocabulary."""
+    if names:
+        lost = sum(model.entries[name].numel for name in names)
+        total = sum(entry.numel for entry in model.entries.values())
+        run.warnings.append(f"{len(names)} tensors of {model.path} ({lost / total:.1%} "
+                            f"of its weights), {min(names)} for one, {what}")
 
 
 # --- Statistics and ties --------------------------------------------------------------
 def measure_task(run, task):
     """The task with the statistics of its parents. All that enters the result is read
     here, so that NaN and Inf are refused before any work. What is only copied may hold
-    them, as may a mask of -inf that is equal in all models.
-    Example:  norms that no fine-tune has touched: "copied, equal in all"
-    """
-    if task.action == "averaged":
-        # In the target's dtype: a source that was saved in another one may be equal.
-        # But a task vector may be scaled: there nothing is rounded before.
-        dtype = task.entry.dtype
-        if run.base:
-            dtype = torch.float64
-        digests = set()
-        for k, entry in task.tensors.items():
-            digests.add(digest(run.models[k], entry, dtype))
-        if len(digests) == 1:
-            task.keep("equal in all")
+    them."""
     if task.action == "copied":
         return task
     for k, entry in task.tensors.items():
@@ -588,66 +460,33 @@ def measure_task(run, task):
     return task
 
 
-def digest(model, entry, dtype=None):
-    """A fingerprint of a tensor: equal for tensors that are equal, bit for bit, in this
-    dtype (its own)."""
-    dtype = dtype or entry.dtype
-    found = hashlib.sha256(f"{dtype} {entry.shape}".encode())
+def digest(model, entry):
+    """A fingerprint of a tensor: equal for tensors that are equal, bit for bit."""
+    found = hashlib.sha256(f"{entry.dtype} {entry.shape}".encode())
     for start, stop in spans(entry.numel):
-        piece_L = model.read(entry.name, start, stop).to(dtype)
-        found.update(piece_L.view(torch.uint8).numpy())
+        found.update(model.read(entry.name, start, stop).view(torch.uint8).numpy())
     return found.digest()
 
 
 def tie(run):
-    """A matrix outside the layers that the target holds twice (an embedding and its
-    redundant head) is merged once: the other is a copy of the result, so that both stay
-    equal.
+    """A matrix that the target holds twice (an embedding and its redundant head) is
+    merged once: the other is a copy of the result, so that both stay equal.
 
-    Of those that are equal bit for bit in the target, one that has partners leads, the
-    embedding before its head. Another follows if it has none, or is a head. Without an
-    embedding among the two they may be equal by accident (two classifiers, or a model
-    and its moving average, at the start), as may constants: they are merged each for
-    itself.
+    Of those that are equal bit for bit in the target, one that is merged leads, the
+    embedding before its head. Two heads may be equal by accident (both at the start of
+    a training): they are merged each for itself.
     """
-    alone = ("met nobody", "not encoded")
-
     def comes_later(task):
-        return task.why in alone, task.entry.place.role != "embed"
+        return task.action == "copied", task.entry.place.role != "embed"
 
     leaders = {}
     for task in sorted(run.tasks, key=comes_later):
-        entry = task.entry
-        if entry.place.layer is None and len(entry.shape) > 1 and entry.numel > 0:
-            leader = leaders.setdefault(digest(run.models[0], entry), task)
-            accident = leader.action != "copied" and leader.tensors[0].constant
-            if "embed" not in (leader.entry.place.role, entry.place.role):
-                accident = True
-            if leader is task or leader.why in alone or accident:
-                continue
-            if task.why in alone or entry.place.role == "head":
-                told_apart(run, task, leader)
-                leader.tied += (entry.name,)
+        role = task.entry.place.role
+        if role in ("embed", "head") and len(task.entry.shape) > 1:
+            leader = leaders.setdefault(digest(run.models[0], task.entry), task)
+            if leader is not task and "embed" in (role, leader.entry.place.role):
+                leader.tied += (task.entry.name,)
                 task.keep("tied to another")
-
-
-def told_apart(run, task, leader):
-    """Warn if a source has a head of its own where the target's is its embedding.
-    Example:  a fine-tune that untied and trained its head: the result has one matrix
-              for both, the average of the embeddings
-    """
-    for k in task.tensors.keys() - {0}:
-        model = run.models[k]
-        # What the head would equal if they were tied there, too. An embedding that is
-        # equal in all models meets nobody any more: it is the target's.
-        embedding = (run.models[0], leader.entry)
-        if k in leader.tensors:
-            embedding = (model, leader.tensors[k])
-        dtype = task.entry.dtype
-        if digest(model, task.tensors[k], dtype) != digest(*embedding, dtype):
-            run.warnings.append(f"{task.entry.name} equals {leader.entry.name} in the "
-                                f"target and in the result; that of {model.path} does "
-                                "not, and is left out")
 
 
 # --- The codec, and whether it can carry these weights --------------------------------
@@ -667,29 +506,21 @@ def load_codecs(run):
 
 def train_codec(run):
     """--init random: the paper's VAE, from its random start and by train.py's own
-    defaults, on all that is to be encoded. It goes to --save-vae, or is forgotten.
+    defaults, on the models that are merged. It goes to --save-vae, or is forgotten.
     Under torchrun all processes train it together, and come to the same weights."""
     began = time.perf_counter()
-    parents = []
-    for k, model in enumerate(run.models):
-        encoded = [task.tensors[k] for task in run.tasks
-                   if task.action == "encoded" and k in task.tensors]
-        parents.append((model, encoded))
-    need(any(encoded for _, encoded in parents), run.models[0].path, "nothing is "
-         "encoded, so that there is nothing to train on", "drop --init")
-    device = pick_device(run.device)
-    schedule = train.Schedule(seed=run.seed, device=device, dtype=run.dtype,
-                              quiet=run.quiet)
+    parents = [(model, train.measure_selected(model, run.select))
+               for model in run.models]
+    schedule = train.Schedule(seed=run.seed, device=pick_device(run.device),
+                              dtype=run.dtype, quiet=run.quiet)
     vae, stages = train.train_vae(parents, VAEConfig(), schedule)
     say(*map(train.describe_stage, stages))
     if run.save_vae and rank_and_size()[0] == 0:
         train.save_vae(run.save_vae, vae, stages, schedule, run.force,
                        trained_on=names_of(run), select=run.select)
-    elif not run.save_vae:
-        say("note: this VAE is for this merge alone; --save-vae FILE keeps it")
     if stages[-1]["ended"] == "interrupted":
         raise KeyboardInterrupt                 # no merge with half a codec
-    codec = ls.Codec(vae, device, getattr(torch, run.dtype))
+    codec = ls.Codec(vae, schedule.device, getattr(torch, run.dtype))
     run.codecs = [codec, codec]
     run.vae = "trained here"
     run.seconds["train"] = time.perf_counter() - began
@@ -726,23 +557,17 @@ def round_trip(run, task):
     With x the standardised weights, of variance 1, and e = D(E(x)) - x:
 
         nmse_k      mean(e_k^2)
-        entered_k   c_k^2 (median(e_k^2) + noise)       the error that enters the result
-        unit        max_k c_k^2 median((x_k - mean)^2)  the largest spread that does
-        typical_k   entered_k / unit
+        typical_k   (median(e_k^2) + noise) / max_k median(x_k^2)
 
     NMSE weighs variance, not weights: beside one outlier of 1e4 standard deviations all
     others may be lost at an NMSE of 3e-4. So the weight in the middle is looked at,
-    too. The unit is the largest spread, as a target near zero is none for a source that
-    is not, unless lambda is 0. The noise is that of K draws, each with the posterior's
-    variance, near beta.
-
-    Example:  spreads 1e-8 and 0.45. At lambda 0.5 the unit is 0.45; at lambda 0 it is
-              1e-8, and a median(e^2) of 1e-7 is refused
+    too. Its unit is the largest spread of the parents, as a target near zero is none
+    for a source that is not.
     """
     if task.action != "encoded" or not run.codecs:
         return []
-    errors = []         # (mean, middle) of each parent's squares
-    spreads = []
+    squares = []        # of the errors, of each parent
+    unit = 1e-9         # of the variance, 1: float32 itself loses 1e-14 of it
     for parent in parents_of(run, task):
         stats = parent.stats
         # Whole windows: a chunk is lost as in the merge, beside the same neighbours.
@@ -753,23 +578,17 @@ def round_trip(run, task):
         z_NZ = parent.codec.encode(flat_L, stats)
         decoded_L = parent.codec.decode(z_NZ, stats, len(flat_L)).cpu()
         x_L = standardise(flat_L, stats).double()
-        squares_L = (standardise(decoded_L, stats) - x_L).square()
-        middle = squares_L.median()
-        if run.samples:
-            middle += parent.codec.vae.config.beta / run.samples
-        errors.append((squares_L.mean(), middle))
-        # Without zeros, which are pruned weights. Where all others are equal (a matrix
-        # of zeros and ones), the variance stands for it, which is 1.
-        x_L = x_L[flat_L != 0]
-        spread = (x_L - x_L.mean()).square().median().nan_to_num()
-        spreads.append(spread or torch.ones_like(spread))
-    shares = torch.tensor(shares_of(run, task)).square()
-    # At least 1e-9 of the variance, 1: float32 itself loses 1e-14 of it.
-    unit = max((shares * torch.stack(spreads)).max(), 1e-9)
+        squares.append((standardise(decoded_L, stats) - x_L).square())
+        # Without zeros, which are pruned weights. (NaN, of none, is not above a unit.)
+        unit = max(unit, x_L[flat_L != 0].square().median().item())
+    # Draws are noise, each with the posterior's variance, near beta.
+    noise = 0.0
+    if run.samples:
+        noise = run.codecs[0].vae.config.beta / run.samples
     losses = []
-    for (k, stats), (mean, middle), share in zip(task.tensors.items(), errors, shares):
-        typical = share * middle / unit
-        losses.append(Loss(k, stats.name, stats.numel, mean.item(), typical.item()))
+    for (k, stats), square_L in zip(task.tensors.items(), squares):
+        typical = (square_L.median().item() + noise) / unit
+        losses.append(Loss(k, stats.name, stats.numel, square_L.mean().item(), typical))
     return losses
 
 
@@ -786,10 +605,14 @@ def check_codec(run):
     losses = sum(parallel_map(round_trip, run, "codec"), [])
     trip = {"nmse": None, "worst": {"name": None, "nmse": None}}
     gates = []
-    for k in range(len(run.models)):
+    # Only such remedies as would change something.
+    fix = "a VAE trained for longer or at a lower ratio"
+    if run.vae != "exact":
+        fix = f"--vae exact, or {fix}"
+    if not run.residual:
+        fix = f"--residual, {fix}"
+    for k in sorted({loss.model for loss in losses}):
         mine = [loss for loss in losses if loss.model == k]
-        if not mine:
-            continue
         # The mean over weights, not over tensors: a small one counts little.
         weights = sum(loss.numel for loss in mine)
         nmse = sum(loss.nmse * loss.numel for loss in mine) / weights
@@ -797,28 +620,19 @@ def check_codec(run):
         if k == 0:
             trip = {"nmse": nmse, "worst": {"name": worst.name, "nmse": worst.nmse}}
         # Residuals are of weights, so they fit only where chunk j meets chunk j.
-        unaligned = run.kind == "same-shape" and run.align in ("auto", "none")
-        if run.residual and (k == 0 or unaligned):
+        aligned = run.kind == "cross-shape" or run.align not in ("auto", "none")
+        if run.residual and not (k > 0 and aligned):
             continue
         # But a tensor that is small may still be lost as a whole.
         lost = max(mine, key=lambda loss: loss.typical)
-        gates.append(gate(run, k, "NMSE", nmse, worst.name))
-        gates.append(gate(run, k, "typical error", lost.typical, lost.name))
+        for what, value, name in (("NMSE", nmse, worst.name),
+                                  ("typical error", lost.typical, lost.name)):
+            need(value <= run.max_nmse, run.models[k].path, "the codec would lose too "
+                 f"much ({what} {value:.2g} > {run.max_nmse:g}); nothing was merged",
+                 fix, name)
+            gates.append({"name": f"{what}, {names_of(run)[k]}", "passed": True,
+                          "value": value, "bound": run.max_nmse})
     return gates, trip
-
-
-def gate(run, k, what, value, name):
-    """The record of a gate that model k has passed; an error if it has not. The error
-    names the tensor that is worst, and only such remedies as would change something."""
-    fix = "a VAE trained for longer or at a lower ratio"
-    if run.vae != "exact":
-        fix = f"--vae exact, or {fix}"
-    if not run.residual:
-        fix = f"--residual, {fix}"
-    need(value <= run.max_nmse, run.models[k].path, f"the codec would lose too much "
-         f"({what} {value:.2g} > {run.max_nmse:g}); nothing was merged", fix, name)
-    return {"name": f"{what}, {names_of(run)[k]}", "passed": True, "value": value,
-            "bound": run.max_nmse}
 
 
 # --- The merge of a tensor ------------------------------------------------------------
@@ -897,12 +711,10 @@ def coefficients_of(run, task, vectors, steps):
 
 
 def distances(run, task, readers, coefficients, start, piece_L):
-    """{(from, to): squared distance} of a merged piece. Squares add up over pieces and
-    tensors; the report takes the root.
-
-    "result" or "target" to k, the k-th model; to "average", what --space weight gives;
-    and the target to "zero", which is its norm. Across shapes there is no distance but
-    to the target.
+    """{to whom: squared distance} of a merged piece: to k, the k-th model; to
+    "average", what --space weight gives; and the target's own to zero, "norm". Squares
+    add up over pieces and tensors; the report takes the root. Across shapes there is no
+    distance but to the target.
     """
     def square(one_L, other_L):         # in float64: it may leave float32
         return (one_L.double() - other_L.double()).square().sum().item()
@@ -910,14 +722,12 @@ def distances(run, task, readers, coefficients, start, piece_L):
     if run.kind == "cross-shape":
         readers = readers[:1]
     raw = [read(start, start + len(piece_L)) for read in readers]
-    squares = {("target", "zero"): square(raw[0], torch.zeros(1))}
+    squares = {"norm": square(raw[0], torch.zeros(1))}
     for k, raw_L in zip(task.tensors, raw):
-        squares["result", k] = square(piece_L, raw_L)
-        squares["target", k] = square(raw[0], raw_L)
+        squares[k] = square(piece_L, raw_L)
     if run.kind == "same-shape":
         average_L = ls.combine(raw, coefficients, task.entry)
-        squares["result", "average"] = square(piece_L, average_L)
-        squares["target", "average"] = square(raw[0], average_L)
+        squares["average"] = square(piece_L, average_L)
     return squares
 
 
@@ -945,17 +755,15 @@ def facts_of(run):
     ratio = None
     if run.codecs:
         ratio = run.codecs[0].vae.config.true_ratio
-    tensors = Counter(encoded=0, averaged=0, copied=0, total=len(run.tasks))
-    size = 0
+    tensors = Counter(encoded=0, averaged=0, copied=0, weights_encoded=0)
     for task in run.tasks:
-        weights = task.entry.numel
+        tensors["total"] += 1
+        tensors["weights_total"] += task.entry.numel
         tensors[task.action] += 1
-        tensors["weights_total"] += weights
-        tensors["weights_encoded"] += weights * (task.action == "encoded")
-        size += task.entry.nbytes
+        if task.action == "encoded":
+            tensors["weights_encoded"] += task.entry.numel
     facts = {"version": VERSION, "lambda": run.lam, "align": align, "ratio": ratio,
-             "codec": basename(run.vae or "none"),
-             "tensors": dict(tensors), "bytes": size}
+             "codec": basename(run.vae or "none"), "tensors": dict(tensors)}
     for flag in ("kind operator space control samples seed residual select").split():
         facts[flag] = getattr(run, flag)
     return facts
@@ -964,10 +772,8 @@ def facts_of(run):
 def make_report(run, gates, trip, results):
     """The JSON report: the facts, and what was measured.
 
-    distance: Frobenius norms over the encoded tensors, over the target's norm; null
-    where undefined. Of the result: to_target, to_source, to_average, which is what
-    --space weight gives. Of the target, before anything is merged: to that average
-    (average_to_target), and to each source (source_to_target).
+    distance: of the result, in Frobenius norms over the encoded tensors, over the
+    target's norm; null where undefined.
     Example:  parents 0.27 apart, lambda 0.5: to_target 0.14, to_source [0.14],
               to_average 6e-4, which is the codec's error
     """
@@ -978,20 +784,16 @@ def make_report(run, gates, trip, results):
         records += transports
     far = {}
     # Not where the target is zero or too large, nor where nothing was encoded.
-    norm = squares["target", "zero"]
-    for pair, value in squares.items():
+    norm = squares["norm"]
+    for whom, value in squares.items():
         if 0 < norm < math.inf and math.isfinite(value / norm):
-            far[pair] = math.sqrt(value / norm)
-    sources = range(1, len(run.lam) + 1)
+            far[whom] = math.sqrt(value / norm)
+    sources = [far.get(k) for k in range(1, len(run.lam) + 1)]
     return facts_of(run) | {
         "inputs": names_of(run), "output": basename(normpath(run.output)),
         "roundtrip": trip, "gates": gates, "seconds": run.seconds,
-        "distance": {
-            "to_target": far.get(("result", 0)),
-            "to_average": far.get(("result", "average")),
-            "to_source": [far.get(("result", k)) for k in sources],
-            "average_to_target": far.get(("target", "average")),
-            "source_to_target": [far.get(("target", k)) for k in sources]},
+        "distance": {"to_target": far.get(0), "to_source": sources,
+                     "to_average": far.get("average")},
         "alignment": records,
         "unpaired": [task.entry.name for task in run.tasks if task.why == "met nobody"]}
 
@@ -1000,22 +802,20 @@ def print_plan(run):
     """What is done, for people: counts first, then why tensors are copied, then what
     lies beside the weights. The top of this file shows an example."""
     facts = facts_of(run)
-    count = facts["tensors"]
     lam = ", ".join(f"{value:g}" for value in run.lam) or "none"
     ratio = ""
-    if facts["ratio"]:
+    if run.codecs:
         ratio = f" (r = {facts['ratio']:g})"
-    say(f"{run.kind}: {run.operator} in {run.space} space, lambda {lam}, "
-        f"align {facts['align']}, codec {facts['codec']}{ratio}",
-        f"{count['encoded']} in {run.space} space + {count['averaged']} averaged + "
-        f"{count['copied']} copied = {count['total']} tensors, "
-        f"{facts['bytes']:,} bytes")
+    size = sum(task.entry.nbytes for task in run.tasks)
+    say("{kind}: {operator} in {space} space, lambda {lam}, align {align}, "
+        "codec {codec}{r}".format(**facts, lam=lam, r=ratio),
+        "{encoded} in {space} space + {averaged} averaged + {copied} copied = {total} "
+        "tensors, {size:,} bytes".format(**facts["tensors"], **facts, size=size))
     for why, number in reasons(run).items():
         say(f"  copied, {why}: {number}")
     if run.result.files:
-        along = ", ".join(["README.md (a card of the merge)", *run.result.along])
-        say(f"beside the weights: {along}; not taken along: "
-            f"{', '.join(run.result.behind) or 'none'}")
+        say("beside the weights: " + ", ".join(run.result.files[1:]),
+            "not taken along: " + (", ".join(run.result.behind) or "none"))
 
 
 def reasons(run):
@@ -1027,10 +827,8 @@ def print_pairs(run):
     """--dry-run: who meets whom, by the names in the files; then what is copied."""
     # What is merged first, then what is copied, each in the target's order.
     for task in sorted(run.tasks, key=lambda task: task.action == "copied"):
-        met = []
-        for k, other in task.tensors.items():
-            if k > 0:
-                met.append(f"{run.models[k].path}: {other.name}")
+        met = [f"{run.models[k].path}: {other.name}"
+               for k, other in task.tensors.items() if k > 0]
         why = task.why or ", ".join(met) or "itself"
         say(one_line(f"  {task.action} {task.entry.name} <- {why}"))
 
@@ -1052,15 +850,15 @@ def print_report(report):
         say(f"round trip of the target: NMSE {trip['nmse']:.1e}, its worst tensor "
             f"{trip['worst']['nmse']:.1e}")
     far = report["distance"]
+    values = {"the target": far["to_target"],
+              "the same operator on weights": far["to_average"]}
+    for k, value in enumerate(far["to_source"], 1):
+        values[f"source {k}"] = value
     what = f"the {report['tensors']['encoded']} in {report['space']} space"
-    names = ["the target", "the same operator on weights"]
-    names += [f"source {k}" for k in range(1, len(far["to_source"]) + 1)]
-    values = [far["to_target"], far["to_average"], *far["to_source"]]
-    for name, value in zip(names, values):
+    for name, value in values.items():
         if value is not None:
             say(f"distance to {name}: {value:.4f} of the target's norm, over {what}")
-    seconds = sum(report["seconds"].values())
-    say(f"{seconds:.1f} seconds")
+    say(f"{sum(report['seconds'].values()):.1f} seconds")
 
 
 def late_warnings(run, report):
@@ -1070,16 +868,18 @@ def late_warnings(run, report):
     """
     far = report["distance"]
     warnings = []
-    plain = report["align"] == "none" and not run.control
-    if not any(run.lam) or not plain or far["average_to_target"] is None:
+    plain = report["align"] == "none" and not run.control and any(run.lam)
+    if not plain or None in (far["to_average"], far["to_target"]):
         return warnings                         # there is nothing to compare with
-    for k, way in enumerate(far["source_to_target"], 1):
-        if way is not None and way > FAR:
-            warnings.append(f"source {k} is {way:.2f} of the target's norm away. "
-                            f"{HARM}")
-    # Draws are noise on purpose: with --samples it is no error of the codec.
-    drowned = 0 < far["average_to_target"] < far["to_average"]
-    if drowned and not run.samples:
+    for k, value in enumerate(far["to_source"], 1):
+        # The result stands between both: so far are they apart.
+        if value is not None and value + far["to_target"] > FAR:
+            warnings.append(f"source {k} and the target are over {FAR} of the target's "
+                            f"norm apart. {HARM}")
+    # The way to the target, squared, is that of the average and the codec's error,
+    # squared: where the error is the larger one, it is over sqrt(1/2) of the whole way.
+    # (Draws are noise on purpose: with --samples it is no error of the codec.)
+    if far["to_average"] > 0.71 * far["to_target"] and not run.samples:
         warnings.append("the codec's error exceeds the difference that was merged: add "
                         "--residual, or take --vae exact in float32")
     return warnings
@@ -1095,8 +895,8 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".
 
 
 def companions(model):
-    """(files that go along with the weights, files that stay behind), as paths relative
-    to a model's folder. The weights themselves are neither: the result has its own. The
+    """(files that go along with the weights, what stays behind), as paths relative to a
+    model's folder. The weights themselves are neither: the result has its own. The
     model card is written anew.
 
     All goes along but weights, states of a training, and sub-folders that hold weights:
@@ -1107,28 +907,28 @@ def companions(model):
               1_Pooling/config.json        along
               2_Dense/model.safetensors    along: a part of the model
               optimizer.pt                 behind: of a training
-              checkpoint-500/config.json   behind, with the weights beside it
+              checkpoint-500               behind, with all that it holds
     """
     along = []
     behind = []
     for where, folders, names in os.walk(model.folder):
-        folders[:] = [name for name in folders if name[0] != "."]
+        folders[:] = [name for name in folders if name[0] != "."]      # .git, .cache
         sub = relpath(where, model.folder)
         part = sub[0].isdigit()
-        own = sub != "." and any(name.endswith(WEIGHTS) for name in names)
-        # os.walk does not enter links to folders: they are named among the files.
-        links = [name for name in folders if islink(join(where, name))]
-        for name in sorted(names + links):
+        weights = [name for name in names if name.endswith(WEIGHTS) and not part]
+        if weights and sub != ".":
+            behind.append(sub)
+            folders.clear()
+            continue
+        for name in sorted(names):
+            file = join(where, name)
             path = normpath(join(sub, name))
-            weights = not part and (own or name.endswith(WEIGHTS))
-            if abspath(join(where, name)) in model.files:
+            if abspath(file) in model.files or path == "README.md" or name[0] == ".":
                 continue
-            if weights or not isfile(join(where, name)):
+            if name in weights or not isfile(file):
                 behind.append(path)
-            elif name[0] != "." and path != "README.md":
+            else:
                 along.append(path)
-        if own and not part:
-            folders.clear()             # what lies in a checkpoint belongs to it
     return along, behind
 
 
@@ -1187,33 +987,25 @@ def check_outputs(run):
     """Decide where the result goes. All outputs are checked before any work."""
     run.result = Destination(run.models[0], run.output)
     run.output = run.result.path
-    held = run.result.files
-    for file in run.result.along:
-        if file.endswith(WEIGHTS):      # of a part: 2_Dense/model.safetensors
-            run.warnings.append(f"{file} goes along as it is, the target's own: merge "
-                                "it by itself")
     if run.dry_run:
         return
     # What must not be overwritten: all files that are read, shards and indexes too.
     others = []
     for each in (*run.models, *run.codecs):
         others += each.files
+    held = run.result.files                     # only the result may be a folder
     for flag, path in (("-o", run.output), ("--save-vae", run.save_vae),
                        ("--report", run.report)):
         if path:
             check_output(path, others, run.force, flag, held)
-            # A file in a model's folder would be taken for a part of that model.
-            folders = [realpath(each.folder) for each in run.models if each.folder]
-            need(held or dirname(realpath(path)) not in folders, path,
-                 "lies in the folder of an input", f"choose another {flag}")
             others.append(path)
-            held = None             # only the result may be a folder
+            held = None
     # A killed run (kill -9, a power cut) leaves its hidden folder. Whether that run has
     # ended only its user knows: it is named, not deleted.
     litter = join(glob.escape(dirname(realpath(run.output))), ".lsmerge-*")
     for left in glob.glob(litter):
-        number = left.split("-")[-2]
-        say(f"note: {left} is of process {number}: delete it once that has ended")
+        say(f"note: {left} is of process {left.split('-')[-2]}: delete it once that "
+            "has ended")
 
 
 # --- The command line -----------------------------------------------------------------
@@ -1236,7 +1028,7 @@ def parse(argv):
         help="weight: the same operator without a codec")
     add("--samples", type=int, metavar="K", help="average K posterior draws of each "
         f"parent ({SAMPLES} for TARGET alone, else 0: the mean)")
-    add("--align", choices=("auto", *ot.ALIGNERS), default="auto",
+    add("--align", choices=ot.ALIGNERS, default="auto",
         help="auto: none for equal shapes, gaussian for others")
     add("--epsilon", type=float, default=ot.EPSILON,
         help="Sinkhorn's regularisation, over the largest cost (%(default)s)")
@@ -1280,14 +1072,14 @@ def check_usage(run, parser):
     """What the command line alone decides. A flag that would change nothing is refused,
     as it shows a wrong expectation.
 
-    rules:    (it holds, why, flags of no use). A flag counts as given if it differs
-              from its default
     Example:  --space weight --vae FILE: "there is no codec: drop --vae"
     """
     n = len(run.paths) - 1
     codec = ("vae source-vae init save-vae max-nmse samples roundtrip residual dtype "
              "device align control epsilon")
     operator = run.operator
+    # (it holds, why, flags of no use). A flag counts as given if it differs from its
+    # default.
     rules = [
         (n == 0, "there is no source",
          "lam align control source-vae operator base space"),
@@ -1308,69 +1100,52 @@ def check_usage(run, parser):
             name = flag.replace("-", "_")
             if holds and getattr(run, name) != parser.get_default(name):
                 parser.error(f"{why}: drop --{flag}")
-    # So put, NaN is refused, too.
-    if not (0 < run.epsilon < math.inf and 0 < run.max_nmse < math.inf):
-        parser.error("--epsilon and --max-nmse must be positive and finite")
-    if not (0 <= (run.samples or 0) <= 4096 and 0 <= run.seed < 2 ** 32):
-        parser.error("--samples must be from 0 to 4096, --seed from 0 to 2^32 - 1")
-    if run.roundtrip and n > 0:
-        parser.error("--roundtrip takes TARGET alone")
-    if operator == "slerp" and n != 1:
-        parser.error("slerp takes TARGET and one SOURCE")
-    if operator == "task-arithmetic" and not run.base:
-        parser.error("task arithmetic needs --base")
-    if run.lam is None:
-        return
-    if len(run.lam) == 1:
+    if run.lam and len(run.lam) == 1:
         run.lam = run.lam * n           # one for all
-    if len(run.lam) != n:
-        parser.error(f"--lam has {len(run.lam)} values for {n} sources")
+    # (it holds, what is wanted). So put, NaN is refused, too.
+    right = [
+        (0 < run.epsilon < math.inf, "--epsilon must be positive and finite"),
+        (0 < run.max_nmse < math.inf, "--max-nmse must be positive and finite"),
+        (0 <= (run.samples or 0) <= 4096, "--samples must be from 0 to 4096"),
+        (0 <= run.seed < 2 ** 32, "--seed must be from 0 to 2^32 - 1"),
+        (not run.roundtrip or n == 0, "--roundtrip takes TARGET alone"),
+        (operator != "slerp" or n == 1, "slerp takes TARGET and one SOURCE"),
+        (operator != "task-arithmetic" or run.base, "task arithmetic needs --base"),
+        (run.lam is None or len(run.lam) == n, f"--lam must have {n} values")]
+    for holds, wanted in right:
+        if not holds:
+            parser.error(wanted)
     # The operators know what lambda may be: 0 to 1 and a sum of at most 1, or any
     # number within reason.
     coefficients = ls.convex_coefficients
     if run.base:
         coefficients = ls.task_coefficients
     try:
-        coefficients(run.lam)
+        coefficients(run.lam or [])
     except ValueError as error:
         parser.error(f"--lam: {error}")
 
 
 # --- From Python ----------------------------------------------------------------------
-def merge_state_dicts(target, *sources, base=None, **flags):
-    """What the command does, for state dicts: {name: tensor}, all of them new. Flags by
-    their names, but for output and dry_run; what is printed is not printed.
+def merge_state_dicts(target, *sources, **flags):
+    """What the command does, for state dicts: {name: tensor}, all of them new. The
+    command's flags by their names, with values; what is printed is not printed.
     Example:  merge_state_dicts(a, b, lam=0.3, vae="exact")
-    Raises:   CheckpointError; ValueError for what would be a usage error
+    Raises:   CheckpointError; SystemExit for what is a usage error of the command
     """
-    if "output" in flags or "dry_run" in flags:
-        raise ValueError("the result is returned: no output, no dry_run")
-    models = [StateDict(target, "target")]
-    for k, source in enumerate(sources, 1):
-        models.append(StateDict(source, f"source {k}"))
-    # The words of a command line, whose paths are the names of what is open already.
-    argv = [model.path for model in models]
-    if base is not None:
-        models.append(StateDict(base, "base"))
-        flags["base"] = "base"
-    for name, value in flags.items():
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, (list, tuple)):
-            value = ",".join(map(str, value))               # lam=[0.2, 0.3]
-        if value is True:
-            argv.append(flag)
-        elif value is not None and value is not False:
-            argv.append(f"{flag}={value}")
     with tempfile.TemporaryDirectory() as folder:
-        result = join(folder, "merged.safetensors")
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                main([*argv, "--quiet", f"--output={result}"], models)
-        except SystemExit as leaving:
-            if leaving.code != 2:
-                raise
-            raise ValueError("wrong flags: see the line on stderr") from None
-        merged = Checkpoint(result)
+        argv = ["--quiet", "--output", join(folder, "merged.safetensors")]
+        for name, value in flags.items():
+            argv.append(f"--{name.replace('_', '-')}={value}")
+        names = ["target"]
+        names += [f"source{k}" for k in range(1, len(sources) + 1)]
+        for name, tensors in zip(names, (target, *sources)):
+            path = join(folder, f"{name}.safetensors")
+            write_tensors(path, tensors, {})
+            argv.append(path)
+        with contextlib.redirect_stdout(io.StringIO()):
+            main(argv)
+        merged = Checkpoint(argv[2])
         return {name: merged.read_tensor(name) for name in target}
 
 

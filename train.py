@@ -40,7 +40,6 @@ import random
 import re
 import sys
 import time
-import warnings
 from dataclasses import asdict, dataclass, fields
 from os.path import basename, exists, normpath
 
@@ -114,8 +113,6 @@ def train_vae(parents, config, schedule=Schedule(), log=lambda figures: None,
     """
     keep_freed_memory()
     gather(None)        # under torchrun: the processes meet
-    need(schedule.batch >= rank_and_size()[1], "--batch", "is smaller than the number "
-         "of processes", "raise it")
     vae = copy.deepcopy(start) or VAE(config).start(generator_for(schedule.seed))
     vae.to(schedule.device)
     windows = Windows(parents, vae.config, schedule)
@@ -331,6 +328,14 @@ class Windows:
         return x_BL.view(self.shape), real_BL.view(self.shape)  # (B, T C) -> (B, T, C)
 
 
+def measure_selected(checkpoint, select=None):
+    """[TensorStats] of what a VAE is trained on: all that would be encoded."""
+    names = [entry.name for entry in checkpoint.entries.values()
+             if is_selected(entry, select)]
+    need(names, checkpoint.path, "no tensor is selected", "change --select")
+    return [measure(checkpoint, name) for name in names]
+
+
 def save_vae(path, vae, stages, schedule, force, **facts):
     """The VAE file: its weights, and as JSON in the header its configuration and how it
     was trained. No pickle, and nothing of the run: same inputs and seed, same bytes.
@@ -374,10 +379,8 @@ def regex(value):
     Example:  'a{99999999999}' is an OverflowError, 3000 brackets a RecursionError
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")      # '[[:alpha:]]' is no class in Python
-            re.compile(value)
-    except (re.error, OverflowError, RecursionError, Warning) as error:
+        re.compile(value)
+    except (re.error, OverflowError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"is no pattern: {error}") from None
     return value
 
@@ -462,11 +465,9 @@ def main(argv=None):
     for path in a.checkpoints:
         checkpoint = Checkpoint(path)
         inputs += checkpoint.files
-        names = [entry.name for entry in checkpoint.entries.values()
-                 if is_selected(entry, a.select)]
-        need(names, path, "no tensor is selected", "change --select")
-        parents.append((checkpoint, [measure(checkpoint, name) for name in names]))
-        say(f"{path}: {len(names)} tensors")
+        selected = measure_selected(checkpoint, a.select)
+        parents.append((checkpoint, selected))
+        say(f"{path}: {len(selected)} tensors")
     check_output(a.output, inputs, a.force)
     if a.log:
         check_output(a.log, [*inputs, a.output], a.force, "--log")
@@ -486,11 +487,8 @@ def main(argv=None):
     if stages[-1]["ended"] == "interrupted":
         return 130                          # as shells expect
     if stages[-1]["nmse"] > MAX_NMSE:
-        fix = "train for longer"
-        if vae.config.true_ratio > 1:
-            fix = "train for longer, or at a lower --ratio"
-        say("warning: merge.py refuses a codec whose NMSE is above "
-            f"{MAX_NMSE:g}: {fix}", stream=sys.stderr)
+        say(f"warning: merge.py refuses a codec whose NMSE is above {MAX_NMSE:g}: "
+            "train for longer, or at a ratio nearer to 1", stream=sys.stderr)
     return 0
 
 
