@@ -429,9 +429,8 @@ def refuse_quantised(entries, folder):
         if DTYPE_NAMES[entry.dtype] in PACKED and len(entry.shape) >= 2:
             beside = {name, name.rpartition(".")[0]} & scaled
             need(not beside, entry.file, f"is quantised: {entry.dtype}", ORIGINAL, name)
-    # The configuration says so as well. With {} or null it does not.
-    config = Path(folder, "config.json")
-    if config.is_file():
+    # Configurations say so as well. With {} or null they do not.
+    for config in Path(folder).glob("*config.json"):
         said = re.search(rb'"(quantization|compression)(_config)?"\s*:\s*\{\s*"',
                          config.read_bytes())
         need(not said, config, "says that the checkpoint is quantised", ORIGINAL)
@@ -730,7 +729,8 @@ def check_output(path, others, force, flag="-o", folder=None):
     need(fits or not exists(real), path, "a regular file does not replace a folder or "
          "a device, nor a folder a file", fix)
     held = {str(p.relative_to(real)) for p in real.rglob("*") if not p.is_dir()}
-    need(held <= set(folder or []), path, "the folder also holds other files", fix)
+    foreign = sorted(held - set(folder or []))
+    need(not foreign, path, f"the folder also holds {foreign[:5]}", "move that")
     # With a slash at its end the parent must be a folder.
     need(os.access(join(real.parent, ""), os.W_OK), path,
          "its folder is missing or not writable", fix)

@@ -21,12 +21,12 @@ one layer, whose target has a score head of its own:
 
     same-shape: lerp in latent space, lambda 0.5, align none, codec vae.safetensors...
     7 in latent space + 5 averaged + 2 copied = 14 tensors, 85,464 bytes
-      copied, no weights: 1
+      copied, whole numbers: 1
       copied, met nobody: 1
       averaged lm_head.weight <- code.safetensors: lm_head.weight
       encoded model.layers.0.mlp.up_proj.weight <- code.safetensors: model.layers.0...
       ...
-      copied position_ids <- no weights
+      copied position_ids <- whole numbers
       copied score.weight <- met nobody
 
 All functions share one namespace, `run`. It holds the flags as the command line has
@@ -107,10 +107,10 @@ def main(argv=None):
     # Opening reads headers only. What is no checkpoint is refused here.
     run.models = [Checkpoint(path) for path in run.paths]
     for model in run.models:
-        for name in model.entries:
-            need(not re.search(ADAPTER, name), model.path, "belongs to an adapter: its "
-                 "factors cannot be merged, but their product can",
-                 "python experiments/tools/lora.py fold BASE ADAPTER -o EXPERT", name)
+        adapter = re.search(ADAPTER, "\n".join(model.entries), re.MULTILINE)
+        need(not adapter, model.path, "is an adapter: its factors cannot be merged, "
+             "their product can", "python experiments/tools/lora.py fold BASE ADAPTER "
+             "-o EXPERT")
         # Beside an index lies a whole model: people may expect the one or the other.
         single = abspath(join(model.path, "model.safetensors"))
         if model.folder and isfile(single) and single not in model.files:
@@ -162,17 +162,18 @@ def merge(run):
     # `create` gives the file its name at the end, when it is complete; an error before
     # that leaves nothing behind.
     with contextlib.ExitStack() as stack:
+        path = None
         if rank_and_size()[0] == 0:
             output = stack.enter_context(create(run.output, entries, header,
                                                 run.result.weights, run.force))
-            run.result.fill(dirname(output.path), card_of(run))
-            gather(output.path)             # the others wait for it
-        else:
-            output = Output(gather(None)[0])
-        run.sink = output
+            path = output.path
+            run.result.fill(dirname(path), card_of(run))
+        run.sink = Output(gather(path)[0])          # the others wait for it
         # The third pass: every tensor is merged and written.
         results = parallel_map(merge_tensor, run, "merge")
-        output.written = sum(gather(output.written), [])
+        written = sum(gather(run.sink.written), [])
+        if path:
+            output.written = written
     return make_report(run, gates, trip, results)
 
 
@@ -184,31 +185,30 @@ def parallel_map(work, run, label):
     began = time.perf_counter()
     rank, size = rank_and_size()
     order = sorted(run.tasks, key=lambda task: -task.entry.numel)[rank::size]
-    numbers = [task.number for task in order]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     # Each thread holds a piece of every parent: 16 keep memory flat on a large machine.
     pool = ThreadPoolExecutor(min(threads, 16))
-    found = None
+    found = {}
     try:
-        done = tqdm(pool.map(partial(work, run), order), label, len(order), leave=False,
-                    disable=run.quiet or None)
-        found = dict(zip(numbers, done))
+        done = pool.map(partial(work, run), order)
+        for task in tqdm(order, label, leave=False, disable=run.quiet or None):
+            found[task.number] = next(done)
+    except BaseException:
+        STOP.set()                      # threads that read notice it,
+        gather(None)                    # and so do the other processes: None, no result
+        raise
     finally:
-        if found is None:
-            STOP.set()                  # threads that read notice it
         pool.shutdown(cancel_futures=True)          # waits for those that run
-        STOP.clear()
         torch.set_num_threads(threads)
-        parts = gather(found)           # None tells the other processes: no result
-    if None in parts:
-        raise SystemExit(1)                         # that process has said why
+        STOP.clear()
     # Every process knows all results: what follows is decided alike in all of them.
-    everything = {}
-    for part in parts:
-        everything.update(part)
+    for part in gather(found):
+        if part is None:
+            raise SystemExit(1)                     # that process has said why
+        found.update(part)
     run.seconds[label] = time.perf_counter() - began
-    return [everything[task.number] for task in run.tasks]
+    return [found[task.number] for task in run.tasks]
 
 
 # --- The plan: who meets whom (paper: Algorithm 1, line 1) ----------------------------
@@ -285,8 +285,8 @@ def plan(run):
     need(run.kind == "cross-shape" or not run.source_vae, run.source_vae,
          "is not needed: equal shapes share one VAE", "drop --source-vae")
     strangers(run)
-    alone = {task.entry.name for task in run.tasks
-             if task.why in ("met nobody", "met another shape")}
+    alone = {task.entry.name for task in run.tasks if is_weight(task.entry)
+             and task.why in ("met nobody", "met another shape")}
     warn_of_lost(run, target, alone, "stay its own: they met no partner of their shape")
     # 4. Lambda, where the command line has none. The base is no source of its own.
     n = len(sources) - bool(run.base)
@@ -315,8 +315,8 @@ def decide(run, task):
             check_shapes(run, task)
     else:
         task.tensors = alike
-    if not is_weight(task.entry):
-        task.keep("no weights")             # whole numbers, a mask
+    if not task.entry.is_float:
+        task.keep("whole numbers")
     elif run.kind == "self":
         return                              # merged with itself, it meets nobody
     elif len(met) == 1:
@@ -474,7 +474,7 @@ def tie(run):
 
     Of those that are equal bit for bit in the target, one that is merged leads, the
     embedding before its head. Two heads may be equal by accident (both at the start of
-    a training): they are merged each for itself.
+    a training), as may constants: they are merged each for itself.
     """
     def comes_later(task):
         return task.action == "copied", task.entry.place.role != "embed"
@@ -484,7 +484,10 @@ def tie(run):
         role = task.entry.place.role
         if role in ("embed", "head") and len(task.entry.shape) > 1:
             leader = leaders.setdefault(digest(run.models[0], task.entry), task)
-            if leader is not task and "embed" in (role, leader.entry.place.role):
+            if leader is task or leader.action == "copied":
+                continue
+            accident = leader.tensors[0].constant
+            if "embed" in (role, leader.entry.place.role) and not accident:
                 leader.tied += (task.entry.name,)
                 task.keep("tied to another")
 
@@ -686,28 +689,22 @@ def merge_tensor(run, task):
     return squares, records
 
 
-def shares_of(run, task):
-    """c_k of the parents, z_lambda = sum_k c_k z_k, from lambda alone.
-
-    A source without a partner leaves its share to the target.
+def coefficients_of(run, task, vectors, steps):
+    """c_k of the parents, z_lambda = sum_k c_k z_k. A source without a partner leaves
+    its share to the target.
     Example:  lambda 0.3, 0.2 and a tensor that only the second source has: 0.8, 0.2
+
+    Slerp asks for the angle between two vectors, over the whole tensor: the parents'
+    weights or latents, read in these steps.
     """
-    lam = []                                    # of the sources: the base has none
-    for k in task.tensors:
-        if 0 < k <= len(run.lam):
-            lam.append(run.lam[k - 1])
+    # The base, which is the last model, has no lambda.
+    lam = [run.lam[k - 1] for k in task.tensors if 0 < k <= len(run.lam)]
     if run.base and lam:
         return ls.task_coefficients(lam)
+    if run.operator == "slerp" and task.action == "encoded" and lam:
+        pieces = ([vector(*step) for vector in vectors] for step in steps)
+        return ls.slerp_coefficients(lam[0], *ls.inner(pieces))
     return ls.convex_coefficients(lam)
-
-
-def coefficients_of(run, task, vectors, steps):
-    """The same for every operator. Slerp asks for the angle between two vectors, over
-    the whole tensor: the parents' weights or latents, read in these steps."""
-    if run.operator != "slerp" or task.action != "encoded":
-        return shares_of(run, task)
-    pieces = ([vector(*step) for vector in vectors] for step in steps)
-    return ls.slerp_coefficients(run.lam[0], *ls.inner(pieces))
 
 
 def distances(run, task, readers, coefficients, start, piece_L):
@@ -1002,10 +999,9 @@ def check_outputs(run):
             held = None
     # A killed run (kill -9, a power cut) leaves its hidden folder. Whether that run has
     # ended only its user knows: it is named, not deleted.
-    litter = join(glob.escape(dirname(realpath(run.output))), ".lsmerge-*")
-    for left in glob.glob(litter):
-        say(f"note: {left} is of process {left.split('-')[-2]}: delete it once that "
-            "has ended")
+    for left in glob.glob(".lsmerge-*", root_dir=dirname(realpath(run.output))):
+        say(f"note: {left}, beside the output, is of the process with the number in "
+            "its name: delete it once that has ended")
 
 
 # --- The command line -----------------------------------------------------------------
@@ -1134,18 +1130,16 @@ def merge_state_dicts(target, *sources, **flags):
     Raises:   CheckpointError; SystemExit for what is a usage error of the command
     """
     with tempfile.TemporaryDirectory() as folder:
-        argv = ["--quiet", "--output", join(folder, "merged.safetensors")]
+        result = join(folder, "merged.safetensors")
+        argv = ["--quiet", f"--output={result}"]
         for name, value in flags.items():
             argv.append(f"--{name.replace('_', '-')}={value}")
-        names = ["target"]
-        names += [f"source{k}" for k in range(1, len(sources) + 1)]
-        for name, tensors in zip(names, (target, *sources)):
-            path = join(folder, f"{name}.safetensors")
-            write_tensors(path, tensors, {})
-            argv.append(path)
+        for k, tensors in enumerate((target, *sources)):
+            argv.append(join(folder, f"model{k}.safetensors"))
+            write_tensors(argv[-1], tensors, {})
         with contextlib.redirect_stdout(io.StringIO()):
             main(argv)
-        merged = Checkpoint(argv[2])
+        merged = Checkpoint(result)
         return {name: merged.read_tensor(name) for name in target}
 
 

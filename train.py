@@ -40,6 +40,7 @@ import random
 import re
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, fields
 from os.path import basename, exists, normpath
 
@@ -379,8 +380,10 @@ def regex(value):
     Example:  'a{99999999999}' is an OverflowError, 3000 brackets a RecursionError
     """
     try:
-        re.compile(value)
-    except (re.error, OverflowError, RecursionError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")      # '[[:alpha:]]' is no class in Python
+            re.compile(value)
+    except (re.error, OverflowError, RecursionError, Warning) as error:
         raise argparse.ArgumentTypeError(f"is no pattern: {error}") from None
     return value
 
