@@ -43,7 +43,7 @@ from align import pair_names, pair_stacks, stacks_of
 from chunking import (Checkpoint, Parser, appear, check_output, command, create, need,
                       say)
 from lora import called, listed
-from merge import RELATED, Destination, float_places, mean_cosine
+from merge import RELATED, Destination, weight_places
 
 # The axes of each role's rows (what it writes) and columns (what it reads).
 #   stream    the residual stream: one order for a whole model
@@ -88,7 +88,7 @@ class Layers:
     def __init__(self, checkpoint, stack):
         self.checkpoint = checkpoint
         self.stack = stack
-        stacks = stacks_of(float_places(checkpoint))
+        stacks = stacks_of(weight_places(checkpoint))
         self.named = stacks[stack]
         self.alone = len(stacks) == 1
         self.numbers = sorted(self.named)
@@ -143,7 +143,7 @@ def matrices_by_role(checkpoint, number, names):
 def word_embedding(checkpoint, stream):
     """The Entry of the largest embedding: of words, not of positions. It must be as
     wide as the stream: through a projection between them no order can be followed."""
-    places = float_places(checkpoint)
+    places = weight_places(checkpoint)
     found = [checkpoint.entries[name] for name, place in places.items()
              if place.layer is None and place.role == "embed"]
     need(found, checkpoint.path, "has no embedding to tell the stream's order", OTHER)
@@ -171,8 +171,8 @@ def check_shapes(layers):
 def open_layers(target, source):
     """(target Layers, source Layers) of two Checkpoints: of the stacks of layers that
     pair by name, the one that holds the most weights of the target."""
-    mine = stacks_of(float_places(target))
-    pairs = pair_stacks(mine, stacks_of(float_places(source)))
+    mine = stacks_of(weight_places(target))
+    pairs = pair_stacks(mine, stacks_of(weight_places(source)))
     need(pairs, source.path, f"no layers pair by name with {target.path}", OTHER)
     weights = collections.Counter()
     for entry in target.entries.values():
@@ -457,8 +457,8 @@ def pair_tensors(target, source, layers):
             return {}
         return layers
 
-    pairs = pair_names(float_places(target.checkpoint), float_places(source.checkpoint),
-                       partners_of)
+    pairs = pair_names(weight_places(target.checkpoint),
+                       weight_places(source.checkpoint), partners_of)
     pairs[target.embedding.name] = source.embedding.name
     # A model without a head of its own reads words by its embedding.
     for name, entry in target.checkpoint.entries.items():
@@ -566,7 +566,7 @@ def check_same_order(first, other):
     """Refuse a further source whose units do not stand as the first one's do: one match
     serves an expert and its base, whose difference task arithmetic merges.
     ours:     the cosine of each matrix with its like: 0.9 for experts of one base, 0 if
-              anything stands in another order. NaN (of zeros) says nothing against it
+              anything stands in another order
     """
     alone = f"match it by itself: {first.checkpoint.path} says nothing of its order"
     for number, entries in first.entries.items():
@@ -574,9 +574,10 @@ def check_same_order(first, other):
             like = other.entries.get(number, {}).get(role)
             need(like is not None and like.shape == entry.shape, other.checkpoint.path,
                  "has no like of its shape", alone, entry.name)
-            cosine = mean_cosine(first.checkpoint, other.checkpoint,
-                                 [(entry.name, like.name)])
-            need(not cosine <= RELATED, like.file, "stands in another order", alone,
+            mine_L = first.checkpoint.read(entry.name).double()
+            theirs_L = other.checkpoint.read(like.name).double()
+            cosine = torch.cosine_similarity(mine_L, theirs_L, dim=0)
+            need(cosine > RELATED, like.file, "stands in another order", alone,
                  like.name)
 
 
