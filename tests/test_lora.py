@@ -138,9 +138,11 @@ TOWER = "encoder.layers.1.self_attn.q_proj"
     ([f"model.{TEXT}"], ["model.layers.0.self_attn.q_proj"], False),
     ([f"audio_tower.{TEXT}", f"language_model.{TEXT}"], [TEXT], False)])
 def test_names_in_memory_and_on_disk(memory, disk, same):
-    """In both directions: an adapter may be older or newer than its base's file."""
+    """In both directions: an adapter is older or newer than a file. Of two the nearer."""
     for one, other in ((memory, disk), (disk, memory)):
         assert lora.pair_names(one, other) == (dict(zip(one, other)) if same else {})
+    two = [f"tower.{TEXT}", f"module.model.{TEXT}"]
+    assert lora.pair_names([TEXT], two) == {TEXT: two[1]}
 
 
 HEAD = {"lm_head": (40, 64)}
@@ -248,13 +250,11 @@ def test_what_is_lost_is_said(models, desk, norm, rank, share):
 
 
 # Names on disk of GPT-2, T5, NeoX and MoEs, with small shapes; None: no linear map.
-T5 = "encoder.block.0.layer.0.SelfAttention"
-MOE = "model.layers.0.mlp"
 KINDS = {"h.0.attn.c_attn.weight": (8, 24), "h.0.attn.c_proj.weight": (8, 8),
-         f"{T5}.q.weight": (8, 8), "embed_out.weight": (9, 8), "wte.weight": None,
-         f"{T5}.relative_attention_bias.weight": None, "h.0.ln_1.weight": None,
-         f"{MOE}.gate.weight": None, f"{MOE}.experts.down_proj": None,
-         f"{MOE}.experts.3.w1.weight": None}
+         "block.0.layer.0.q.weight": (8, 8), "embed_out.weight": (9, 8),
+         "block.0.layer.0.relative_attention_bias.weight": None, "wte.weight": None,
+         "h.0.mlp.gate.weight": None, "h.0.mlp.experts.down_proj": None,
+         "h.0.mlp.experts.3.w1.weight": None, "h.0.ln_1.weight": None}
 
 
 def test_only_linear_maps_are_extracted_each_the_right_way_round(desk, monkeypatch):
