@@ -138,7 +138,7 @@ TOWER = "encoder.layers.1.self_attn.q_proj"
     ([f"model.{TEXT}"], ["model.layers.0.self_attn.q_proj"], False),
     ([f"audio_tower.{TEXT}", f"language_model.{TEXT}"], [TEXT], False)])
 def test_names_in_memory_and_on_disk(memory, disk, same):
-    """In both directions: an adapter is older or newer than a file. Of two the nearer."""
+    """In both directions: an adapter may be older than its file. Of two the nearer."""
     for one, other in ((memory, disk), (disk, memory)):
         assert lora.pair_names(one, other) == (dict(zip(one, other)) if same else {})
     two = [f"tower.{TEXT}", f"module.model.{TEXT}"]
