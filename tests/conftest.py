@@ -13,6 +13,7 @@ import zlib
 # would survive a fork.
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_DISABLE_FAST_MM": "1"}
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,6 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments"), str(ROOT / "experiments/tools")]
 torch.set_num_threads(1)    # the matrices here are tiny: a second thread only waits
-
 
 INDEX = "model.safetensors.index.json"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -196,7 +196,7 @@ def snapshot(folder):
     return state
 
 
-def check_line(error, words=()):
+def check_line(error, words):
     """What stderr says is one line, which names its culprit and a remedy."""
     assert error.startswith("error: ") and error.count("\n") == 1, error[:2000]
     assert "; fix: " in error and error[:-1].isprintable(), error[:500]
@@ -219,6 +219,16 @@ class Desk:
         held = {key: tensor.contiguous() for key, tensor in tensors.items()}
         return save(self.folder / f"{name}.safetensors", held)
 
+    def written(self, arguments):
+        """A command's words. State dicts among them are written, and named by where
+        they stand: 0.safetensors, 1.safetensors, ..."""
+        words = []
+        for k, argument in enumerate(arguments):
+            if isinstance(argument, dict):
+                argument = self.put(argument, k)
+            words.append(str(argument))
+        return words
+
     def model(self, tensors, name="T", **texts):
         """A model folder, with companions: name -> text."""
         save(self.folder / name / "model.safetensors", tensors)
@@ -232,8 +242,8 @@ class Desk:
         """(exit code, stdout, stderr) of merge.py, or of another main."""
         import chunking
         import merge
+        argv = self.written(arguments)
         self.capsys.readouterr()
-        argv = [str(argument) for argument in arguments]
         try:
             code = chunking.command(lambda: (main or merge.main)(argv))
         except SystemExit as ended:
@@ -246,8 +256,8 @@ class Desk:
         what it said is in desk.said and desk.err."""
         path = self.folder / out
         report = self.folder / "report.json"
-        argv = [*arguments, "-o", path, "--report", report, "--force"]
-        code, self.said, self.err = self.run(*argv)
+        outputs = ["-o", path, "--report", report, "--force"]
+        code, self.said, self.err = self.run(*arguments, *outputs)
         assert code == 0, self.err
         if path.is_dir():
             path = path / "model.safetensors"
@@ -255,6 +265,7 @@ class Desk:
 
     def refuse(self, *arguments, words=(), code=1, main=None):
         """Refused in one line that holds the words; nothing on the disk has changed."""
+        arguments = self.written(arguments)
         before = snapshot(self.folder)
         found, _, error = self.run(*arguments, main=main)
         assert found == code, (found, error)
@@ -293,8 +304,9 @@ def forked(log, arguments, prepare=lambda: None, main=None):
         os._exit(code)
 
 
-def ended(pid, seconds=60):
-    for _ in range(seconds * 100):
+def ended(pid):
+    """Its exit code. What hangs for a minute fails."""
+    for _ in range(6000):
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
             return os.waitstatus_to_exitcode(status)
@@ -306,7 +318,7 @@ def ended(pid, seconds=60):
 
 def two_processes(log, *arguments, prepare=lambda: None, main=None):
     """(exit codes, stdouts, stderrs) of a command in two processes, started as torchrun
-    does: who fails ends the other one (SIGTERM; torchrun sends SIGKILL after 30 s)."""
+    does. Where one fails, the other must end by itself."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     facts = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -314,22 +326,9 @@ def two_processes(log, *arguments, prepare=lambda: None, main=None):
     def start(rank):
         os.environ.update(facts, RANK=str(rank))
         prepare()
-    pids = [forked(f"{log}{rank}", arguments, lambda rank=rank: start(rank), main)
+    pids = [forked(f"{log}{rank}", arguments, partial(start, rank), main)
             for rank in range(2)]
-    codes, until = {}, time.monotonic() + 60
-    while len(codes) < 2 and time.monotonic() < until:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid:
-            codes[pid] = os.waitstatus_to_exitcode(status)
-            time.sleep(0.1)             # torchrun looks from time to time, too
-        elif any(codes.values()):
-            for other in {*pids} - {*codes}:
-                os.kill(other, signal.SIGTERM)
-        time.sleep(0.01)
-    for other in {*pids} - {*codes}:
-        os.kill(other, signal.SIGKILL)
-        os.waitpid(other, 0)
+    codes = [ended(pid) for pid in pids]
     texts = [[open(f"{log}{rank}.{kind}").read() for rank in range(2)]
              for kind in ("out", "err")]
-    assert len(codes) == 2, ("one does not end", *texts)
-    return [codes[pid] for pid in pids], *texts
+    return codes, *texts

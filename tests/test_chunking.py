@@ -1,11 +1,13 @@
 """chunking.py: moves of data are bit-exact, statistics agree with numpy in float64,
 names with a table of real models, files with the safetensors library."""
+import json
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from safetensors import deserialize
 from safetensors.torch import load_file, save_file
 
 import chunking as ck
@@ -30,8 +32,7 @@ def test_chunks_and_windows_are_undone_bit_for_bit(L, dtype):
     assert int(real_BTC.sum()) == L
     assert torch.equal(x_BTC[real_BTC], flat_L)         # in order, nowhere else
     back_NC = ck.from_windows(x_BTC, N).clone()
-    # whatever a decoder writes there
-    back_NC[~real_NC] = torch.nan
+    back_NC[~real_NC] = torch.nan                       # whatever a decoder writes
     back_L = ck.unchunk(back_NC, L)
     assert torch.equal(back_L, flat_L) and back_L.dtype == dtype
 
@@ -151,7 +152,6 @@ def test_selection(models):
     default = {e.name for e in entries if ck.is_selected(e)}
     assert len(default) == 14
     assert all("layers" in n and "norm" not in n for n in default)
-    # of 1 dimension
     for pattern, count in (("embed", 1), ("self_attn", 8), ("norm", 0)):
         assert len([e for e in entries if ck.is_selected(e, pattern)]) == count
     place = ck.parse_name("h.0.attn.bias")
@@ -191,7 +191,30 @@ def test_reading_agrees_with_the_library(tmp_path):
             assert torch.equal(source.read(name, 1, 3), tensor.reshape(-1)[1:3])
     assert len(file.read("half", 7, 99)) == 2 and len(file.read("half", 9, 12)) == 0
     view = noise(4, 6).T
-    assert torch.equal(ck.StateDict({"w": view}).read_tensor("w"), view)
+    state = ck.StateDict({"w": view})
+    assert torch.equal(state.read_tensor("w"), view)
+    assert state.tensors["w"].is_contiguous()           # brought into order only once
+
+
+def test_what_the_library_accepts_is_read_as_it_reads_it(tmp_path):
+    """As no writer writes it: out of order, not aligned, with unknown keys; names that
+    no model has; a huge shape without a number."""
+    header = {"": {"dtype": "F32", "shape": [2, 2], "data_offsets": [1, 17], "note": 1},
+              "²": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+              "a\nb": {"dtype": "F16", "shape": [3], "data_offsets": [17, 23]},
+              "\0": {"dtype": "F32", "shape": [0, 2 ** 61], "data_offsets": [23, 23]}}
+    text = json.dumps(header).encode()
+    content = len(text).to_bytes(8, "little") + text + bytes(range(23))
+    (tmp_path / "x").write_bytes(content)
+    file = ck.Checkpoint(tmp_path / "x")
+    expected = dict(deserialize(content))
+    assert file.entries.keys() == expected.keys()
+    for name, record in expected.items():
+        entry = file.entries[name]
+        assert ck.DTYPE_NAMES[entry.dtype] == record["dtype"]
+        assert [*entry.shape] == [*record["shape"]]
+        data = file.read(name).view(torch.uint8).numpy().tobytes()
+        assert data == bytes(record["data"])
 
 
 def test_threads_read_one_file_without_disturbing_each_other(tmp_path):

@@ -1,9 +1,8 @@
 """How machines go wrong: signals, full disks, streams that are closed, processes that
 fail. An old output stays as it was (bytes, mode, time), and nothing is left behind.
-Then what any output must be, and what a file may hold: there the oracle is the library.
+Then what any output must be.
 (What is refused at once: test_refusals.py.)"""
 import ast
-import io
 import json
 import math
 import os
@@ -17,7 +16,6 @@ import time
 
 import pytest
 import torch
-from safetensors import deserialize
 from safetensors.torch import load_file
 
 import chunking as ck
@@ -184,15 +182,10 @@ def into_nothing(kind):
         full = os.open("/dev/full", os.O_WRONLY)
     os.close(ear)
     os.dup2(full, 1)
-    buffering = -1
-    if kind == "gone, unbuffered":
-        buffering = 0
-    stream = open(1, "wb", buffering)
-    sys.stdout = io.TextIOWrapper(stream, write_through=buffering == 0)
+    sys.stdout = open(1, "w")
 
 
-@pytest.mark.parametrize("kind", ["gone", "gone, unbuffered", "closed", "closed, both",
-                                  "full"])
+@pytest.mark.parametrize("kind", ["gone", "closed", "closed, both", "full"])
 def test_a_reader_that_has_gone_is_no_error(box, log, kind):
     """`merge.py ... | head -0`, `>&-`: the lines that nobody reads are left out. A full
     disk is an error, one line. Nothing is left for the interpreter to flush."""
@@ -333,41 +326,6 @@ def test_equal_bytes_from_elsewhere_and_later(box, models):
     facts = json.dumps(ck.Checkpoint(box / "m").metadata)
     assert str(box.folder) not in facts and time.strftime("%Y-") not in facts
     assert found[0] == found[1]
-
-
-def packed(header, data):
-    """A safetensors file by hand."""
-    header = json.dumps(header).encode()
-    return len(header).to_bytes(8, "little") + header + data
-
-
-# --- What a file may hold: the library is the oracle ----------------------------------
-GOOD = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
-ACCEPTED = {        # odd, but the library reads it: so must we, and the same
-    "no name": packed({"": GOOD}, bytes(range(16))),
-    "unknown keys": packed({"w": GOOD | {"note": "x", "long": 10 ** 300}}, bytes(16)),
-    "no bytes, huge shape": packed(
-        {"w": GOOD | {"shape": [0, 2 ** 61, 9], "data_offsets": [0, 0]}}, b""),
-    "bytes that are not aligned": packed(
-        {"w": GOOD | {"data_offsets": [1, 17]},
-         "b": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}, bytes(range(17))),
-    "odd names": packed({"a\nb": GOOD, "\0": GOOD | {"data_offsets": [16, 32]},
-                         "²": GOOD | {"data_offsets": [32, 48]}}, bytes(range(48))),
-}
-
-
-@pytest.mark.parametrize("case", ACCEPTED)
-def test_what_the_library_accepts_is_read_as_it_reads_it(tmp_path, case):
-    (tmp_path / "x").write_bytes(ACCEPTED[case])
-    file = ck.Checkpoint(tmp_path / "x")
-    expected = dict(deserialize(ACCEPTED[case]))
-    assert file.entries.keys() == expected.keys()
-    for name, record in expected.items():
-        entry = file.entries[name]
-        found = (ck.DTYPE_NAMES[entry.dtype], [*entry.shape])
-        assert found == (record["dtype"], [*record["shape"]])
-        data = file.read(name).view(torch.uint8).numpy().tobytes()
-        assert data == bytes(record["data"])
 
 
 # --- Several processes ----------------------------------------------------------------

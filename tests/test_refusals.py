@@ -78,7 +78,6 @@ train.py a --seed -1                                     | 2 | --seed
 train.py a --init vae --ratio 2                          | 2 | network
 train.py a --init vae --steps1 5                         | 2 | drop --steps1
 merge.py '' b                                            | 2 | empty
-lsmerge.py ''                                            | 2 | empty
 lora.py merge a b -o new                                 | 2 | 'merge'
 lora.py fold a b -o new --rank 1                         | 2 | --rank
 lora.py extract a b -o new --rank 0                      | 2 | --rank
@@ -194,8 +193,14 @@ def test_commands_that_are_refused(place, capsys, monkeypatch, row):
 
 
 # --- Files ----------------------------------------------------------------------------
-# A maker writes something bad on the desk and returns its path. Beside it may lie a
-# good partner, `good.safetensors`; otherwise this is a relative of model a.
+# A maker writes something bad on the desk and returns its path.
+A = llama_tensors(1)
+KIN = made(3)                   # that match.py can match
+STEM = "model.layers.0.self_attn.q_proj"
+ODD = "é\u2028\x1b[2J\n"
+CONFIG = "adapter_config.json"
+
+
 def holding(data):
     def make(desk):
         (desk / "bad.safetensors").write_bytes(data)
@@ -210,142 +215,92 @@ def header(data=bytes(16), **changes):
     return holding(len(text).to_bytes(8, "little") + text + data)
 
 
-def folder(**files):
-    """A folder of these files; __ in a name stands for a dot."""
+def folder(file):
+    """A folder that holds one file."""
     def make(desk):
         (desk / "bad").mkdir()
-        for name, content in files.items():
-            (desk / "bad" / name.replace("__", ".")).write_text(content)
+        (desk / "bad" / file).write_text("x")
         return desk / "bad"
     return make
 
 
-def index(name=None, shard=None, text=None):
-    """A sharded model whose index says this of a tensor (of all: "*"), or is this
-    text. Beside it lie files that nobody may read by way of it."""
+def index(name=None, shard=None):
+    """A sharded model whose index says this of a tensor (of all: "*"). Beside it lie
+    files that nobody may read by way of it."""
     def make(desk):
-        tensors = llama_tensors(1)
         changes = {name: shard}
         if name == "*":
-            changes = dict.fromkeys(tensors, shard)
-        path = sharded(desk / "bad", tensors, changes)
-        save(desk / "x/s.safetensors", tensors)
-        save(desk / "bad/s.safetensors", tensors)
-        if text:
-            (path / INDEX).write_text(text)
-        return path
+            changes = dict.fromkeys(A, shard)
+        save(desk / "x/s.safetensors", A)
+        save(desk / "bad/s.safetensors", A)
+        return sharded(desk / "bad", A, changes)
     return make
 
 
-def number(value, name, tensor, at=0):
-    """A model with one bad number in this tensor, and a good one of its shapes."""
-    def make(desk):
-        tensors = llama_tensors(1) | {name: torch.ones_like(tensor)}
-        desk.put(tensors, "good")
-        tensors[name] = tensor.clone()
-        tensors[name].view(-1)[at] = value
-        return desk.put(tensors, "bad")
-    return make
+def changed(tensors, changes):
+    """A model with other tensors in it; None: it lacks this one."""
+    held = tensors | changes
+    return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+
+def saved(changes, tensors=A):
+    return lambda desk: desk.put(changed(tensors, changes), "bad")
+
+
+def only(name, dtype=torch.float32):
+    return saved({name: torch.ones(8, 64, dtype=dtype)}, {})
+
+
+def spoilt(tensor, at=-1, value=math.nan):
+    """A copy in which one number is bad."""
+    bad = tensor.clone()
+    bad.view(-1)[at] = value
+    return bad
+
+
+def renamed(old, new):
+    return saved({}, {name.replace(old, new): tensor for name, tensor in KIN.items()})
 
 
 def quantised(dtype, end, *scales):
     """In the place of q_proj.weight stand numbers of this dtype, and their scales."""
-    def make(desk):
-        tensors = llama_tensors(1)
-        stem = "model.layers.0.self_attn.q_proj"
-        del tensors[stem + ".weight"]
-        tensors[stem + end] = torch.ones(4, 4).to(dtype)
-        for scale in scales:
-            tensors[stem + scale] = torch.ones(4)
-        return desk.put(tensors, "bad")
-    return make
+    changes = {STEM + ".weight": None, STEM + end: torch.ones(4, 4).to(dtype)}
+    for scale in scales:
+        changes[STEM + scale] = torch.ones(4)
+    return saved(changes)
 
 
 def configured(file="config.json", **config):
     """A model folder whose configuration says this."""
-    text = json.dumps(config)
-    return lambda desk: desk.model(llama_tensors(1), "bad", **{file: text})
+    return lambda desk: desk.model(A, "bad", **{file: json.dumps(config)})
 
 
-def network(facts, **changes):
-    """A VAE file with this configuration, and these tensors in place of its own."""
+def network(facts, changes={}):
+    """A VAE file with this configuration, and other tensors in it."""
     def make(desk):
         config = vae.VAEConfig(chunk=8, tokens=4, width=16, init="pca")
         tensors, metadata = vae.VAE(config).start(vae.generator_for(0)).to_file({})
-        for name, tensor in changes.items():
-            tensors[name.replace("__", ".")] = tensor
-        text = facts
-        if not isinstance(facts, str):
-            text = json.dumps(asdict(config) | facts)
-        metadata["lsmerge.vae"] = text
-        held = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        ck.write_tensors(desk / "bad.safetensors", held, metadata)
-        return desk / "bad.safetensors"
-    return make
-
-
-def adapter(edit=None, **settings):
-    return lambda desk: write_adapter(desk / "bad", edit, **settings)[0]
-
-
-def adapter_file(content):
-    """An adapter whose configuration is missing, or is this."""
-    def make(desk):
-        path, _ = write_adapter(desk / "bad")
-        (path / CONFIG).unlink()
-        if content:
-            (path / CONFIG).write_bytes(content)
+        metadata["lsmerge.vae"] = facts
+        if isinstance(facts, dict):
+            metadata["lsmerge.vae"] = json.dumps(asdict(config) | facts)
+        path = desk / "bad.safetensors"
+        ck.write_tensors(path, changed(tensors, changes), metadata)
         return path
     return make
 
 
-def only(name, dtype=torch.float32):
-    return lambda desk: desk.put({name: torch.ones(8, 64, dtype=dtype)}, "bad")
-
-
-def changed(name, change):
-    """Model a, one tensor of it changed."""
+def adapter(changes={}, **settings):
     def make(desk):
-        tensors = llama_tensors(1)
-        return desk.put(tensors | {name: change(tensors[name])}, "bad")
+        path, tensors = write_adapter(desk / "bad", **settings)
+        save(path / "adapter_model.safetensors", changed(tensors, changes))
+        return path
     return make
 
 
-def hidden(change):
-    """For match.py: a model with something that cannot be matched, and a good one."""
-    def make(desk):
-        desk.put(made(3), "good")
-        tensors = made(3)
-        change(tensors)
-        return desk.put(tensors, "bad")
-    return make
-
-
-def without(name):
-    return lambda tensors: tensors.pop(name)
-
-
-def with_(name, tensor):
-    return lambda tensors: tensors.update({name: tensor})
-
-
-def with_nan(name, value=math.nan):
-    def change(tensors):
-        tensors[name].view(-1)[5] = value
-    return change
-
-
-def renamed(old, new):
-    def change(tensors):
-        for name in [name for name in tensors if old in name]:
-            tensors[name.replace(old, new)] = tensors.pop(name)
-    return change
-
-
-def narrow_keys(tensors):
-    for role in "kv":
-        name = f"model.layers.0.self_attn.{role}_proj.weight"
-        tensors[name] = torch.ones(20, 48)
+def without_configuration(desk):
+    path, _ = write_adapter(desk / "bad")
+    (path / CONFIG).unlink()
+    return path
 
 
 NAN = math.nan
@@ -354,10 +309,10 @@ I8 = torch.int8
 I32 = torch.int32
 F8 = torch.float8_e4m3fn
 FP8 = {"quant_method": "fp8"}
-HUGE = 10 ** 400
 K = "model.layers.0.self_attn.k_proj.weight"
+V = "model.layers.0.self_attn.v_proj.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
-CONFIG = "adapter_config.json"
+NARROW_KEYS = {K: torch.ones(20, 48), V: torch.ones(20, 48)}
 
 # How each kind of file is given to a command; BAD is its path.
 LINES = {
@@ -376,11 +331,10 @@ BAD = {     # given as: {case: (its maker, words of the line)}
         "pickle": (holding(pickle.dumps({"w": [1.0]})), "pickle"),
         "torch zip": (holding(b"PK\3\4" + bytes(40)), "zip", "convert it"),
         "no tensors": (holding(b"\2" + bytes(7) + b"{}"), "no tensors"),
-        "no JSON": (holding(b"\2" + bytes(7) + b"[}"), "no safetensors file"),
         "offsets that do not fit": (header(data_offsets=[0, 8]), "no safetensors file"),
         "a dtype of 4 bits": (header(dtype="F4", shape=[32]), "layers.0.w", "F4"),
-        "only pickles": (folder(model__bin="x"), "model.bin", "convert"),
-        "a shard alone": (folder(**{SHARDS[0].replace(".", "__"): ""}), "index is"),
+        "only pickles": (folder("model.bin"), "model.bin", "convert"),
+        "a shard alone": (folder(SHARDS[0]), "index is"),
         "an adapter alone": (adapter(), "adapter", "lora.py fold"),
         "factors of PEFT": (only(QA), "adapter", "lora.py fold"),
         "kohya's": (only("lora_unet_down_blocks_0_to_q.lora_up.weight"), "adapter"),
@@ -395,10 +349,10 @@ BAD = {     # given as: {case: (its maker, words of the line)}
         "a missing shard": (index(EMBED, "missing.safetensors"), EMBED, "missing.saf"),
         "outside": (index("*", "../x/s.safetensors"), INDEX),
         # Numbers.
-        "NaN in a norm": (number(NAN, NORM, torch.ones(64), -1), NORM, "NaN"),
-        "NaN at the end": (number(NAN, UP, torch.ones(2 * ck.PIECE + 5, 1), -1), UP),
-        "float8 NaN": (number(NAN, NORM, torch.ones(64).to(F8)), NORM, "NaN or Inf"),
-        "an odd name": (number(NAN, "é\u2028\x1b[2J\n", torch.ones(2)), "é\\u2"),
+        "NaN in a norm": (saved({NORM: spoilt(A[NORM])}), NORM, "NaN"),
+        "at the end": (saved({UP: spoilt(torch.ones(2 * ck.PIECE + 5, 1))}), UP, "NaN"),
+        "float8 NaN": (saved({NORM: spoilt(A[NORM].to(F8))}), NORM, "NaN or Inf"),
+        "an odd name": (saved({ODD: spoilt(torch.ones(2))}), "é\\u2"),
         # Quantised: integers or float8 beside their scales.
         "scale_inv": (quantised(F8, ".weight", ".weight_scale_inv"), "quantised"),
         "GPTQ": (quantised(I32, ".qweight", ".qzeros", ".scales"), "quantised"),
@@ -412,12 +366,12 @@ BAD = {     # given as: {case: (its maker, words of the line)}
         "ModelOpt": (configured("hf_quant_config.json", quantization=FP8), "quantised"),
     },
     "source": {
-        "too large for it": (number(3e5, NORM, torch.ones(64)), NORM, "float16"),
+        "too large for it": (saved({NORM: 3e5 * A[NORM]}), NORM, "float16"),
     },
     "VAE": {
         # Refused before anything is built.
-        "a tensor is missing": (network({}, embed__weight=None), "embed.weight"),
-        "NaN in it": (network({}, embed__weight=NAN * torch.ones(16, 8)), "NaN"),
+        "a tensor is missing": (network({}, {"embed.weight": None}), "embed.weight"),
+        "NaN in it": (network({}, {"embed.weight": NAN * torch.ones(16, 8)}), "NaN"),
         "no configuration": (network("{}"), "train.py"),
         "a wrong type": (network({"chunk": "8"}), "train.py"),
         "an impossible value": (network({"width": 4}), "width"),
@@ -430,32 +384,32 @@ BAD = {     # given as: {case: (its maker, words of the line)}
         "LoKr": (adapter(peft_type="LOKR"), "LOKR"),
         "PiSSA": (adapter(init_lora_weights="pissa_niter_4"), "pissa"),
         "a wrong rank": (adapter(r=5), "rank 5"),
-        "a huge alpha": (adapter(lora_alpha=HUGE), "lora_alpha 1000"),
+        "a huge alpha": (adapter(lora_alpha=10 ** 400), "lora_alpha 1000"),
         "a broken pattern": (adapter(alpha_pattern={"(": 4}), "alpha_pattern"),
         "an endless repeat": (adapter(rank_pattern={"(a?){4294967294}": 4}), "ever"),
         "deep brackets": (adapter(rank_pattern={"(" * 3000 + ")" * 3000: 4}), "patt"),
         "flags inside": (adapter(rank_pattern={"(?i)Q_PROJ": 4}), "rank_pattern"),
-        "a convolution": (adapter(with_(QA, torch.ones(4, 64, 1, 1))), "convolution"),
-        "one factor": (adapter(without(QB)), "other factor"),
-        "a factor with NaN": (adapter(with_nan(QA)), "lora_A"),
-        "another shape": (adapter(with_(QA, torch.ones(4, 63))), "[64, 63]"),
-        "no adapter's configuration": (adapter_file(None), CONFIG),
+        "a convolution": (adapter({QA: torch.ones(4, 64, 1, 1)}), "convolution"),
+        "one factor": (adapter({QB: None}), "other factor"),
+        "a factor with NaN": (adapter({QA: NAN * torch.ones(4, 64)}), "lora_A"),
+        "another shape": (adapter({QA: torch.ones(4, 63)}), "[64, 63]"),
+        "no adapter's configuration": (without_configuration, CONFIG),
     },
     "expert": {
         # Experts of which no adapter can be extracted.
-        "the base itself": (changed(UP, lambda w: w), "no matrix"),
-        "only rounding differs": (changed(UP, lambda w: w * (1 + 2e-7)), "rounding"),
-        "an expert with NaN": (changed(UP, lambda w: w * math.nan), "NaN"),
+        "the base itself": (saved({}), "no matrix"),
+        "only rounding differs": (saved({UP: A[UP] * (1 + 2e-7)}), "rounding"),
+        "an expert with NaN": (saved({UP: spoilt(A[UP])}), "NaN"),
     },
     "pair": {
         # Models that match.py cannot match.
-        "a narrow embedding": (hidden(with_(EMBED, torch.ones(300, 32))), EMBED),
-        "no embedding": (hidden(renamed("embed_tokens", "words")), "no embedding"),
-        "NaN in its embedding": (hidden(with_nan(EMBED)), EMBED),
-        "a fused projection": (hidden(renamed("q_proj", "qkv_proj")), "attn.qkv"),
-        "experts": (hidden(renamed("mlp.", "mlp.experts.0.")), "0.mlp.experts.0."),
-        "shapes that do not fit": (hidden(with_(DOWN, torch.ones(48, 39))), DOWN),
-        "keys that queries cannot share": (hidden(narrow_keys), K),
+        "a narrow embedding": (saved({EMBED: torch.ones(300, 32)}, KIN), EMBED),
+        "no embedding": (renamed("embed_tokens", "words"), "no embedding"),
+        "NaN in its embedding": (saved({EMBED: spoilt(KIN[EMBED])}, KIN), EMBED),
+        "a fused projection": (renamed("q_proj", "qkv_proj"), "attn.qkv"),
+        "experts": (renamed("mlp.", "mlp.experts.0."), "0.mlp.experts.0."),
+        "shapes that do not fit": (saved({DOWN: torch.ones(48, 39)}, KIN), DOWN),
+        "keys that queries cannot share": (saved(NARROW_KEYS, KIN), K),
     },
 }
 CASES = [(kind, case) for kind in BAD for case in BAD[kind]]
@@ -465,12 +419,13 @@ CASES = [(kind, case) for kind in BAD for case in BAD[kind]]
 def test_files_that_are_refused(desk, monkeypatch, kind, case):
     make, *words = BAD[kind][case]
     monkeypatch.chdir(desk.folder)
-    tensors = llama_tensors(1)
-    desk.put(tensors, "a")
-    desk.put({name: tensor.half() for name, tensor in tensors.items()}, "half")
+    desk.put(A, "a")
+    desk.put({name: tensor.half() for name, tensor in A.items()}, "half")
+    good = relative(A, 2) | {ODD: torch.ones(2)}
+    if kind == "pair":
+        good = KIN
+    desk.put(good, "good")
     path = make(desk)
-    if not (desk / "good.safetensors").exists():
-        desk.put(relative(tensors, 2), "good")
     for line in LINES[kind]:
         command, *arguments = line.replace("BAD", path.name).split()
         desk.refuse(*arguments, words=words, main=COMMANDS[command])
