@@ -69,6 +69,11 @@ def relative(tensors, seed, part=0.3):
     return moved
 
 
+# Two experts of one base. As files: models["a"] and models["b"].
+A = llama_tensors(1)
+B = relative(A, 2)
+
+
 def save(path, tensors):
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, {"format": "pt"})
@@ -161,7 +166,7 @@ def models(tmp_path_factory):
     paths = {name: folder / f"{name}.safetensors" for name in names}
     for name, options in MODELS.items():
         save(paths[name], llama_tensors(**options))
-    save(paths["b"], relative(llama_tensors(**MODELS["a"]), 2))
+    save(paths["b"], B)
     exact = vae.VAE(vae.VAEConfig(blocks=0, init="pca")).start(vae.generator_for(0))
     schedule = train.Schedule()
     train.save_vae(paths["vae"], exact, [], schedule, False, trained_on=["none"])

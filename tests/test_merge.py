@@ -1,7 +1,7 @@
 """merge.py and lsmerge.py end to end. With an exact codec the pipeline is plain
 arithmetic, which the tests do by hand; what the codec loses, what the aligners move,
-what a file says, likewise. (Who meets whom: test_align.py, and kind by kind
-test_kinds.py. How things go wrong: test_refusals.py, test_faults.py.)"""
+what a file says, likewise. (Who meets whom: test_align.py, test_kinds.py. How things go
+wrong: test_refusals.py, test_faults.py.)"""
 import re
 import signal
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import chunking as ck
 import lsmerge
 import merge
 import train
-from conftest import (assert_equal, assert_near, generator, llama_tensors,
+from conftest import (A, B, MODELS, assert_equal, assert_near, generator, llama_tensors,
                       overlap_matrix, textbook_plan, transport_of)
 from lsmerge import Codec
 
@@ -35,8 +35,7 @@ def combination(coefficients, tensors):
     return result
 
 
-def is_encoded(name, tensor):
-    return "layers" in name and tensor.ndim == 2
+ENCODED = [name for name, w in A.items() if "layers" in name and w.ndim == 2]
 
 
 def check_tensor(got, expected, rtol=1e-6):
@@ -71,34 +70,31 @@ def test_an_exact_codec_gives_plain_averaging(models, desk, lam, target, source)
 
 def test_merge_state_dicts_is_the_command(models, desk):
     """New tensors, in the target's shapes and dtypes; the user's are not written to."""
-    a = load_file(models["a"])
-    b = load_file(models["b"])
-    a[NAME] = a[NAME].double()
-    a["extra.ids"] = torch.arange(3)
-    before = [{name: w.clone() for name, w in tensors.items()} for tensors in (a, b)]
-    target = desk.put(a, "a")
+    a = A | {NAME: A[NAME].double(), "extra.ids": torch.arange(3)}
+    before = [{name: w.clone() for name, w in tensors.items()} for tensors in (a, B)]
     for flags in (dict(), dict(lam=0.3, vae="exact"), dict(samples=2, seed=3),
                   dict(select="mlp", vae=models["lossy"], max_nmse=2)):
         words = [f"--{key.replace('_', '-')}={value}" for key, value in flags.items()]
-        expected, _ = desk.merged(target, models["b"], *words)
-        assert_equal(merge.merge_state_dicts(a, b, **flags), expected)
+        expected, _ = desk.merged(a, B, *words)
+        assert_equal(merge.merge_state_dicts(a, B, **flags), expected)
     assert_equal(a, before[0])
-    assert_equal(b, before[1])
+    assert_equal(B, before[1])
     assert len(merge.merge_state_dicts(a)) == len(a)        # with itself
-    flags = dict(base=load_file(models["half"]), operator="task-arithmetic")
-    expected, _ = desk.merged(target, models["b"], "--operator", "task-arithmetic",
-                              "--base", models["half"])
-    assert_equal(merge.merge_state_dicts(a, b, **flags), expected)
+    half = load_file(models["half"])
+    expected, _ = desk.merged(a, B, "--operator", "task-arithmetic", "--base", half)
+    flags = dict(base=half, operator="task-arithmetic")
+    assert_equal(merge.merge_state_dicts(a, B, **flags), expected)
 
 
 def test_merge_state_dicts_refuses_as_python_does():
-    a = llama_tensors(1)
-    with pytest.raises(ValueError):
-        merge.merge_state_dicts(a, a, lam=2)
+    for flags, word in ((dict(lam=2), "flags"), (dict(output="x"), "returned"),
+                        (dict(dry_run=True), "returned")):
+        with pytest.raises(ValueError, match=word):
+            merge.merge_state_dicts(A, A, **flags)
     for odd in (None, torch.zeros(2, dtype=torch.complex64), torch.eye(3).to_sparse(),
                 torch.zeros(3, device="meta")):
         with pytest.raises(ck.CheckpointError, match="no dense tensor"):
-            merge.merge_state_dicts(a | {"odd": odd}, a)
+            merge.merge_state_dicts(A | {"odd": odd}, A)
 
 
 @pytest.mark.parametrize("pattern, count", [
@@ -107,13 +103,12 @@ def test_select_leaves_everything_else_the_targets(models, desk, pattern, count)
     got, report = desk.merged(models["a"], models["b"], "--select", pattern)
     assert report["tensors"]["encoded"] == count
     assert report["tensors"]["averaged"] == 0
-    a = load_file(models["a"])
-    mean = combination([0.5, 0.5], [a, load_file(models["b"])])
-    for name in a:
+    mean = combination([0.5, 0.5], [A, B])
+    for name in A:
         if re.search(pattern, name):
             assert_near({name: got[name]}, {name: mean[name]})
         else:
-            assert torch.equal(got[name], a[name])
+            assert torch.equal(got[name], A[name])
 
 
 # --- What the codec loses: residual, round trip, the gate -----------------------------
@@ -134,8 +129,8 @@ def test_residual_at_lambda_0_is_the_target_bit_for_bit(models, desk, target, so
 def test_residual_follows_its_formula(models, desk):
     """W^ = D(z_lambda) + sum c (W - D(z)), by hand: the parents' pooled unit, the VAE
     itself. Whoever enters unaligned gets back what was lost: no gate."""
-    a = load_file(models["a"])[NAME].double()
-    b = load_file(models["b"])[NAME].double()
+    a = A[NAME].double()
+    b = B[NAME].double()
     vae = Codec.load(models["lossy"]).vae
     mean, std = unit_of(a, b)
 
@@ -167,22 +162,20 @@ def test_residual_across_shapes_keeps_the_targets_share(models, desk, monkeypatc
     desk.merged(*way, "--residual", "--source-vae", "exact")
     monkeypatch.setattr(merge, "MAX_NMSE", 2)
     got, _ = desk.merged(*way, "--residual")
-    w = load_file(models["a"])[NAME]
-    check_tensor(got, without[NAME] + 0.8 * (w - trip[NAME]))
+    check_tensor(got, without[NAME] + 0.8 * (A[NAME] - trip[NAME]))
 
 
 def test_the_round_trip_reports_the_codecs_error(models, desk):
     way = ["--roundtrip", "--vae", models["lossy"], "--max-nmse", 2]
     got, report = desk.merged(models["a"], *way)
     nmse = {}
-    weights = []
-    for name, w in load_file(models["a"]).items():
-        if not is_encoded(name, w):
-            assert torch.equal(got[name], w)
-            continue
+    for name, w in A.items():
         lost = (got[name] - w).double().square().mean()
-        nmse[name] = (lost / w.double().var(correction=0)).item()
-        weights.append(w.numel())
+        if name in ENCODED:
+            nmse[name] = (lost / w.double().var(correction=0)).item()
+        else:
+            assert lost == 0
+    weights = [A[name].numel() for name in nmse]
     mean = np.average([*nmse.values()], weights=weights)
     worst = max(nmse, key=nmse.get)
     assert report["roundtrip"] == {
@@ -223,15 +216,14 @@ def test_the_gate_sees_the_end_of_a_large_tensor(desk):
     got, report = desk.merged(path, "--roundtrip", "--vae", vae, "--max-nmse", 1)
     error = (got[NAME] - w).double().square().mean().item()
     true = error / w.double().var(correction=0).item()
-    # 64 of 256 windows: their mean is off by 5 %, where half of them have twice the
-    # error
+    # 64 of 256 windows: half of them have twice the error, so the mean is 5 % off
     assert report["roundtrip"]["nmse"] == pytest.approx(true, rel=0.05) and true > 0.1
 
 
 def test_the_gate_minds_the_typical_weight(models, desk):
     """Beside one outlier all other weights may be lost, at an NMSE of nothing: the
     variance is the outlier's alone."""
-    w = load_file(models["a"])[NAME]
+    w = A[NAME].clone()
     w[3, 4] = 5000 * w.std()
     path = desk.put({NAME: w}, "t")
     way = [path, "--roundtrip", "--vae", pca_vae(desk, path, 1.1)]
@@ -246,21 +238,18 @@ def test_the_gate_minds_the_typical_weight(models, desk):
 
 # --- Report, bytes, threads -----------------------------------------------------------
 def test_report_counts_and_distances(models, desk):
-    a = load_file(models["a"])
     way = [models["a"], models["b"], "--lam", 0.25, "--seed", 3]
     got, report = desk.merged(*way)
-    encoded = [name for name, tensor in a.items() if is_encoded(name, tensor)]
     assert report["tensors"] == {
         "encoded": 14, "averaged": 6, "copied": 0, "total": 20,
-        "weights_encoded": sum(a[name].numel() for name in encoded),
-        "weights_total": sum(tensor.numel() for tensor in a.values())}
+        "weights_encoded": sum(A[name].numel() for name in ENCODED),
+        "weights_total": sum(w.numel() for w in A.values())}
 
     def flat(tensors):
-        return torch.cat([tensors[name].double().reshape(-1) for name in encoded])
+        return torch.cat([tensors[name].double().reshape(-1) for name in ENCODED])
     far = report["distance"]
-    for value, other in [(far["to_target"], a),
-                         (far["to_source"][0], load_file(models["b"]))]:
-        expected = (flat(got) - flat(other)).norm() / flat(a).norm()
+    for value, other in [(far["to_target"], A), (far["to_source"][0], B)]:
+        expected = (flat(got) - flat(other)).norm() / flat(A).norm()
         assert value == pytest.approx(expected.item(), rel=1e-5)
     assert report["inputs"] == ["a.safetensors", "b.safetensors"]
     assert report["output"] == "m.safetensors" and report["seed"] == 3
@@ -276,7 +265,6 @@ def test_same_command_same_bytes_whatever_the_threads(models, desk, monkeypatch,
     """As each tensor is computed by a single one. The seed decides all noise."""
     source, *flags = CASES[case]
     way = [models["a"], models[source], *flags]
-    threads = torch.get_num_threads()
     real = merge.merge_tensor
 
     def merge_tensor(*arguments):
@@ -288,7 +276,7 @@ def test_same_command_same_bytes_whatever_the_threads(models, desk, monkeypatch,
         torch.set_num_threads(3)
         three, _ = desk.merged(*way)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1)
     assert_equal(three, one)
     other, _ = desk.merged(*way, "--seed", 1)
     assert torch.equal(one[NAME], other[NAME]) == (case not in ("draws", "noise"))
@@ -339,11 +327,13 @@ def test_init_random_trains_on_the_inputs_and_may_keep_it(models, desk, monkeypa
 
 
 # --- Different shapes -----------------------------------------------------------------
-def standardised(path, name):
-    """(chunks of 64 of the standardised tensor, its scale, its mean), by hand."""
-    w = load_file(path)[name].double()
+BIG = llama_tensors(**MODELS["big"])
+
+
+def standardised(w):
+    """(chunks of 64 of the standardised tensor, its mean, its scale), by hand."""
     mean, std = unit_of(w)
-    return ((w - mean) / std).reshape(-1, 64), std, mean
+    return ((w.double() - mean) / std).reshape(-1, 64), mean, std
 
 
 def test_report_pairs_and_bookkeeping_across_shapes(models, desk):
@@ -361,8 +351,8 @@ def test_report_pairs_and_bookkeeping_across_shapes(models, desk):
         assert r["std_ratio"] == pytest.approx(1, abs=1e-3)
     assert report["distance"]["to_source"] == [None]
     assert report["distance"]["to_average"] is None
-    for name, tensor in load_file(models["a"]).items():
-        assert torch.equal(got[name], tensor) != is_encoded(name, tensor)
+    for name, w in A.items():
+        assert torch.equal(got[name], w) == (name not in ENCODED)
 
 
 def doubled(m):
@@ -374,8 +364,8 @@ def doubled(m):
 def test_across_shapes_against_the_formula_by_hand(models, desk, monkeypatch, method):
     """On chunks: the codec is a rigid change of axes, which commutes with the maps."""
     monkeypatch.setitem(align.ALIGNERS, "double", doubled)
-    z_t, scale, mean = standardised(models["a"], NAME)
-    z_s, _, _ = standardised(models["big"], PARTNER)
+    z_t, mean, scale = standardised(A[NAME])
+    z_s, _, _ = standardised(BIG[PARTNER])
     projected = overlap_matrix(len(z_s), len(z_t)) @ z_s
     centred = projected - projected.mean(0)
     way = [models["a"], models["big"], "--align", method, "--lam", 0.3]
@@ -401,19 +391,16 @@ def test_across_shapes_against_the_formula_by_hand(models, desk, monkeypatch, me
 @pytest.mark.parametrize("lam", ["0.5,0", "0,0.5"])
 def test_auto_aligns_only_what_has_another_shape(models, desk, lam):
     """A relative beside a stranger of another shape, in any order, enters as it is; so
-    does a matrix of equal shape within a model of other shapes. One stranger once sent
-    all through the Gaussian map."""
-    a = load_file(models["a"])[NAME].double()
-    b = load_file(models["b"])[NAME].double()
+    does a matrix of equal shape within a model of other shapes."""
     sources = [models["b"], models["big"]]
     if lam == "0,0.5":
         sources = sources[::-1]
     got, report = desk.merged(models["a"], *sources, "--lam", lam)
-    check_tensor(got, (a + b) / 2, rtol=1e-5)
+    check_tensor(got, (A[NAME].double() + B[NAME]) / 2, rtol=1e-5)
     assert report["kind"] == "cross-shape" and len(report["alignment"]) == 14
     narrow = llama_tensors(1, kv=32)
-    got, report = desk.merged(desk.put(narrow, "t"), models["b"], "--lam", 0.5)
-    check_tensor(got, (narrow[NAME].double() + b) / 2, rtol=1e-5)
+    got, report = desk.merged(narrow, models["b"], "--lam", 0.5)
+    check_tensor(got, (narrow[NAME].double() + B[NAME]) / 2, rtol=1e-5)
     assert {r["role"] for r in report["alignment"]} == {"k", "v"}
 
 
@@ -423,11 +410,10 @@ def test_sinkhorn_is_cut_into_problems_that_fit_the_memory(models, desk, monkeyp
     monkeypatch.setattr(lsmerge, "BATCH", 1)
     monkeypatch.setattr(lsmerge, "PIECE", 64 * 48)
     source = {name: 2 * t for name, t in llama_tensors(5).items()}
-    way = ["--align", "sinkhorn", "--epsilon", "0.1", "--lam", 1]
-    got, report = desk.merged(models["a"], desk.put(source, "s"), *way)
-    w = load_file(models["a"])[NAME].double()
-    mean, std = unit_of(w, source[NAME])
-    z_t = ((w - mean) / std).reshape(2, 48, 64)
+    flags = ["--align", "sinkhorn", "--epsilon", "0.1", "--lam", 1]
+    got, report = desk.merged(A, source, *flags)
+    mean, std = unit_of(A[NAME], source[NAME])
+    z_t = ((A[NAME].double() - mean) / std).reshape(2, 48, 64)
     z_s = ((source[NAME].double() - mean) / std).reshape(2, 48, 64)
     parts = []
     for mine, theirs in zip(z_t, z_s):
@@ -443,15 +429,14 @@ def test_controls_hold_nothing_of_the_source(models, desk, kind):
     flags = ["--control", kind, "--lam", 0.4]
     got, report = desk.merged(models["a"], models["big"], *flags)
     assert report["control"] == kind
-    other = llama_tensors(11, hidden=96, layers=3, mlp=160, kv=48)
-    found, _ = desk.merged(models["a"], desk.put(other, "o"), *flags)
+    other = llama_tensors(**MODELS["big"] | dict(seed=11))
+    found, _ = desk.merged(models["a"], other, *flags)
     assert_equal(found, got)
     same, _ = desk.merged(models["a"], models["b"], *flags)
-    for name, tensor in load_file(models["a"]).items():
-        if not is_encoded(name, tensor):
-            assert torch.equal(same[name], tensor)
+    for name in A.keys() - ENCODED:
+        assert torch.equal(same[name], A[name])
     if kind == "zero":          # the others: test_align.py
-        z_t, scale, mean = standardised(models["a"], NAME)
+        z_t, mean, scale = standardised(A[NAME])
         z = 0.6 * z_t + 0.4 * z_t.mean(0)
         check_tensor(got, z * scale + mean, rtol=1e-5)
         check_tensor(same, z * scale + mean, rtol=1e-5)
@@ -464,16 +449,13 @@ def test_two_vaes_of_different_latent_sizes(models, desk):
     narrow = pca_vae(desk, models["a"], 1, "--chunk 32")
     way = [models["a"], models["big"], "--vae", narrow, "--source-vae", models["vae"]]
     got, _ = desk.merged(*way, "--align", "none")
-    codecs = []
     latents = []
-    for vae, model, name in ((narrow, "a", NAME), (models["vae"], "big", PARTNER)):
-        file = ck.Checkpoint(models[model])
-        stats = ck.measure(file, name)
-        codecs.append((Codec.load(vae), stats))
-        latents.append(codecs[-1][0].encode(file.read(name), stats))
-    z_t, z_s = latents
+    for vae, w in ((models["vae"], BIG[PARTNER]), (narrow, A[NAME])):
+        codec = Codec.load(vae)
+        stats = ck.measure(ck.StateDict({NAME: w}), NAME)
+        latents.append(codec.encode(w.reshape(-1), stats))
+    z_s, z_t = latents
     z = overlap_matrix(len(z_s), len(z_t)) @ z_s.double() @ overlap_matrix(64, 32).T
-    codec, stats = codecs[0]
     check_tensor(got, codec.decode((0.9 * z_t + 0.1 * z).float(), stats, stats.numel))
     got, _ = desk.merged(*way, "--residual", "--lam", 0)
-    assert_equal(got, load_file(models["a"]))
+    assert_equal(got, A)

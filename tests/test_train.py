@@ -6,12 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.distributions import Normal, kl_divergence
 
 import chunking as ck
 import train
-from conftest import generator, save, two_processes
+from conftest import A, B, generator, save, two_processes
 from lsmerge import Codec
 from vae import VAE, VAEConfig
 
@@ -27,6 +26,10 @@ def parent(path):
     return file, [ck.measure(file, name) for name in names]
 
 
+def windows_of(path, config=TINY, **schedule):
+    return train.Windows([parent(path)], config, train.Schedule(**schedule))
+
+
 def fit(path, config=TINY, start=None, log=None, **schedule):
     """(vae, [stage records]) of a training on one file."""
     schedule = train.Schedule(**dict(batch=4) | schedule)
@@ -39,9 +42,8 @@ def run(*flags):
 
 
 def load(path):
-    file = ck.Checkpoint(path)
-    tensors = {name: file.read_tensor(name) for name in file.entries}
-    return VAE.from_file(tensors, file.metadata)
+    codec = Codec.load(path)
+    return codec.vae, codec.record
 
 
 def logged(path):
@@ -54,6 +56,10 @@ def equal(vae, other):
 
 def started(config=TINY):
     return VAE(config).start(generator())
+
+
+def close(found, expected, rtol, atol=0.0):
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
 
 
 # --- Parts ----------------------------------------------------------------------------
@@ -76,31 +82,29 @@ def test_the_rate_rises_then_falls_along_a_cosine(models, monkeypatch, steps):
         assert found == pytest.approx([2.0, 1.0, 0.0], abs=0.05)
 
 
-def standardised(path, names):
-    tensors = load_file(path)
-    wide = (tensors[name].double() for name in names)
+def standardised(names):
+    """Tensors of model a, by hand."""
+    wide = (A[name].double() for name in names)
     return [(w - w.mean()) / w.std(correction=0) for w in wide]
 
 
 def test_windows_are_the_tensors_in_order(models):
     """Every weight of every selected tensor, once; against a plain reading of the file.
     What a last window lacks is padding."""
-    file, stats = parent(models["a"])
-    config = replace(TINY, tokens=9)
-    windows = train.Windows([(file, stats)], config, train.Schedule(holdout=0.0))
-    names = [each.name for each in stats]
+    windows = windows_of(models["a"], replace(TINY, tokens=9), holdout=0.0)
+    names = [each.name for each in parent(models["a"])[1]]
     order = sorted(windows.training, key=lambda w: (names.index(w[1].name), w[2]))
     x_BTC, real_BTC = windows.read(order)
-    rows = [w.reshape(-1) for w in standardised(models["a"], names)]
+    rows = [w.reshape(-1) for w in standardised(names)]
     expected = torch.cat(rows).float()
     assert x_BTC.shape[1:] == (9, 16) and not x_BTC[~real_BTC].any()
-    torch.testing.assert_close(x_BTC[real_BTC], expected, rtol=1e-5, atol=1e-6)
+    close(x_BTC[real_BTC], expected, 1e-5, 1e-6)
 
 
 def test_windows_are_held_out_by_place_so_in_all_parents_at_once(models, tmp_path):
-    """What is not trained on at one position of one expert is not trained on in any
-    other, whatever stands before its names."""
-    other = {f"net.{name}": w for name, w in load_file(models["b"]).items()}
+    """What is held out at one position of one expert is held out in any other, whatever
+    stands before its names."""
+    other = {f"net.{name}": w for name, w in B.items()}
     parents = [parent(models["a"]), parent(save(tmp_path / "b.safetensors", other))]
     windows = train.Windows(parents, TINY, train.Schedule(holdout=0.2))
     everything = train.Windows(parents, TINY, train.Schedule(holdout=0.0))
@@ -124,7 +128,7 @@ def test_stage_1_goes_through_the_bottleneck_where_it_has_room(models, ratio):
     """r <= 1: through the posterior's mean; r > 1: through the stream, the bottleneck
     stays as it is. The KL and the posterior's width are off."""
     config = replace(TINY, ratio=ratio)
-    windows = train.Windows([parent(models["a"])], config, train.Schedule())
+    windows = windows_of(models["a"], config)
     (x, real), vae = windows.read(windows.training[:4]), started(config)
     real_BT = real.any(-1)
     loss, mse, kl = train.stage_loss(vae, 1, x, real, None)
@@ -135,14 +139,13 @@ def test_stage_1_goes_through_the_bottleneck_where_it_has_room(models, ratio):
     h = vae.encode_stream(x, real_BT)
     if ratio == 1:
         h = vae.up(vae.to_mu(h - vae.mean)) + vae.mean
-    expected = (vae.decode_stream(h, real_BT) - x).square().mean()
-    torch.testing.assert_close(mse, expected)
+    close(mse, (vae.decode_stream(h, real_BT) - x).square().mean(), 1e-6)
 
 
 def test_stage_2_is_eq_1_of_one_sample(models):
     """By hand: the sample, its error, beta / r KL by torch.distributions."""
     config = replace(TINY, ratio=2.0, beta=0.3)
-    windows = train.Windows([parent(models["a"])], config, train.Schedule())
+    windows = windows_of(models["a"], config)
     (x, real), vae = windows.read(windows.training[:4]), started(config)
     mu, logvar = vae.encode(x, real.any(-1))
     q = Normal(mu, (logvar / 2).exp())
@@ -151,31 +154,29 @@ def test_stage_2_is_eq_1_of_one_sample(models):
     mse = (vae.decode(z, real.any(-1)) - x).square().mean()
     found = train.stage_loss(vae, 2, x, real, generator(5))
     for part, expected in zip(found, (mse / 2 + 0.15 * kl, mse, kl)):
-        torch.testing.assert_close(part, expected, rtol=1e-4, atol=0)
+        close(part, expected, 1e-4)
 
 
 def test_a_step_is_adamws_of_a_clipped_gradient(models, monkeypatch):
     """By hand: the gradient's sign times the rate, less the decay."""
     monkeypatch.setattr(train, "CLIP", 1e-3)
-    schedule, vae = train.Schedule(batch=4), started()
-    windows = train.Windows([parent(models["a"])], TINY, schedule)
+    vae = started()
     optimiser = torch.optim.AdamW(vae.parameters(), 5e-4, (0.9, 0.95), weight_decay=0.1)
     before = vae.embed.weight.detach().clone()
-    train.train_step(vae, windows, schedule, 1, optimiser, random.Random(0), None)
+    train.train_step(vae, windows_of(models["a"]), train.Schedule(batch=4), 1,
+                     optimiser, random.Random(0), None)
     grads = [p.grad for p in vae.parameters() if p.grad is not None]
     norm = sum(grad.square().sum() for grad in grads).sqrt()
     assert norm.item() == pytest.approx(1e-3, rel=1e-3)
     grad = vae.embed.weight.grad
     expected = before * (1 - 5e-4 * 0.1) - 5e-4 * grad / (grad.abs() + 1e-8)
-    torch.testing.assert_close(vae.embed.weight.detach(), expected, rtol=1e-5,
-                               atol=1e-8)
+    close(vae.embed.weight.detach(), expected, 1e-5, 1e-8)
 
 
 # --- The curriculum -------------------------------------------------------------------
 def test_from_a_random_start_it_learns_and_the_seed_decides(models):
     """Stage 1 must beat predict-the-mean (NMSE 1) by far; stage 2 must keep most of it,
-    the KL on. Both take all of their steps, and keep the best state that was seen. The
-    default is such a start, which once was exact: it took no step."""
+    the KL on. Both take all of their steps, and keep the best state that was seen."""
     _, config, schedule = train.parse(["x"])
     assert config == VAEConfig(init="random") and min(schedule.steps1, schedule.steps2)
     log, options = [], dict(steps1=60, steps2=20, lr=8e-3, batch=12)
@@ -204,15 +205,14 @@ def test_above_r_1_it_starts_as_pca(models):
     """The round trip through the codec is the error of the best linear code, by SVD."""
     file, stats = parent(models["a"])
     config = replace(WARM, ratio=2.0)
-    vae, _ = fit(models["a"], config, steps1=0, steps2=0, holdout=0.0)
-    codec = Codec(vae)
+    codec = Codec(fit(models["a"], config, steps1=0, steps2=0, holdout=0.0)[0])
     lost = 0.0
     for each in stats:
         flat_L = file.read(each.name)
         back_L = codec.decode(codec.encode(flat_L, each), each, each.numel)
         lost += ((back_L - flat_L) / each.scale).double().square().sum().item()
-    rows = torch.cat([w.reshape(-1, 16) for w in
-                      standardised(models["a"], [each.name for each in stats])])
+    x = standardised([each.name for each in stats])
+    rows = torch.cat([w.reshape(-1, 16) for w in x])
     values = torch.linalg.svdvals(rows - rows.mean(0)) ** 2
     assert lost == pytest.approx(values[8:].sum().item(), rel=1e-3)
 
@@ -263,25 +263,10 @@ def test_it_goes_on_from_a_file(models, tmp_path):
     vae, record = load(tmp_path / "again")
     assert vae.config == start.config and record["schedule"]["steps1"] == 0
     stage, = record["stages"]
-    windows = train.Windows([parent(models["half"])], start.config,
-                            train.Schedule(batch=4))
+    windows = windows_of(models["half"], start.config)
     expected = train.validate(start, windows, 2)["objective"]
     assert logged(tmp_path / "log")[0]["objective"] == pytest.approx(expected)
     assert stage["stage"] == 2 and stage["objective"] < expected
-
-
-def interrupted_after(stage, step, monkeypatch):
-    """Ctrl-C in place of a step."""
-    real = train.train_step
-    taken = []
-
-    def train_step(vae, windows, schedule, where, *rest):
-        if where == stage:
-            taken.append(1)
-        if len(taken) > step:
-            signal.raise_signal(signal.SIGINT)
-        return real(vae, windows, schedule, where, *rest)
-    monkeypatch.setattr(train, "train_step", train_step)
 
 
 @pytest.mark.parametrize("ratio, stage, step",
@@ -289,7 +274,15 @@ def interrupted_after(stage, step, monkeypatch):
 def test_ctrl_c_keeps_the_best_state_so_far(models, tmp_path, monkeypatch, capsys,
                                             ratio, stage, step):
     """Exit code 130, and a VAE that works: in stage 1 its bottleneck is cut first."""
-    interrupted_after(stage, step, monkeypatch)
+    real = train.train_step
+    taken = []
+
+    def train_step(vae, windows, schedule, where, *rest):
+        if taken.count(stage) == step and where == stage:
+            signal.raise_signal(signal.SIGINT)
+        taken.append(where)
+        return real(vae, windows, schedule, where, *rest)
+    monkeypatch.setattr(train, "train_step", train_step)
     flags = ["--lr", 1e-3, "--steps1", 12, "--steps2", 12, "--ratio", ratio, *FLAGS]
     way = [models["a"], "-o", tmp_path / "v", *flags, "--log", tmp_path / "log"]
     assert run(*way) == 130 and "interrupted" in capsys.readouterr().out
@@ -301,14 +294,14 @@ def test_ctrl_c_keeps_the_best_state_so_far(models, tmp_path, monkeypatch, capsy
     assert z_NZ.isfinite().all() and z_NZ.std() > 0.1
     # the state that is kept is the best that was seen
     seen = [r["objective"] for r in logged(tmp_path / "log") if r["stage"] == stage]
-    windows = train.Windows([parent(models["a"])], vae.config, train.Schedule(batch=4))
+    windows = windows_of(models["a"], vae.config)
     kept = train.validate(vae, windows, stage)["objective"]
     assert kept == pytest.approx(min(seen), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["validate", "cut"])
 def test_ctrl_c_between_the_stages_keeps_stage_1(models, monkeypatch, name):
-    """In stage 2's first check, or in the cut. It once lost all that was learnt."""
+    """In stage 2's first check, or in the cut."""
     real = getattr(train, name)
 
     def once(vae, windows, what):
@@ -320,7 +313,7 @@ def test_ctrl_c_between_the_stages_keeps_stage_1(models, monkeypatch, name):
     log = []
     vae, (stage,) = fit(models["a"], HALF, lr=8e-3, steps1=60, steps2=9, log=log)
     assert stage["ended"] == "interrupted"
-    windows = train.Windows([parent(models["a"])], HALF, train.Schedule(batch=4))
+    windows = windows_of(models["a"], HALF)
     kept = train.validate(vae, windows, 1)["objective"]
     assert kept == pytest.approx(min(r["objective"] for r in log), rel=1e-5)
     assert train.validate(vae, windows, 2)["nmse"] < 0.9
@@ -332,7 +325,6 @@ def test_ctrl_c_between_the_stages_keeps_stage_1(models, monkeypatch, name):
     ("3", "2", (0, 1)), ("-1", "2", (0, 1)), ("1", "2", (1, 2))])
 def test_a_launchers_environment_counts_only_as_a_whole(monkeypatch, rank, size,
                                                         expected):
-    """"": it is not set."""
     for key, value in (("RANK", rank), ("WORLD_SIZE", size)):
         monkeypatch.delenv(key, raising=False)
         if value:
@@ -353,15 +345,14 @@ def test_two_processes_train_as_one(models, tmp_path):
     ones, twos = logged(tmp_path / "one.jsonl"), logged(tmp_path / "two.jsonl")
     assert len(ones) == len(twos) == 13 + 5
     for one, two in zip(ones, twos):
+        # stage 2 has taken a few steps along gradients of other draws
+        near = 1e-4 if one["stage"] == 1 or one["step"] == 0 else 0.05
         for key in ("objective", "nmse"):
-            # stage 2 has taken a few steps along gradients of other draws
-            near = 1e-4 if one["stage"] == 1 or one["step"] == 0 else 0.05
             assert one[key] == pytest.approx(two[key], rel=near)
     assert load(tmp_path / "two")[0].config == load(tmp_path / "one")[0].config
 
 
 def test_a_batch_has_a_window_for_each_process(monkeypatch, models):
-    """A process without a window ended in a traceback."""
     monkeypatch.setattr(train, "gather", lambda value: [value])
     monkeypatch.setattr(train, "rank_and_size", lambda: (0, 3))
     with pytest.raises(ck.CheckpointError, match="processes"):
