@@ -1,4 +1,5 @@
 """vae.py against torch.distributions, plain loops and Eckart-Young; its codec."""
+import itertools
 import math
 
 import pytest
@@ -13,12 +14,13 @@ from lsmerge import Codec
 SMALL = dict(chunk=8, tokens=4, width=16, blocks=2, heads=2)      # small for testing
 
 
-def config(**options):
-    return v.VAEConfig(**SMALL | dict(init="pca") | options)
-
-
 def started(seed=0, **options):
-    return v.VAE(config(**options)).start(generator(seed))
+    config = v.VAEConfig(**SMALL | dict(init="pca") | options)
+    return v.VAE(config).start(generator(seed))
+
+
+def close(found, expected, rtol=1e-5, atol=0.0):
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
 
 
 def windows(B=6, T=4, C=8, seed=0):
@@ -40,10 +42,10 @@ def warm(ratio, x, real, **options):
 
 def wake(net):
     """Let every branch of a warm start speak."""
-    for seed, block in enumerate([*net.encoder, *net.decoder]):
-        torch.nn.init.normal_(block.out.weight, std=0.3, generator=generator(2 * seed))
-        torch.nn.init.normal_(block.down.weight, std=0.3,
-                              generator=generator(2 * seed + 1))
+    g = generator()
+    for block in [*net.encoder, *net.decoder]:
+        for last in (block.out.weight, block.down.weight):
+            torch.nn.init.normal_(last, std=0.3, generator=g)
     return net
 
 
@@ -57,11 +59,9 @@ def test_kl_against_torch_distributions():
     posterior = v.Posterior(*torch.randn(2, 6, 4, 5, generator=generator()).unbind())
     q = Normal(posterior.mu_BTZ, (posterior.logvar_BTZ / 2).exp())
     expected = torch_kl(q, Normal(torch.zeros(5), torch.ones(5)))[real].mean()
-    torch.testing.assert_close(v.kl_divergence(posterior, real), expected, rtol=1e-5,
-                               atol=0)
+    close(v.kl_divergence(posterior, real), expected)
     posterior.mu_BTZ[~real] = math.inf                  # what stands in padding
-    torch.testing.assert_close(v.kl_divergence(posterior, real), expected, rtol=1e-5,
-                               atol=0)
+    close(v.kl_divergence(posterior, real), expected)
 
 
 def test_loss_is_eq_1_per_weight():
@@ -75,8 +75,7 @@ def test_loss_is_eq_1_per_weight():
     full = real.all(-1)         # whole chunks only: then r weights per latent number
     expected = (-(logp[full].sum()) + 0.3 * kl[full].sum()) / (full.sum() * 8)
     whole = full[..., None].expand_as(x)
-    loss = v.vae_loss(decoded, posterior, x, whole, beta=0.3, ratio=4.0)
-    torch.testing.assert_close(loss.total, expected, rtol=1e-5, atol=0)
+    close(v.vae_loss(decoded, posterior, x, whole, beta=0.3, ratio=4.0).total, expected)
 
 
 def test_posterior_variance_is_the_closed_form():
@@ -85,20 +84,19 @@ def test_posterior_variance_is_the_closed_form():
     best = s[(s / 2 + 0.01 * (s - 1 - s.log()) / 2).argmin()].item()
     x, real = windows()
     for net in (warm(2.0, x, real, beta=0.01), started(beta=0.01)):
-        assert net.encode(x).logvar_BTZ.exp().mean().item() == pytest.approx(best,
-                                                                             rel=1e-4)
+        variance = net.encode(x).logvar_BTZ.exp().mean().item()
+        assert variance == pytest.approx(best, rel=1e-4)
 
 
 def test_every_key_has_noise_of_its_own():
     """torch looks at 32 bits of a seed: products once left a single one."""
-    keys = [(seed, tensor, parent) for seed in (0, 1, 2 ** 31) for tensor in range(3)
-            for parent in range(2)]
-    draws = torch.stack([torch.randn(1000,
-                                     generator=v.generator_for(*key)) for key in keys])
+    def draw(key):
+        return torch.randn(1000, generator=v.generator_for(*key))
+    keys = [*itertools.product((0, 1, 2 ** 31), range(3), range(2))]
+    draws = torch.stack([draw(key) for key in keys])
     apart = torch.corrcoef(draws) - torch.eye(len(keys))
-    # 1 / sqrt(1000) by chance, six times
-    assert apart.abs().max() < 0.2
-    assert torch.equal(torch.randn(1000, generator=v.generator_for(*keys[7])), draws[7])
+    assert apart.abs().max() < 0.2              # 1 / sqrt(1000) by chance, six times
+    assert torch.equal(draw(keys[7]), draws[7])
 
 
 # --- The network ----------------------------------------------------------------------
@@ -117,16 +115,15 @@ def test_padding_changes_neither_codes_nor_loss_nor_gradients(init):
         results.append([loss.total.detach(), posterior.mu_BTZ[real_BT],
                         net.encoder[0].qkv.weight.grad.clone()])
     for clean, dirty in zip(*results):      # float32 sums of the same numbers
-        torch.testing.assert_close(clean, dirty, rtol=1e-5, atol=1e-6)
+        close(clean, dirty, atol=1e-6)
 
 
 def test_windows_do_not_see_each_other_but_chunks_of_a_window_do():
     x, _ = windows()
     net = started(init="random")
     order, z = torch.tensor([3, 1, 0, 2, 5, 4]), net.encode(x).mu_BTZ
-    torch.testing.assert_close(net.encode(x[order]).mu_BTZ, z[order], rtol=1e-5,
-                               atol=1e-6)
-    torch.testing.assert_close(net.encode_mean(x), z, rtol=1e-5, atol=1e-6)
+    close(net.encode(x[order]).mu_BTZ, z[order], atol=1e-6)
+    close(net.encode_mean(x), z, atol=1e-6)
     other = x.clone()
     other[0, 3] += 1
     assert (net.encode(other).mu_BTZ[0, 0] - z[0, 0]).abs().max() > 1e-3
@@ -155,8 +152,7 @@ def test_block_against_explicit_loops():
     normed = torch.nn.functional.layer_norm(y, (D,))
     gate, up = (normed @ block.gate_up.weight.T).chunk(2, -1)
     expected = y + (gate * gate.sigmoid() * up) @ block.down.weight.T
-    found = net.run([block], h, None)[0]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    close(net.run([block], h, None)[0], expected, 1e-4, 1e-5)
 
 
 # --- Starts ---------------------------------------------------------------------------
@@ -212,11 +208,10 @@ def test_a_codec_is_its_network_on_windows():
     with torch.no_grad():
         mu_BTZ = net.encode(x_BTC, real_BT).mu_BTZ
         decoded = net.decode(mu_BTZ * real_BT[..., None], real_BT)
-    close = dict(rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(z_NZ, mu_BTZ.reshape(16, 4)[:14], **close)
-    torch.testing.assert_close(codec.encode(flat_L[64:], stats), z_NZ[8:], **close)
     whole_L = decoded.reshape(-1)[:109] * stats.scale + stats.mean
-    torch.testing.assert_close(codec.decode(z_NZ, stats, 109), whole_L, **close)
+    close(z_NZ, mu_BTZ.reshape(16, 4)[:14], 1e-4, 1e-5)
+    close(codec.encode(flat_L[64:], stats), z_NZ[8:], 1e-4, 1e-5)
+    close(codec.decode(z_NZ, stats, 109), whole_L, 1e-4, 1e-5)
 
 
 def test_other_dtypes():
