@@ -21,20 +21,18 @@ from safetensors.torch import load_file
 import chunking as ck
 import merge
 import train
-from conftest import (ROOT, assert_equal, check_line, ended, forked, sharded, snapshot,
-                      two_processes)
+from conftest import (A, B, ROOT, assert_equal, check_line, ended, forked, sharded,
+                      snapshot, two_processes)
 
 KINDS = pytest.mark.parametrize("kind", ["file", "folder"])
 
 
 @pytest.fixture
-def box(desk, models):
-    """A desk with two models, a.safetensors and b.safetensors; out/ holds old results.
-    What hangs for two minutes fails."""
-    for name in ("a", "b"):
-        shutil.copyfile(models[name], desk / f"{name}.safetensors")
-    desk.a = desk / "a.safetensors"
-    desk.b = desk / "b.safetensors"
+def box(desk):
+    """A desk with two models, and old results in out/. What hangs for two minutes
+    fails."""
+    desk.a = desk.put(A, "a")
+    desk.b = desk.put(B, "b")
     desk.out = desk / "out/m.safetensors"
     (desk / "out/merged").mkdir(parents=True)
     desk.out.write_text("old")
@@ -60,7 +58,7 @@ def merge_of(box, kind):
     """The command that replaces an old file, by a link; or folder, spelled oddly."""
     if kind == "file":
         return [box.a, box.b, "-o", box / "link.safetensors", "--force"]
-    target = sharded(box / "model", load_file(box.a))
+    target = sharded(box / "model", A)
     return [target, box.b, "-o", f"{box.folder}//out/merged//", "--force"]
 
 
@@ -80,8 +78,8 @@ def slowly(pipe):
 @pytest.mark.parametrize("sent, expected", [
     (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_a_signal_while_writing(box, log, kind, sent, expected):
-    """The old result stays, nothing is left; of a SIGKILL the rest is named by the next
-    run, with the number of the process that left it."""
+    """The old result stays, nothing is left; what a SIGKILL leaves is named by the next
+    run, with the number of its process."""
     arguments = merge_of(box, kind)
     before = snapshot(box.folder)
     ear, mouth = os.pipe()
@@ -90,8 +88,7 @@ def test_a_signal_while_writing(box, log, kind, sent, expected):
     assert os.read(ear, 1) == b"x" and snapshot(box.folder).keys() > before.keys()
     os.kill(pid, sent)
     time.sleep(0.05)
-    if sent != signal.SIGKILL:
-        os.kill(pid, signal.SIGTERM)        # a second one does not disturb the clean-up
+    os.kill(pid, signal.SIGTERM)            # a second one does not disturb the clean-up
     assert ended(pid) == expected
     after = snapshot(box.folder)
     left = after.keys() - before.keys()
@@ -188,7 +185,7 @@ def into_nothing(kind):
 @pytest.mark.parametrize("kind", ["gone", "closed", "closed, both", "full"])
 def test_a_reader_that_has_gone_is_no_error(box, log, kind):
     """`merge.py ... | head -0`, `>&-`: the lines that nobody reads are left out. A full
-    disk is an error, one line. Nothing is left for the interpreter to flush."""
+    disk is an error."""
     code = ended(forked(log, merge_of(box, "file"), lambda: into_nothing(kind)))
     assert load_file(box.out)
     if kind == "full":
@@ -209,7 +206,6 @@ def raising(error):
     (OSError(28, "No space left"), "No space left"),
     (MemoryError(), "out of memory")])
 def test_how_a_command_ends(desk, error, words):
-    """Any RuntimeError with "memory" in its text once counted as a lack of it."""
     desk.refuse(main=raising(error), words=[words])
     with pytest.raises(RuntimeError):
         desk.run(main=raising(RuntimeError("memory format is not contiguous")))
@@ -264,8 +260,7 @@ sys.exit(command(lambda: merge.main(sys.argv[1:])))
 
 def test_a_process_of_its_own_in_a_poor_environment(box):
     """python -OO; LC_ALL=C, and a folder whose name is no ASCII; a reader that has
-    gone, where the interpreter once complained at its exit (code 120). Nothing of a
-    launcher's environment is read at import."""
+    gone, also at the interpreter's exit. Nothing of a launcher is read at import."""
     poor = {"PATH": os.environ["PATH"], "LC_ALL": "C", "PYTHONUTF8": "0",
             "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
     ear, mouth = os.pipe()
@@ -282,7 +277,7 @@ def test_a_process_of_its_own_in_a_poor_environment(box):
 
 
 def test_integrity_rests_on_no_assert():
-    """python -O drops them: a file that lacked pieces was once published."""
+    """python -O drops them."""
     for name in ("lsmerge", "chunking", "vae", "align", "train", "merge"):
         tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
         assert not [node for node in ast.walk(tree) if isinstance(node, ast.Assert)]
@@ -350,12 +345,10 @@ def test_two_processes_give_the_bytes_of_one(box, log, models):
 def test_a_fault_in_one_of_two_processes(box, log, place, value):
     """Found as the weights are read, or as they are merged (it does not fit): one line
     of the process that finds it; nothing of the other, nor on the disk."""
-    tensors = load_file(box.a)
-    target = box.put({name: t.half() for name, t in tensors.items()}, "t")
-    entries = sorted(ck.StateDict(tensors).entries.values(), key=lambda e: -e.numel)
+    target = box.put({name: w.half() for name, w in A.items()}, "t")
+    entries = sorted(ck.StateDict(A).entries.values(), key=lambda e: -e.numel)
     name = entries[place].name          # the largest go to the processes in turn
-    tensors[name].view(-1)[0] = value
-    source = box.put(tensors, "s")
+    source = box.put(A | {name: torch.full_like(A[name], value)}, "s")
     before = snapshot(box.folder)
     codes, _, errors = two_processes(log, target, source, "--force", "-o", box.out)
     assert snapshot(box.folder) == before
