@@ -26,6 +26,10 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments"), str(ROOT / "experiments/tools")]
 torch.set_num_threads(1)    # the matrices here are tiny: a second thread only waits
+import chunking
+import merge
+import train
+import vae
 
 INDEX = "model.safetensors.index.json"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -69,9 +73,11 @@ def relative(tensors, seed, part=0.3):
     return moved
 
 
-# Two experts of one base. As files: models["a"] and models["b"].
+# Two experts of one base; two strangers, of which one is deeper and wider.
 A = llama_tensors(1)
 B = relative(A, 2)
+HALF = llama_tensors(3, dtype=torch.bfloat16)
+BIG = llama_tensors(4, hidden=96, layers=3, mlp=160, kv=48)
 
 
 def save(path, tensors):
@@ -104,8 +110,7 @@ def assert_equal(got, expected):
 
 
 def assert_near(got, expected, rtol=1e-6):
-    """Relative to each tensor's largest weight: float32 algebra of some 20 steps.
-    Narrower dtypes are rounded once more, by half a step at most."""
+    """Relative to a tensor's largest weight, or to half a step of a narrower dtype."""
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         if not tensor.is_floating_point():
@@ -150,23 +155,15 @@ def textbook_plan(cost, epsilon):
     return torch.from_numpy(np.exp(score + f[:, None] + g))
 
 
-MODELS = {"a": dict(seed=1), "half": dict(seed=3, dtype=torch.bfloat16),
-          "big": dict(seed=4, hidden=96, layers=3, mlp=160, kv=48)}
-
-
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Paths: a; b, its relative (float32); half, a stranger of that shape (bfloat16);
-    big, a deeper and wider stranger; vae, exact at r = 1; lossy, PCA at r = 4, which
-    loses three quarters of white noise. Neither VAE is trained."""
-    import train
-    import vae
+    """Paths of these, and of two VAEs: vae, exact at r = 1; lossy, PCA at r = 4, which
+    loses three quarters of white noise."""
     folder = tmp_path_factory.mktemp("models")
-    names = [*MODELS, "b", "vae", "lossy"]
+    names = ("a", "b", "half", "big", "vae", "lossy")
     paths = {name: folder / f"{name}.safetensors" for name in names}
-    for name, options in MODELS.items():
-        save(paths[name], llama_tensors(**options))
-    save(paths["b"], B)
+    for name, tensors in zip(names, (A, B, HALF, BIG)):
+        save(paths[name], tensors)
     exact = vae.VAE(vae.VAEConfig(blocks=0, init="pca")).start(vae.generator_for(0))
     schedule = train.Schedule()
     train.save_vae(paths["vae"], exact, [], schedule, False, trained_on=["none"])
@@ -178,9 +175,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def exact(monkeypatch, models):
-    """Where a test names no VAE, its codec is not the matter: an exact one is the
-    fastest."""
-    import merge
+    """Where a test names no VAE, it is an exact one: the fastest."""
     monkeypatch.setattr(merge, "REFERENCE", str(models["vae"]))
 
 
@@ -225,8 +220,7 @@ class Desk:
         return save(self.folder / f"{name}.safetensors", held)
 
     def written(self, arguments):
-        """A command's words. State dicts among them are written, and named by where
-        they stand: 0.safetensors, 1.safetensors, ..."""
+        """A command's words. The k-th, if a state dict, is written as k.safetensors."""
         words = []
         for k, argument in enumerate(arguments):
             if isinstance(argument, dict):
@@ -243,22 +237,19 @@ class Desk:
             path.write_text(text)
         return self.folder / name
 
-    def run(self, *arguments, main=None):
+    def run(self, *arguments, main=merge.main):
         """(exit code, stdout, stderr) of merge.py, or of another main."""
-        import chunking
-        import merge
         argv = self.written(arguments)
         self.capsys.readouterr()
         try:
-            code = chunking.command(lambda: (main or merge.main)(argv))
+            code = chunking.command(partial(main, argv))
         except SystemExit as ended:
             code = ended.code
         said = self.capsys.readouterr()
         return code, said.out, said.err
 
     def merged(self, *arguments, out="m.safetensors"):
-        """(tensors, report) of a merge that must succeed, as the library reads them;
-        what it said is in desk.said and desk.err."""
+        """(tensors, report) of a merge; what it said is in desk.said and desk.err."""
         path = self.folder / out
         report = self.folder / "report.json"
         outputs = ["-o", path, "--report", report, "--force"]
@@ -268,7 +259,7 @@ class Desk:
             path = path / "model.safetensors"
         return load_file(path), json.loads(report.read_text())
 
-    def refuse(self, *arguments, words=(), code=1, main=None):
+    def refuse(self, *arguments, words=(), code=1, main=merge.main):
         """Refused in one line that holds the words; nothing on the disk has changed."""
         arguments = self.written(arguments)
         before = snapshot(self.folder)
@@ -286,10 +277,8 @@ def desk(tmp_path, capsys):
 
 
 # --- Commands in processes of their own: forked, so that nothing is imported anew -----
-def forked(log, arguments, prepare=lambda: None, main=None):
+def forked(log, arguments, prepare=lambda: None, main=merge.main):
     """Start a command; its process number. Its streams go to log.out and log.err."""
-    import chunking
-    import merge
     if pid := os.fork():
         return pid
     code = 99
@@ -298,7 +287,7 @@ def forked(log, arguments, prepare=lambda: None, main=None):
         sys.stderr = open(f"{log}.err", "w", encoding="utf-8")
         prepare()
         argv = [str(argument) for argument in arguments]
-        code = chunking.command(lambda: (main or merge.main)(argv))
+        code = chunking.command(partial(main, argv))
     except SystemExit as leaving:
         code = leaving.code
     except BaseException:
@@ -321,9 +310,8 @@ def ended(pid):
     pytest.fail("the command hangs")
 
 
-def two_processes(log, *arguments, prepare=lambda: None, main=None):
-    """(exit codes, stdouts, stderrs) of a command in two processes, started as torchrun
-    does. Where one fails, the other must end by itself."""
+def two_processes(log, *arguments, prepare=lambda: None, main=merge.main):
+    """(exit codes, stdouts, stderrs) of two that torchrun starts, and that both end."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     facts = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

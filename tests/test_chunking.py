@@ -51,8 +51,7 @@ VALUES = {"small spread, large mean": noise(5000) * 1e-4 + 1000,
 
 @pytest.mark.parametrize("case", VALUES)
 def test_measure_equals_numpy_however_the_tensor_is_cut(tmp_path, monkeypatch, case):
-    """Chan's update over pieces of 97 against numpy over the whole tensor, in float64;
-    the user's tensors are not written to (a float64 one once was)."""
+    """In pieces of 97, against numpy over the whole; the tensors are not written to."""
     values = VALUES[case].reshape(-1, 1)
     before = values.clone()
     monkeypatch.setattr(ck.spans, "__defaults__", (97,))
@@ -82,8 +81,7 @@ def test_pool_is_the_statistics_of_all_weights_together():
     (noise(1000) * 3e-3 + 0.5, 4e-5), (noise(1000).double() * 1e-9 + 1, 1e-5),
     (noise(1000) * 1e-30, 1e-6)])
 def test_standardised_weights_and_back(values, bound):
-    """Against numpy in float64. What is off is the stored dtype's rounding over the
-    spread, a few times: 2^-25 / 3e-3 and 2^-53 / 1e-9."""
+    """Bounds: the dtype's rounding over the spread, 2^-25 / 3e-3 and 2^-53 / 1e-9."""
     stats = ck.measure(ck.StateDict({"w": values}), "w")
     wide = values.double().numpy()
     x_L = ck.standardise(values, stats)
@@ -197,8 +195,7 @@ def test_reading_agrees_with_the_library(tmp_path):
 
 
 def test_what_the_library_accepts_is_read_as_it_reads_it(tmp_path):
-    """As no writer writes it: out of order, not aligned, with unknown keys; names that
-    no model has; a huge shape without a number."""
+    """Out of order, not aligned, unknown keys, odd names, a huge shape of no number."""
     header = {"": {"dtype": "F32", "shape": [2, 2], "data_offsets": [1, 17], "note": 1},
               "²": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
               "a\nb": {"dtype": "F16", "shape": [3], "data_offsets": [17, 23]},
@@ -230,8 +227,7 @@ def test_threads_read_one_file_without_disturbing_each_other(tmp_path):
 
 
 def test_written_files_are_whole_and_aligned_for_the_library(tmp_path):
-    """Pieces in any order; headers of eight lengths; every tensor at a multiple of its
-    dtype's size, as other readers want it."""
+    """Pieces in any order, headers of eight lengths; aligned to the dtype's size."""
     for n in range(8):
         tensors, path = {**ODD, "x" * n: torch.ones(1)}, tmp_path / f"{n}.safetensors"
         with ck.create(path, ck.StateDict(tensors).entries.values(),

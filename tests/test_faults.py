@@ -29,8 +29,7 @@ KINDS = pytest.mark.parametrize("kind", ["file", "folder"])
 
 @pytest.fixture
 def box(desk):
-    """A desk with two models, and old results in out/. What hangs for two minutes
-    fails."""
+    """A desk with two models, and old results in out/. What hangs fails."""
     desk.a = desk.put(A, "a")
     desk.b = desk.put(B, "b")
     desk.out = desk / "out/m.safetensors"
@@ -78,8 +77,7 @@ def slowly(pipe):
 @pytest.mark.parametrize("sent, expected", [
     (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_a_signal_while_writing(box, log, kind, sent, expected):
-    """The old result stays, nothing is left; what a SIGKILL leaves is named by the next
-    run, with the number of its process."""
+    """The old result stays, nothing is left; what SIGKILL leaves the next run names."""
     arguments = merge_of(box, kind)
     before = snapshot(box.folder)
     ear, mouth = os.pipe()
@@ -184,8 +182,7 @@ def into_nothing(kind):
 
 @pytest.mark.parametrize("kind", ["gone", "closed", "closed, both", "full"])
 def test_a_reader_that_has_gone_is_no_error(box, log, kind):
-    """`merge.py ... | head -0`, `>&-`: the lines that nobody reads are left out. A full
-    disk is an error."""
+    """`merge.py ... | head -0`, `>&-`; but a full disk is an error."""
     code = ended(forked(log, merge_of(box, "file"), lambda: into_nothing(kind)))
     assert load_file(box.out)
     if kind == "full":
@@ -285,8 +282,7 @@ def test_integrity_rests_on_no_assert():
 
 # --- What an output is ----------------------------------------------------------------
 def test_modes_links_and_other_names(box):
-    """The mode is the umask's; a link is written through; an output that is another
-    name of a source's bytes gets its own."""
+    """Modes are the umask's, links are written through, no input is written to."""
     os.link(box.b, box / "alias.safetensors")
     source = box.b.read_bytes()
     target, _ = merge_of(box, "folder")[:2]

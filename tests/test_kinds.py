@@ -64,8 +64,7 @@ def layer_as(tensors, layer, stack):
 
 # --- What is right --------------------------------------------------------------------
 def average(target, sources, partner=lambda name: name):
-    """The plain merge in float64. partner: the target's name -> the source's. A source
-    without one leaves its share to the target."""
+    """In float64. partner: the target's name -> the source's; without one: no share."""
     result = dict(target)
     for name, tensor in target.items():
         met = [source[partner(name)] for source in sources if partner(name) in source]
@@ -277,9 +276,8 @@ BEHIND = ["pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "x
 
 
 def test_all_goes_along_but_weights_checkpoints_and_training(desk):
-    """A dense layer of sentence-transformers is a part of the model: it goes along, its
-    weights too, which is told. A model beside an adapter's configuration is a model. A
-    link to a file is followed; one to a folder, and a pipe, are named and stay."""
+    """A part of a model (2_Dense) goes along, its weights too, which is told. A link to
+    a file is followed; one to a folder, and a pipe, are named and stay."""
     texts = {file: f"the text of {file}" for file in ALONG + BEHIND}
     folder = desk.model(A, **texts)
     (desk / "blob").write_text("a link's text")
@@ -393,8 +391,7 @@ TOLD = {                # (source, flags, words of the last warning, if there is
 
 @pytest.mark.parametrize("case", TOLD)
 def test_what_only_the_result_shows(desk, case):
-    """Only the codec's own error is called that, and only where the flag that is
-    advised would bring it back."""
+    """The codec's error is told only where the advised flag would bring it back."""
     source, flags, words = TOLD[case]
     desk.merged(A, source, "--vae", REFERENCE, *flags.split())
     last = "".join(desk.err.splitlines()[-1:])

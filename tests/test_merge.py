@@ -16,8 +16,8 @@ import chunking as ck
 import lsmerge
 import merge
 import train
-from conftest import (A, B, MODELS, assert_equal, assert_near, generator, llama_tensors,
-                      overlap_matrix, textbook_plan, transport_of)
+from conftest import (A, B, BIG, HALF, assert_equal, assert_near, generator,
+                      llama_tensors, overlap_matrix, textbook_plan, transport_of)
 from lsmerge import Codec
 
 NAME = "model.layers.1.mlp.up_proj.weight"          # the last layer of the target ...
@@ -52,13 +52,12 @@ def unit_of(*tensors):
 
 # --- Equal shapes ---------------------------------------------------------------------
 @pytest.mark.parametrize("lam", [0.0, 0.25, 1.0])
-@pytest.mark.parametrize("target, source", [("a", "b"), ("a", "half"), ("half", "a")])
-def test_an_exact_codec_gives_plain_averaging(models, desk, lam, target, source):
+@pytest.mark.parametrize("pair", [(A, B), (A, HALF), (HALF, A)],
+                         ids=["relatives", "from half", "to half"])
+def test_an_exact_codec_gives_plain_averaging(desk, lam, pair):
     """Of relatives and of strangers, in the target's dtype; NMSE below 1e-12."""
-    way = [models[target], models[source], "--lam", lam, "--vae", "exact"]
-    got, report = desk.merged(*way)
-    tensors = [load_file(models[target]), load_file(models[source])]
-    assert_near(got, combination([1 - lam, lam], tensors))
+    got, report = desk.merged(*pair, "--lam", lam, "--vae", "exact")
+    assert_near(got, combination([1 - lam, lam], pair))
     assert report["kind"] == "same-shape" and report["lambda"] == [lam]
     assert report["align"] == "none" and report["ratio"] == 1
     assert report["codec"] == "exact" and report["unpaired"] == []
@@ -80,9 +79,8 @@ def test_merge_state_dicts_is_the_command(models, desk):
     assert_equal(a, before[0])
     assert_equal(B, before[1])
     assert len(merge.merge_state_dicts(a)) == len(a)        # with itself
-    half = load_file(models["half"])
-    expected, _ = desk.merged(a, B, "--operator", "task-arithmetic", "--base", half)
-    flags = dict(base=half, operator="task-arithmetic")
+    expected, _ = desk.merged(a, B, "--operator", "task-arithmetic", "--base", HALF)
+    flags = dict(base=HALF, operator="task-arithmetic")
     assert_equal(merge.merge_state_dicts(a, B, **flags), expected)
 
 
@@ -127,8 +125,7 @@ def test_residual_at_lambda_0_is_the_target_bit_for_bit(models, desk, target, so
 
 
 def test_residual_follows_its_formula(models, desk):
-    """W^ = D(z_lambda) + sum c (W - D(z)), by hand: the parents' pooled unit, the VAE
-    itself. Whoever enters unaligned gets back what was lost: no gate."""
+    """W^ = D(z_lambda) + sum c (W - D(z)), in the parents' pooled unit; no gate."""
     a = A[NAME].double()
     b = B[NAME].double()
     vae = Codec.load(models["lossy"]).vae
@@ -206,8 +203,7 @@ def pca_vae(desk, model, ratio, more="--holdout 0"):
 
 
 def test_the_gate_sees_the_end_of_a_large_tensor(desk):
-    """It once measured only the first 65,536 weights, which are easy here: the sample,
-    spread evenly, finds what the whole loses."""
+    """Of which the first 65,536 weights are easy."""
     w = torch.randn(1024, 256, generator=generator())
     steps = torch.linspace(0.5, 1, 256)
     w[:512] = torch.randn(512, 256, generator=generator(1))[:, :1] * steps
@@ -221,8 +217,7 @@ def test_the_gate_sees_the_end_of_a_large_tensor(desk):
 
 
 def test_the_gate_minds_the_typical_weight(models, desk):
-    """Beside one outlier all other weights may be lost, at an NMSE of nothing: the
-    variance is the outlier's alone."""
+    """Beside one outlier, whose the variance is, all others may be lost."""
     w = A[NAME].clone()
     w[3, 4] = 5000 * w.std()
     path = desk.put({NAME: w}, "t")
@@ -307,8 +302,7 @@ class Short(train.Schedule):
 
 
 def test_init_random_trains_on_the_inputs_and_may_keep_it(models, desk, monkeypatch):
-    """The training is seeded; the VAE that is kept gives the same result; the gate
-    judges it. Ctrl-C within it writes nothing."""
+    """Kept, it gives the same result; the gate judges it; Ctrl-C writes nothing."""
     monkeypatch.setattr(train, "Schedule", Short)
     inputs = [models["a"], models["b"]]
     way = [*inputs, "--init", "random"]
@@ -327,9 +321,6 @@ def test_init_random_trains_on_the_inputs_and_may_keep_it(models, desk, monkeypa
 
 
 # --- Different shapes -----------------------------------------------------------------
-BIG = llama_tensors(**MODELS["big"])
-
-
 def standardised(w):
     """(chunks of 64 of the standardised tensor, its mean, its scale), by hand."""
     mean, std = unit_of(w)
@@ -390,8 +381,7 @@ def test_across_shapes_against_the_formula_by_hand(models, desk, monkeypatch, me
 
 @pytest.mark.parametrize("lam", ["0.5,0", "0,0.5"])
 def test_auto_aligns_only_what_has_another_shape(models, desk, lam):
-    """A relative beside a stranger of another shape, in any order, enters as it is; so
-    does a matrix of equal shape within a model of other shapes."""
+    """Also a relative beside a stranger, or a matrix among those of other shape."""
     sources = [models["b"], models["big"]]
     if lam == "0,0.5":
         sources = sources[::-1]
@@ -405,8 +395,7 @@ def test_auto_aligns_only_what_has_another_shape(models, desk, lam):
 
 
 def test_sinkhorn_is_cut_into_problems_that_fit_the_memory(models, desk, monkeypatch):
-    """Target and source in as many equal parts, each its own problem, by the
-    textbook."""
+    """Both in as many equal parts, each its own problem, by the textbook."""
     monkeypatch.setattr(lsmerge, "BATCH", 1)
     monkeypatch.setattr(lsmerge, "PIECE", 64 * 48)
     source = {name: 2 * t for name, t in llama_tensors(5).items()}
@@ -429,7 +418,7 @@ def test_controls_hold_nothing_of_the_source(models, desk, kind):
     flags = ["--control", kind, "--lam", 0.4]
     got, report = desk.merged(models["a"], models["big"], *flags)
     assert report["control"] == kind
-    other = llama_tensors(**MODELS["big"] | dict(seed=11))
+    other = llama_tensors(11, hidden=96, layers=3, mlp=160, kv=48)
     found, _ = desk.merged(models["a"], other, *flags)
     assert_equal(found, got)
     same, _ = desk.merged(models["a"], models["b"], *flags)

@@ -99,8 +99,7 @@ def test_in_task_arithmetic_what_lacks_a_base_stays(desk):
 
 
 def test_slerp_of_latents_by_hand(models, desk):
-    """The latents from the VAE itself, whole tensors at once; the arc between them;
-    decoded. The unit is the parents' own together."""
+    """From the VAE itself, whole tensors at once, in the parents' pooled unit."""
     flags = ["--operator", "slerp", "--lam", 0.4]
     got, report = desk.merged(models["a"], models["b"], *flags)
     vae = Codec.load(models["vae"]).vae
@@ -118,8 +117,7 @@ def test_slerp_of_latents_by_hand(models, desk):
 # --- Draws from the posterior ---------------------------------------------------------
 @pytest.mark.parametrize("samples", [1, 16, None])
 def test_samples_scatter_as_the_posterior_says(models, desk, samples):
-    """An exact codec with sigma = 0.01: the mean of K draws is off by 0.01 / sqrt(K) of
-    a std. Each tensor and seed has noise of its own."""
+    """sigma = 0.01: the mean of K draws is off by 0.01 / sqrt(K) of a std."""
     flags = []
     if samples:
         flags = ["--samples", samples]
@@ -157,8 +155,7 @@ def noise_parent(L, codec, draw, **options):
 
 
 def test_draws_do_not_depend_on_who_asks(monkeypatch):
-    """In one piece or in many, from anywhere, alone or beside a second source of weight
-    0 and of another shape (which once changed the target's draws): the same noise."""
+    """In pieces, from anywhere, alone or beside a source of another shape: the same."""
     monkeypatch.setattr(lsmerge, "PIECE", 2 ** 16)
     codec = Codec.load("exact")
     parent = noise_parent(200_000, codec, 0, samples=1, seed=(5,))
@@ -181,8 +178,7 @@ def test_draws_do_not_depend_on_who_asks(monkeypatch):
 # --- Sources that need a Transport ----------------------------------------------------
 @pytest.mark.parametrize("mine, theirs", [(4096, 1024), (1024, 4096)])
 def test_n_over_d_is_that_of_the_smaller_cloud(mine, theirs):
-    """It counted the target's chunks only, and called a source of 16 chunks in 64
-    dimensions plenty: repeated by the projection, they still span 15."""
+    """16 chunks in 64 dimensions, repeated by the projection, still span 15."""
     codec = Codec.load("exact")
     target, source = noise_parent(mine, codec, 0), noise_parent(theirs, codec, 1)
     way = lsmerge.as_source(target, source, lsmerge.Alignment("gaussian"))

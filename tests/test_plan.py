@@ -41,8 +41,7 @@ def is_average(result, *tensors):
 
 # --- Strangers: told by role, before anything is merged and again at the end ----------
 def rope_of_meta(hidden, heads):
-    """A model and its relative, whose rows of q and k stand in the order of RoPE over
-    neighbours (Meta); the target's in that over halves (Hugging Face)."""
+    """A relative whose rows of q and k pair neighbours (Meta's order), not halves."""
     a = llama_tensors(1, hidden=hidden)
     b = relative(a, 2, part=0.1)
     for name, tensor in b.items():
@@ -193,8 +192,7 @@ def test_what_stays_the_targets(merged):
 
 
 def test_a_target_too_small_for_its_unit_is_refused_at_lambda_0(merged):
-    """At lambda 0 the result is the target: an error of 1e-4 of the source is all of
-    it. At lambda 0.5 it is nothing."""
+    """Where the result is the target: 1e-4 of the source is all of it."""
     a = A | {Q: 1e-5 * A[Q]}
     code, _, errors = merged(a, B, "--lam", "0", "--vae", REFERENCE)
     assert code == 1 and "typical error" in errors and Q in errors
@@ -259,8 +257,7 @@ def test_a_head_stays_tied_to_an_embedding_that_nobody_changed(merged):
 
 @pytest.mark.parametrize("where", ["", "1/"])
 def test_shards_of_the_model_itself_are_no_companions(desk, monkeypatch, where):
-    """In its folder or in a numbered one, its path relative or not; a checkpoint beside
-    them stays behind as a whole."""
+    """Also in a numbered folder; a checkpoint beside them stays behind as a whole."""
     one = sharded(desk / "one", A, where=where)
     state = desk / "one/checkpoint-500"
     save(state / "model.safetensors", {"w": torch.ones(2, 2)})

@@ -34,8 +34,7 @@ def commands():
 
 
 def test_every_command_on_our_own_models_runs_in_order(tmp_path, monkeypatch, capsys):
-    """From a folder that holds nothing but the project: none is in another's way. A
-    training is cut short, and two texts are scored."""
+    """In a folder with nothing but the project. Training and scoring are cut short."""
     monkeypatch.setattr(merge, "VAEConfig", lambda: vae.VAEConfig(init="pca"))
     monkeypatch.setattr(train, "Schedule", partial(train.Schedule, steps1=1, steps2=1))
     texts = (b"12+34=46\n",) * 2

@@ -180,8 +180,6 @@ def place(models, tmp_path_factory):
 @pytest.mark.parametrize("row", (USAGE.strip() + PATHS.rstrip()).splitlines(),
                          ids=lambda row: " ".join(row.split("|")[0].split()))
 def test_commands_that_are_refused(place, capsys, monkeypatch, row):
-    """No abbreviations, no empty values, no flag that would change nothing, no output
-    that is an input or holds what is not ours, whatever --force says."""
     monkeypatch.chdir(place)
     line, code, words = row.replace("\\,", "\0").split(" | ")
     line = line.replace("3000 brackets", "(" * 3000 + ")" * 3000)
@@ -225,8 +223,7 @@ def folder(file):
 
 
 def index(name=None, shard=None):
-    """A sharded model whose index says this of a tensor (of all: "*"). Beside it lie
-    files that nobody may read by way of it."""
+    """A sharded model whose index says this of a tensor (of all: "*")."""
     def make(desk):
         changes = {name: shard}
         if name == "*":
@@ -432,8 +429,7 @@ def test_files_that_are_refused(desk, monkeypatch, kind, case):
 
 
 def test_a_signal_within_argparse_is_a_signal():
-    """argparse's own clean-up then raises an AttributeError, which would be a
-    traceback."""
+    """And not the AttributeError of argparse's own clean-up."""
     class Interrupted(ck.argparse._StoreAction):
         def __setattr__(self, name, value):
             if name == "save_nargs":

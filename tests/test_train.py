@@ -89,8 +89,7 @@ def standardised(names):
 
 
 def test_windows_are_the_tensors_in_order(models):
-    """Every weight of every selected tensor, once; against a plain reading of the file.
-    What a last window lacks is padding."""
+    """Every selected weight once, and padding is zero."""
     windows = windows_of(models["a"], replace(TINY, tokens=9), holdout=0.0)
     names = [each.name for each in parent(models["a"])[1]]
     order = sorted(windows.training, key=lambda w: (names.index(w[1].name), w[2]))
@@ -102,8 +101,7 @@ def test_windows_are_the_tensors_in_order(models):
 
 
 def test_windows_are_held_out_by_place_so_in_all_parents_at_once(models, tmp_path):
-    """What is held out at one position of one expert is held out in any other, whatever
-    stands before its names."""
+    """Whatever stands before their names."""
     other = {f"net.{name}": w for name, w in B.items()}
     parents = [parent(models["a"]), parent(save(tmp_path / "b.safetensors", other))]
     windows = train.Windows(parents, TINY, train.Schedule(holdout=0.2))
@@ -125,8 +123,7 @@ def test_windows_are_held_out_by_place_so_in_all_parents_at_once(models, tmp_pat
 
 @pytest.mark.parametrize("ratio", [1.0, 2.0])
 def test_stage_1_goes_through_the_bottleneck_where_it_has_room(models, ratio):
-    """r <= 1: through the posterior's mean; r > 1: through the stream, the bottleneck
-    stays as it is. The KL and the posterior's width are off."""
+    """r <= 1: through the posterior's mean; r > 1: through the stream. No KL yet."""
     config = replace(TINY, ratio=ratio)
     windows = windows_of(models["a"], config)
     (x, real), vae = windows.read(windows.training[:4]), started(config)
@@ -175,8 +172,7 @@ def test_a_step_is_adamws_of_a_clipped_gradient(models, monkeypatch):
 
 # --- The curriculum -------------------------------------------------------------------
 def test_from_a_random_start_it_learns_and_the_seed_decides(models):
-    """Stage 1 must beat predict-the-mean (NMSE 1) by far; stage 2 must keep most of it,
-    the KL on. Both take all of their steps, and keep the best state that was seen."""
+    """NMSE 1 is to predict the mean. Both stages keep the best state that was seen."""
     _, config, schedule = train.parse(["x"])
     assert config == VAEConfig(init="random") and min(schedule.steps1, schedule.steps2)
     log, options = [], dict(steps1=60, steps2=20, lr=8e-3, batch=12)
@@ -222,8 +218,7 @@ def test_above_r_1_it_starts_as_pca(models):
     (TINY, 0.0, 8e-3, 8e-3 * train.STAGE2_RATE),
     (WARM, 0.0, 1e-4, 1e-4 * train.STAGE2_RATE)])
 def test_the_rates_of_the_stages(models, config, lr, first, second):
-    """Where nothing was cut off stage 2 refines, at a small part of the rate; it goes
-    on from a trained VAE likewise. By default the rate is the start's own."""
+    """At r <= 1, and from a trained VAE, stage 2 refines, at a part of the rate."""
     vae, stages = fit(models["a"], config, lr=lr, steps1=1, steps2=1)
     assert [stage["lr"] for stage in stages] == pytest.approx([first, second])
     _, stages = fit(models["a"], start=vae, lr=lr, steps2=1)
@@ -333,8 +328,7 @@ def test_a_launchers_environment_counts_only_as_a_whole(monkeypatch, rank, size,
 
 
 def test_two_processes_train_as_one(models, tmp_path):
-    """torchrun splits each batch: the same figures, up to the order of sums and, in
-    stage 2, the draws. What either prints and writes, it writes once."""
+    """Up to the order of sums and stage 2's draws; what is said is said once."""
     flags = [models["a"], "--lr", "1e-3", "--steps1", 12, "--steps2", 4, "--ratio", 2,
              *FLAGS]
     assert run(*flags, "-o", tmp_path / "one", "--log", tmp_path / "one.jsonl") == 0

@@ -195,8 +195,7 @@ def test_the_exact_codec_of_any_length_both_ways(L):
 
 
 def test_a_codec_is_its_network_on_windows():
-    """A network that speaks; padding is masked; the codes of a part are those of the
-    tensor, if it begins with a window."""
+    """Padding is masked; a part that begins with a window has the whole's codes."""
     x, real = windows(B=40)
     net = wake(warm(2.0, x, real))
     flat_L = torch.randn(8 * 4 * 3 + 13, generator=generator(1))
@@ -215,8 +214,7 @@ def test_a_codec_is_its_network_on_windows():
 
 
 def test_other_dtypes():
-    """bfloat16 is a codec's arithmetic, not its result. A file in any dtype is read as
-    float32."""
+    """bfloat16 is a codec's arithmetic, not its result; files are read as float32."""
     flat_L = torch.randn(640, generator=generator())
     codec = Codec.load("exact", dtype=torch.bfloat16)
     z_NZ = codec.encode(flat_L, stats_of(flat_L))
