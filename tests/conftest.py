@@ -82,7 +82,9 @@ BIG = llama_tensors(4, hidden=96, layers=3, mlp=160, kv=48)
 
 def save(path, tensors):
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, {"format": "pt"})
+    whole = torch.contiguous_format                 # the library writes no views
+    held = {name: w.clone(memory_format=whole) for name, w in tensors.items()}
+    save_file(held, path, {"format": "pt"})
     return path
 
 
@@ -216,8 +218,7 @@ class Desk:
 
     def put(self, tensors, name):
         """Write a state dict; its path."""
-        held = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        return save(self.folder / f"{name}.safetensors", held)
+        return save(self.folder / f"{name}.safetensors", tensors)
 
     def written(self, arguments):
         """A command's words. The k-th, if a state dict, is written as k.safetensors."""
