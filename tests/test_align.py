@@ -13,6 +13,7 @@ import chunking as ck
 from align import Moments
 from conftest import generator, overlap_matrix, textbook_plan, transport_of
 
+
 def close(got, expected, atol=0.0, rtol=0.0):
     torch.testing.assert_close(got, expected, atol=atol, rtol=rtol)
 
@@ -35,13 +36,13 @@ def uniform(n):
 # --- Line 1: names --------------------------------------------------------------------
 # A model is {what a tensor means: its name}. The table of pairs must hold the names of
 # what two models have in common, and nothing else.
-def stack(meaning, lead, parts, layers=3):
-    """The tensors of a stack of layers; parts: {meaning: name behind the number}."""
-    names = {}
+def model(stack, parts, meaning="text", layers=3, **outside):
+    """parts: {meaning: the name behind a layer's number}; outside: of other tensors."""
+    names = {part: f"{name}.weight" for part, name in outside.items()}
     for i in range(layers):
         for part, name in parts.items():
             end = "" if part.endswith("bias") else ".weight"
-            names[f"{meaning} {i} {part}"] = f"{lead}.{i}.{name}{end}"
+            names[f"{meaning} {i} {part}"] = f"{stack}.{i}.{name}{end}"
     return names
 
 
@@ -66,30 +67,26 @@ EXPERTS = {"q": LLAMA["q"], "ln1": LLAMA["ln1"], "router": "block_sparse_moe.gat
            "expert 1": "block_sparse_moe.experts.1.w1"}
 
 
-def llama(lead="model.", head="lm_head.weight", layers=3, parts=LLAMA):
-    names = {"embed": lead + "embed_tokens.weight", "norm": lead + "norm.weight"}
-    if head:
-        names["head"] = head
-    return names | stack("text", lead + "layers", parts, layers)
+def llama(lead="model.", parts=LLAMA, **head):
+    return model(lead + "layers", parts, embed=lead + "embed_tokens",
+                 norm=lead + "norm", **head)
 
 
 def clip_vision(lead):
     """4 layers, beside 3 of text: by depth they would meet."""
-    return {"patch": lead + "embeddings.patch_embedding.weight",
-            "pre": lead + "pre_layrnorm.weight"} | stack(
-                "vision", lead + "encoder.layers", VISION, 4)
+    return model(lead + "encoder.layers", VISION, "vision", 4, pre=lead + "pre_norm",
+                 patch=lead + "embeddings.patch_embedding")
 
 
 def bert(lead="bert."):
-    return {"embed": lead + "embeddings.word_embeddings.weight",
-            "position": lead + "embeddings.position_embeddings.weight",
-            "pooler": lead + "pooler.dense.weight"} | stack(
-                "text", lead + "encoder.layer", BERT)
+    return model(lead + "encoder.layer", BERT, pooler=lead + "pooler.dense",
+                 embed=lead + "embeddings.word_embeddings",
+                 position=lead + "embeddings.position_embeddings")
 
 
 def gpt2(lead="transformer.", parts=GPT2):
-    return {"embed": lead + "wte.weight", "position": lead + "wpe.weight",
-            "norm": lead + "ln_f.weight"} | stack("text", lead + "h", parts)
+    return model(lead + "h", parts, embed=lead + "wte", position=lead + "wpe",
+                 norm=lead + "ln_f")
 
 
 def wrapped(names, lead="", inside=""):
@@ -98,32 +95,32 @@ def wrapped(names, lead="", inside=""):
             for meaning, name in names.items()}
 
 
-TOWER = clip_vision("vision_tower.vision_model.")
-LLAVA_OLD = llama("language_model.model.", "language_model.lm_head.weight") | TOWER | {
-    "projector": "multi_modal_projector.linear_1.weight"}
-T5_ENCODER = {"embed": "shared.weight", "norm": "encoder.final_layer_norm.weight"} | (
-    stack("encoder", "encoder.block", T5))
-T5_BOTH = T5_ENCODER | stack("decoder", "decoder.block", T5_DECODER) | {
-    "decoder norm": "decoder.final_layer_norm.weight"}
-BART = stack("encoder", "model.encoder.layers", VISION) | stack(
-    "decoder", "model.decoder.layers", VISION)
+LM = llama(head="lm_head")
+LLAVA = llama("language_model.model.", head="language_model.lm_head",
+              projector="multi_modal_projector.linear_1")
+LLAVA |= clip_vision("vision_tower.vision_model.")
+T5_ENCODER = model("encoder.block", T5, "encoder", embed="shared",
+                   norm="encoder.final_layer_norm")
+T5_BOTH = T5_ENCODER | model("decoder.block", T5_DECODER, "decoder",
+                             last="decoder.final_layer_norm")
+BART = model("model.encoder.layers", VISION, "encoder")
+BART |= model("model.decoder.layers", VISION, "decoder")
+FSDP = "_fsdp_wrapped_module."
 NAMES = {
-    "Llama, itself": (llama(), llama()),
-    "the bare model": (llama(), llama("", None)),
-    "LLaVA and a text model": (LLAVA_OLD, llama()),
-    "LLaVA and its tower": (LLAVA_OLD, clip_vision("vision_model.")),
-    "a text model of another lead": (llama(), llama("model.language_model.")),
-    "a wrapper": (llama(), wrapped(llama(), "module.")),
-    "FSDP's, inside": (llama(), wrapped(llama(), "_fsdp_wrapped_module.",
-                                        "_fsdp_wrapped_module.")),
-    "checkpointing's, inside": (
-        llama(), wrapped(llama(), inside="_checkpoint_wrapped_module.")),
+    "Llama, itself": (LM, LM),
+    "the bare model": (LM, llama("")),
+    "LLaVA and a text model": (LLAVA, LM),
+    "LLaVA and its tower": (LLAVA, clip_vision("vision_model.")),
+    "another lead": (LM, llama("model.language_model.", head="lm_head")),
+    "a wrapper": (LM, wrapped(LM, "module.")),
+    "FSDP's, inside": (LM, wrapped(LM, FSDP, FSDP)),
+    "checkpointing's": (LM, wrapped(LM, inside="_checkpoint_wrapped_module.")),
     "BERT and its encoder": (bert(), bert("")),
     "T5 and its encoder": (T5_BOTH, T5_ENCODER),
-    "both stacks and a decoder": (BART, stack("decoder", "decoder.layers", VISION)),
+    "both stacks and a decoder": (BART, model("decoder.layers", VISION, "decoder")),
     "GPT-2, with masks and without": (gpt2(parts=MASKS), gpt2("")),
-    "a mixture of experts": (llama(parts=EXPERTS), llama("", None, parts=EXPERTS)),
-    "a mixture and a dense model": (llama(parts=EXPERTS), llama()),
+    "a mixture of experts": (llama(parts=EXPERTS, head="lm_head"), llama("", EXPERTS)),
+    "a mixture and a dense model": (llama(parts=EXPERTS, head="lm_head"), LM),
 }
 
 
@@ -143,7 +140,7 @@ ROLES = {"q", "o", "up", "down"}
 
 
 @pytest.mark.parametrize("one, other, roles", [
-    (bert(), llama(), ROLES), (gpt2(), llama(), ROLES - {"q"})])
+    (bert(), LM, ROLES), (gpt2(), LM, ROLES - {"q"})])
 def test_of_other_families_roles_meet(one, other, roles):
     """BERT's query is Llama's q_proj; norms and embeddings say nothing."""
     for mine, theirs in ((one, other), (other, one)):
@@ -156,8 +153,8 @@ def test_of_other_families_roles_meet(one, other, roles):
 
 def test_what_is_ambiguous_meets_nobody():
     """Two stacks that fit equally well; two tensors of one role; ends of one part."""
-    one = stack("x", "model.layers", LLAMA)
-    two = stack("x", "a.layers", LLAMA) | stack("y", "b.layers", LLAMA)
+    one = model("model.layers", LLAMA, "x")
+    two = model("a.layers", LLAMA, "x") | model("b.layers", LLAMA, "y")
     assert paired(one, two) == paired(two, one) == {}
     target = {"up": "layers.0.mlp.up_proj.weight"}
     source = {"1": "layers.0.mlp.fc1.weight", "2": "layers.0.mlp.w3.weight"}
@@ -167,12 +164,12 @@ def test_what_is_ambiguous_meets_nobody():
     for lead in ("a.", ""):
         assert paired({"w": "b.weight"}, {"w": f"{lead}weight"}) == {}
     # of stacks whose names fit equally well, those that hold the same tensors meet
-    two = one | stack("y", "b.layers", BERT)
-    three = stack("x", "c.layers", LLAMA)
+    two = one | model("b.layers", BERT, "y")
+    three = model("c.layers", LLAMA, "x")
     assert paired(two, three) == {two[meaning]: three[meaning] for meaning in three}
-    assert align.best_pairs({("a", "x"): 2, ("a", "y"): 1, ("b", "y"): 1}) == {
-        "a": "x", "b": "y"}
-    assert align.best_pairs({("a", "x"): 1, ("a", "y"): 1, ("b", "x"): 1}) == {}
+    scores = {("a", "x"): 2, ("a", "y"): 1, ("b", "y"): 1}
+    assert align.best_pairs(scores) == {"a": "x", "b": "y"}
+    assert align.best_pairs(dict.fromkeys(scores, 1)) == {}
 
 
 def test_layers_pair_by_depth_or_by_index_as_algorithm_1_reads():
