@@ -97,16 +97,15 @@ def test_merge_state_dicts_refuses_as_python_does():
 
 @pytest.mark.parametrize("pattern, count", [
     ("mlp", 6), ("embed", 1), (r"layers\.1\..*_proj", 7)])
-def test_select_leaves_everything_else_the_targets(models, desk, pattern, count):
-    got, report = desk.merged(models["a"], models["b"], "--select", pattern)
+def test_select_leaves_everything_else_the_targets(desk, pattern, count):
+    got, report = desk.merged(A, B, "--select", pattern)
     assert report["tensors"]["encoded"] == count
     assert report["tensors"]["averaged"] == 0
     mean = combination([0.5, 0.5], [A, B])
-    for name in A:
-        if re.search(pattern, name):
-            assert_near({name: got[name]}, {name: mean[name]})
-        else:
-            assert torch.equal(got[name], A[name])
+    expected = {name: mean[name] for name in A if re.search(pattern, name)}
+    assert_near(got, A | expected)
+    for name in A.keys() - expected:
+        assert torch.equal(got[name], A[name])
 
 
 # --- What the codec loses: residual, round trip, the gate -----------------------------
@@ -126,35 +125,33 @@ def test_residual_at_lambda_0_is_the_target_bit_for_bit(models, desk, target, so
 
 def test_residual_follows_its_formula(models, desk):
     """W^ = D(z_lambda) + sum c (W - D(z)), in the parents' pooled unit; no gate."""
-    a = A[NAME].double()
-    b = B[NAME].double()
     vae = Codec.load(models["lossy"]).vae
-    mean, std = unit_of(a, b)
-
-    def encode(w):
-        return vae.encode(((w - mean) / std).float().view(-1, 16, 64)).mu_BTZ
+    mean, std = unit_of(A[NAME], B[NAME])
 
     def decode(z):
         return vae.decode(z).double().reshape(96, 64) * std + mean
+    z = 0
+    lost = 0
     with torch.no_grad():
-        z_a = encode(a)
-        z_b = encode(b)
-        lost_a = a - decode(z_a)
-        lost_b = b - decode(z_b)
-        expected = decode(0.7 * z_a + 0.3 * z_b) + 0.7 * lost_a + 0.3 * lost_b
+        for share, w in ((0.7, A[NAME].double()), (0.3, B[NAME].double())):
+            x_BTC = ((w - mean) / std).float().view(-1, 16, 64)
+            z_BTZ = vae.encode(x_BTC).mu_BTZ
+            z += share * z_BTZ
+            lost += share * (w - decode(z_BTZ))
+        expected = decode(z) + lost
     flags = ["--vae", models["lossy"], "--lam", 0.3, "--residual"]
-    got, report = desk.merged(models["a"], models["b"], *flags)
+    got, report = desk.merged(A, B, *flags)
     check_tensor(got, expected, rtol=1e-5)
-    assert lost_a.abs().max() > 0.1 * a.abs().max() and report["gates"] == []
+    assert lost.abs().max() > 0.1 * w.abs().max() and report["gates"] == []
 
 
 def test_residual_across_shapes_keeps_the_targets_share(models, desk, monkeypatch):
     """Only the target enters unaligned: W^ = D(z) + (1 - lam) (W_t - D(z_t)). The codec
     must carry the source's weights, and only those."""
     lossy = ["--vae", models["lossy"]]
-    way = [models["a"], models["big"], *lossy, "--align", "gaussian", "--lam", 0.2]
+    way = [A, models["big"], *lossy, "--align", "gaussian", "--lam", 0.2]
     without, _ = desk.merged(*way, "--max-nmse", 2)
-    trip, _ = desk.merged(models["a"], "--roundtrip", *lossy, "--max-nmse", 2)
+    trip, _ = desk.merged(A, "--roundtrip", *lossy, "--max-nmse", 2)
     desk.refuse(*way, "--residual", "-o", desk / "x.safetensors", words=["big", "NMSE"])
     desk.merged(*way, "--residual", "--source-vae", "exact")
     monkeypatch.setattr(merge, "MAX_NMSE", 2)
@@ -163,34 +160,33 @@ def test_residual_across_shapes_keeps_the_targets_share(models, desk, monkeypatc
 
 
 def test_the_round_trip_reports_the_codecs_error(models, desk):
-    way = ["--roundtrip", "--vae", models["lossy"], "--max-nmse", 2]
-    got, report = desk.merged(models["a"], *way)
+    flags = ["--roundtrip", "--vae", models["lossy"], "--max-nmse", 2]
+    got, report = desk.merged(A, *flags)
+    for name in A.keys() - ENCODED:
+        assert torch.equal(got[name], A[name])
     nmse = {}
-    for name, w in A.items():
-        lost = (got[name] - w).double().square().mean()
-        if name in ENCODED:
-            nmse[name] = (lost / w.double().var(correction=0)).item()
-        else:
-            assert lost == 0
-    weights = [A[name].numel() for name in nmse]
+    for name in ENCODED:
+        lost = (got[name] - A[name]).double().square().mean()
+        nmse[name] = (lost / A[name].double().var(correction=0)).item()
+    weights = [A[name].numel() for name in ENCODED]
     mean = np.average([*nmse.values()], weights=weights)
     worst = max(nmse, key=nmse.get)
-    assert report["roundtrip"] == {
-        "nmse": pytest.approx(mean, rel=1e-4),
-        "worst": {"name": worst, "nmse": pytest.approx(nmse[worst], rel=1e-4)}}
+    trip = report["roundtrip"]
+    assert trip["nmse"] == pytest.approx(mean, rel=1e-4)
+    assert trip["worst"]["name"] == worst
+    assert trip["worst"]["nmse"] == pytest.approx(nmse[worst], rel=1e-4)
     gate = report["gates"][0]
     assert gate["name"].startswith("NMSE") and gate["passed"] and gate["bound"] == 2
-    assert gate["value"] == report["roundtrip"]["nmse"]
+    assert gate["value"] == trip["nmse"]
 
 
 def test_the_gate_refuses_before_anything_is_merged(models, desk, monkeypatch):
     (desk / "m.safetensors").write_bytes(b"old")
     monkeypatch.setattr(merge, "merge_tensor", lambda *_: pytest.fail("it merges"))
     monkeypatch.setattr(merge, "create", lambda *_, **__: pytest.fail("it writes"))
-    for inputs in ([models["a"], "--roundtrip"], [models["a"], models["b"]]):
-        flags = ["-o", desk / "m.safetensors", "--force", "--report", desk / "r"]
-        flags += ["--vae", models["lossy"]]
-        # PCA at r = 4 loses about 70 % of white noise
+    flags = ["-o", desk / "m.safetensors", "--force", "--report", desk / "r"]
+    flags += ["--vae", models["lossy"]]         # it loses about 70 % of white noise
+    for inputs in ([A, "--roundtrip"], [A, B]):
         desk.refuse(*inputs, *flags, words=["NMSE 0.", "> 0.001"])
 
 
@@ -232,34 +228,37 @@ def test_the_gate_minds_the_typical_weight(models, desk):
 
 
 # --- Report, bytes, threads -----------------------------------------------------------
-def test_report_counts_and_distances(models, desk):
-    way = [models["a"], models["b"], "--lam", 0.25, "--seed", 3]
-    got, report = desk.merged(*way)
+def test_report_counts_and_distances(desk):
+    """How far a source is does not hang on the others."""
+    stranger = llama_tensors(9)
+    got, report = desk.merged(A, dict(A), stranger, "--lam", 0.25, "--seed", 3)
     assert report["tensors"] == {
         "encoded": 14, "averaged": 6, "copied": 0, "total": 20,
         "weights_encoded": sum(A[name].numel() for name in ENCODED),
         "weights_total": sum(w.numel() for w in A.values())}
 
-    def flat(tensors):
-        return torch.cat([tensors[name].double().reshape(-1) for name in ENCODED])
+    def apart(one, other):
+        parts = [one[name].double() - other[name].double() for name in ENCODED]
+        norm = torch.cat([A[name].double().flatten() for name in ENCODED]).norm()
+        distance = torch.cat([part.flatten() for part in parts]).norm() / norm
+        return pytest.approx(distance.item(), rel=1e-5)
     far = report["distance"]
-    for value, other in [(far["to_target"], A), (far["to_source"][0], B)]:
-        expected = (flat(got) - flat(other)).norm() / flat(A).norm()
-        assert value == pytest.approx(expected.item(), rel=1e-5)
-    assert report["inputs"] == ["a.safetensors", "b.safetensors"]
+    assert far["to_target"] == apart(got, A)
+    assert far["to_source"] == [apart(got, A), apart(got, stranger)]
+    assert far["source_to_target"] == [0, apart(A, stranger)]
+    assert "source 2 is" in desk.err and "source 1 is" not in desk.err
+    assert report["inputs"] == ["0.safetensors", "1.safetensors", "2.safetensors"]
     assert report["output"] == "m.safetensors" and report["seed"] == 3
 
 
-CASES = {"equal shapes": ["b"], "draws": ["b", "--samples", "2"],
-         "sinkhorn": ["big", "--align", "sinkhorn"],
-         "noise": ["big", "--control", "noise"]}
+CASES = {"equal shapes": [A, B], "draws": [A, B, "--samples=2"],
+         "sinkhorn": [A, BIG, "--align=sinkhorn"], "noise": [A, BIG, "--control=noise"]}
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_same_command_same_bytes_whatever_the_threads(models, desk, monkeypatch, case):
+def test_same_command_same_bytes_whatever_the_threads(desk, monkeypatch, case):
     """As each tensor is computed by a single one. The seed decides all noise."""
-    source, *flags = CASES[case]
-    way = [models["a"], models[source], *flags]
+    way = CASES[case]
     real = merge.merge_tensor
 
     def merge_tensor(*arguments):
@@ -277,13 +276,13 @@ def test_same_command_same_bytes_whatever_the_threads(models, desk, monkeypatch,
     assert torch.equal(one[NAME], other[NAME]) == (case not in ("draws", "noise"))
 
 
-@pytest.mark.parametrize("source, flags, rtol", [
-    ("b", [], 1e-5), ("b", ["--operator", "slerp"], 1e-5),
-    ("big", ["--align", "mean"], 1e-5),
+@pytest.mark.parametrize("source, flag, rtol", [
+    (B, "--operator=lerp", 1e-5), (B, "--operator=slerp", 1e-5),
+    (BIG, "--align=mean", 1e-5),
     # a map fitted on 96 points in 64 dimensions raises the last bits of a product
-    ("big", ["--align", "gaussian"], 1e-3)])
-def test_pieces_do_not_show(models, desk, monkeypatch, source, flags, rtol):
-    way = [models["a"], models[source], "--lam", 0.3, *flags]
+    (BIG, "--align=gaussian", 1e-3)])
+def test_pieces_do_not_show(desk, monkeypatch, source, flag, rtol):
+    way = [A, source, "--lam", 0.3, flag]
     whole, _ = desk.merged(*way)
     monkeypatch.setattr(lsmerge, "BATCH", 1)
     monkeypatch.setattr(lsmerge, "PIECE", 2048)
@@ -304,15 +303,14 @@ class Short(train.Schedule):
 def test_init_random_trains_on_the_inputs_and_may_keep_it(models, desk, monkeypatch):
     """Kept, it gives the same result; the gate judges it; Ctrl-C writes nothing."""
     monkeypatch.setattr(train, "Schedule", Short)
-    inputs = [models["a"], models["b"]]
-    way = [*inputs, "--init", "random"]
+    way = [A, B, "--init", "random"]
     first, _ = desk.merged(*way, "--max-nmse", 9, "--save-vae", desk / "v")
     assert "stage 1: 4 steps" in desk.said and "stage 2: 2 steps" in desk.said
-    for again in (way, [*inputs, "--vae", desk / "v"]):
+    for again in (way, [A, B, "--vae", desk / "v"]):
         assert_equal(desk.merged(*again, "--max-nmse", 9)[0], first)
     kept = Codec.load(desk / "v")
     assert kept.vae.config.init == "random"
-    assert kept.record["trained_on"] == ["a.safetensors", "b.safetensors"]
+    assert kept.record["trained_on"] == ["0.safetensors", "1.safetensors"]
     way += ["-o", desk / "n.safetensors"]
     desk.refuse(*way, words=["NMSE"])                           # hardly trained
     monkeypatch.setattr(train, "train_step",
@@ -327,16 +325,15 @@ def standardised(w):
     return ((w.double() - mean) / std).reshape(-1, 64), mean, std
 
 
-def test_report_pairs_and_bookkeeping_across_shapes(models, desk):
-    got, report = desk.merged(models["a"], models["big"])
+def test_report_pairs_and_bookkeeping_across_shapes(desk):
+    got, report = desk.merged(A, BIG)
+    records = report["alignment"]
     assert report["kind"] == "cross-shape" and report["align"] == "gaussian"
     assert report["lambda"] == [0.1] and len(report["gates"]) == 4
-    assert report["tensors"]["encoded"] == len(report["alignment"]) == 14
+    assert report["tensors"]["encoded"] == len(records) == 14
     assert report["tensors"]["averaged"] == 0
-    records = report["alignment"]
     assert {(r["layer"], r["source_layer"]) for r in records} == {(0, 0), (1, 2)}
-    roles = {r["role"] for r in records}
-    assert roles == {"q", "k", "v", "o", "gate", "up", "down"}
+    assert {r["role"] for r in records} == {*"qkvo", "gate", "up", "down"}
     for r in records:
         assert r["cost_after"] < 1e-6 < r["cost_before"]
         assert r["std_ratio"] == pytest.approx(1, abs=1e-3)
@@ -346,21 +343,17 @@ def test_report_pairs_and_bookkeeping_across_shapes(models, desk):
         assert torch.equal(got[name], w) == (name not in ENCODED)
 
 
-def doubled(m):
-    """An aligner of a fork: a function, and a line in the table."""
-    return align.Aligned(2 * m.z_projected_JZ, iterations=7, error=0.25)
-
-
 @pytest.mark.parametrize("method", ["none", "mean", "gaussian", "double"])
-def test_across_shapes_against_the_formula_by_hand(models, desk, monkeypatch, method):
-    """On chunks: the codec is a rigid change of axes, which commutes with the maps."""
-    monkeypatch.setitem(align.ALIGNERS, "double", doubled)
+def test_across_shapes_against_the_formula_by_hand(desk, monkeypatch, method):
+    """On chunks: the codec is a rigid change of axes, which commutes with the maps.
+    "double" is of a fork: a function, and a line in the table."""
+    monkeypatch.setitem(align.ALIGNERS, "double", lambda m: align.Aligned(
+        2 * m.z_projected_JZ, iterations=7, error=0.25))
     z_t, mean, scale = standardised(A[NAME])
     z_s, _, _ = standardised(BIG[PARTNER])
     projected = overlap_matrix(len(z_s), len(z_t)) @ z_s
     centred = projected - projected.mean(0)
-    way = [models["a"], models["big"], "--align", method, "--lam", 0.3]
-    got, report = desk.merged(*way)
+    got, report = desk.merged(A, BIG, "--align", method, "--lam", 0.3)
     rtol = 1e-6
     if method == "none":
         z = projected
@@ -379,22 +372,19 @@ def test_across_shapes_against_the_formula_by_hand(models, desk, monkeypatch, me
     assert report["align"] == method
 
 
-@pytest.mark.parametrize("lam", ["0.5,0", "0,0.5"])
-def test_auto_aligns_only_what_has_another_shape(models, desk, lam):
-    """Also a relative beside a stranger, or a matrix among those of other shape."""
-    sources = [models["b"], models["big"]]
-    if lam == "0,0.5":
-        sources = sources[::-1]
-    got, report = desk.merged(models["a"], *sources, "--lam", lam)
+NARROW = A | {name: A[name][:32] for name in ENCODED if re.search("[kv]_proj", name)}
+
+
+@pytest.mark.parametrize("inputs, lam, aligned", [
+    ([A, B, BIG], "0.5,0", 14), ([A, BIG, B], "0,0.5", 14), ([NARROW, B], "0.5", 4)])
+def test_auto_aligns_only_what_has_another_shape(desk, inputs, lam, aligned):
+    """Not a relative beside a stranger, nor a matrix among those of other shape."""
+    got, report = desk.merged(*inputs, "--lam", lam)
     check_tensor(got, (A[NAME].double() + B[NAME]) / 2, rtol=1e-5)
-    assert report["kind"] == "cross-shape" and len(report["alignment"]) == 14
-    narrow = llama_tensors(1, kv=32)
-    got, report = desk.merged(narrow, models["b"], "--lam", 0.5)
-    check_tensor(got, (narrow[NAME].double() + B[NAME]) / 2, rtol=1e-5)
-    assert {r["role"] for r in report["alignment"]} == {"k", "v"}
+    assert report["kind"] == "cross-shape" and len(report["alignment"]) == aligned
 
 
-def test_sinkhorn_is_cut_into_problems_that_fit_the_memory(models, desk, monkeypatch):
+def test_sinkhorn_is_cut_into_problems_that_fit_the_memory(desk, monkeypatch):
     """Both in as many equal parts, each its own problem, by the textbook."""
     monkeypatch.setattr(lsmerge, "BATCH", 1)
     monkeypatch.setattr(lsmerge, "PIECE", 64 * 48)
@@ -413,15 +403,15 @@ def test_sinkhorn_is_cut_into_problems_that_fit_the_memory(models, desk, monkeyp
 
 
 @pytest.mark.parametrize("kind", ["zero", "noise", "shuffled"])
-def test_controls_hold_nothing_of_the_source(models, desk, kind):
+def test_controls_hold_nothing_of_the_source(desk, kind):
     """Of whatever shape it is: norms and embeddings stay the target's, too."""
     flags = ["--control", kind, "--lam", 0.4]
-    got, report = desk.merged(models["a"], models["big"], *flags)
+    got, report = desk.merged(A, BIG, *flags)
     assert report["control"] == kind
     other = llama_tensors(11, hidden=96, layers=3, mlp=160, kv=48)
-    found, _ = desk.merged(models["a"], other, *flags)
+    found, _ = desk.merged(A, other, *flags)
     assert_equal(found, got)
-    same, _ = desk.merged(models["a"], models["b"], *flags)
+    same, _ = desk.merged(A, B, *flags)
     for name in A.keys() - ENCODED:
         assert torch.equal(same[name], A[name])
     if kind == "zero":          # the others: test_align.py
@@ -429,14 +419,14 @@ def test_controls_hold_nothing_of_the_source(models, desk, kind):
         z = 0.6 * z_t + 0.4 * z_t.mean(0)
         check_tensor(got, z * scale + mean, rtol=1e-5)
         check_tensor(same, z * scale + mean, rtol=1e-5)
-    again, _ = desk.merged(models["a"], models["big"], *flags, "--seed", 1)
+    again, _ = desk.merged(A, BIG, *flags, "--seed", 1)
     assert torch.equal(again[NAME], got[NAME]) == (kind == "zero")
 
 
 def test_two_vaes_of_different_latent_sizes(models, desk):
     """Latents are projected in both directions, by hand."""
     narrow = pca_vae(desk, models["a"], 1, "--chunk 32")
-    way = [models["a"], models["big"], "--vae", narrow, "--source-vae", models["vae"]]
+    way = [A, BIG, "--vae", narrow, "--source-vae", models["vae"]]
     got, _ = desk.merged(*way, "--align", "none")
     latents = []
     for vae, w in ((models["vae"], BIG[PARTNER]), (narrow, A[NAME])):

@@ -32,12 +32,9 @@ def test_slerp_in_the_plane(degrees, lam):
         np.testing.assert_allclose(c[0] * a + c[1] * b, expected, atol=1e-9)
 
 
-@pytest.mark.parametrize("dot, norm", [(1.0, 1.0), (-1.0, 1.0), (0.0, 0.0)])
-def test_slerp_is_lerp_where_the_angle_says_nothing(dot, norm):
-    assert lsmerge.slerp_coefficients(0.3, dot, norm, norm) == [0.7, 0.3]
-
-
-def test_coefficients_of_convex_and_task_operators():
+def test_coefficients_by_hand():
+    for dot, norm in ((1.0, 1.0), (-1.0, 1.0), (0.0, 0.0)):     # no angle: slerp is lerp
+        assert lsmerge.slerp_coefficients(0.3, dot, norm, norm) == [0.7, 0.3]
     assert lsmerge.convex_coefficients([0.2, 0.5]) == pytest.approx([0.3, 0.2, 0.5])
     tenths = lsmerge.convex_coefficients([0.1] * 10)                    # sums round
     assert tenths[0] == pytest.approx(0, abs=1e-12) and tenths[0] >= 0
@@ -100,8 +97,7 @@ def test_in_task_arithmetic_what_lacks_a_base_stays(desk):
 
 def test_slerp_of_latents_by_hand(models, desk):
     """From the VAE itself, whole tensors at once, in the parents' pooled unit."""
-    flags = ["--operator", "slerp", "--lam", 0.4]
-    got, report = desk.merged(models["a"], models["b"], *flags)
+    got, report = desk.merged(A, B, "--operator", "slerp", "--lam", 0.4)
     vae = Codec.load(models["vae"]).vae
     mean, std = unit_of(A[NAME], B[NAME])
     with torch.no_grad():
@@ -116,16 +112,15 @@ def test_slerp_of_latents_by_hand(models, desk):
 
 # --- Draws from the posterior ---------------------------------------------------------
 @pytest.mark.parametrize("samples", [1, 16, None])
-def test_samples_scatter_as_the_posterior_says(models, desk, samples):
+def test_samples_scatter_as_the_posterior_says(desk, samples):
     """sigma = 0.01: the mean of K draws is off by 0.01 / sqrt(K) of a std."""
-    flags = []
+    way = [A]
     if samples:
-        flags = ["--samples", samples]
+        way = [A, "--samples", samples]
     K = samples or merge.SAMPLES
-    got, report = desk.merged(models["a"], *flags)
-    again, _ = desk.merged(models["a"], *flags)
-    assert_equal(got, again)
-    other, _ = desk.merged(models["a"], *flags, "--seed", 2)
+    got, report = desk.merged(*way)
+    assert_equal(desk.merged(*way)[0], got)
+    other, _ = desk.merged(*way, "--seed", 2)
     noises = []
     for result in (got, other):
         for name in (Q, O, Q.replace("0", "1")):
@@ -141,9 +136,9 @@ def test_samples_scatter_as_the_posterior_says(models, desk, samples):
     assert typical == pytest.approx(1e-4 / K / 0.455, rel=0.1)
 
 
-def test_parents_draw_their_own_samples(models, desk):
+def test_parents_draw_their_own_samples(desk):
     """lambda = 1/2 of a model with itself: two draws halve the variance of one."""
-    got, _ = desk.merged(models["a"], models["a"], "--samples", 1)
+    got, _ = desk.merged(A, A, "--samples", 1)
     spread = ((got[NAME] - A[NAME]).std() / A[NAME].std()).item()
     assert spread == pytest.approx(0.01 / math.sqrt(2), rel=0.05)
 

@@ -231,19 +231,6 @@ def test_the_mask_of_an_older_library_is_the_targets(merged):
     assert code == 0 and result[name] == -1e4
 
 
-def test_how_far_a_source_is_does_not_hang_on_the_others(desk):
-    """The first source is the target itself, the second a stranger."""
-    b = llama_tensors(9)
-    _, report = desk.merged(A, dict(A), b, "--space", "weight")
-    assert "source 2 is" in desk.err and "source 1 is" not in desk.err
-    encoded = [name for name, w in A.items() if "layers" in name and w.dim() > 1]
-    apart = sum((A[n].double() - b[n].double()).square().sum() for n in encoded)
-    norm = sum(A[n].double().square().sum() for n in encoded)
-    expected = (apart / norm).sqrt().item()
-    found = report["distance"]["source_to_target"]
-    assert found == [0, pytest.approx(expected, rel=1e-6)]
-
-
 def test_a_head_stays_tied_to_an_embedding_that_nobody_changed(merged):
     """The source has trained its head alone, or neither."""
     a = A | {HEAD: A[EMBED].clone()}
