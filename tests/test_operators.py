@@ -33,7 +33,7 @@ def test_slerp_in_the_plane(degrees, lam):
 
 
 def test_coefficients_by_hand():
-    for dot, norm in ((1.0, 1.0), (-1.0, 1.0), (0.0, 0.0)):     # no angle: slerp is lerp
+    for dot, norm in ((1.0, 1.0), (-1.0, 1.0), (0.0, 0.0)):     # no angle: lerp
         assert lsmerge.slerp_coefficients(0.3, dot, norm, norm) == [0.7, 0.3]
     assert lsmerge.convex_coefficients([0.2, 0.5]) == pytest.approx([0.3, 0.2, 0.5])
     tenths = lsmerge.convex_coefficients([0.1] * 10)                    # sums round

@@ -1,6 +1,6 @@
 """What is refused, in three tables: what the command line alone decides, outputs that
-must not be written, files that are no model. Every refusal is one line with a remedy,
-and leaves the disk as it was: contents, modes, times."""
+must not be written, files that are no model. Always in one line with a remedy, and the
+disk stays as it was: contents, modes, times."""
 import json
 import math
 import os
@@ -20,14 +20,13 @@ import merge
 import train
 import vae
 import weight_statistics
-from conftest import INDEX, SHARDS, Desk, llama_tensors, relative, save, sharded
+from conftest import A, B, INDEX, SHARDS, Desk, save, sharded
 from test_lora import QA, QB, write_adapter
 from test_match import made
 
-COMMANDS = {"merge.py": merge.main, "train.py": train.main, "lsmerge.py": lsmerge.tour,
-            "lora.py": lora.main, "match.py": match.main,
-            "greedy_soup.py": greedy_soup.main,
-            "weight_statistics.py": weight_statistics.main}
+COMMANDS = {"lsmerge.py": lsmerge.tour}
+for module in (merge, train, lora, match, greedy_soup, weight_statistics):
+    COMMANDS[f"{module.__name__}.py"] = module.main
 EMBED = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -143,37 +142,31 @@ weight_statistics.py broken                              | 1 | layers.1.mlp.up_p
 def place(models, tmp_path_factory):
     """What lies on the desk of these tables. Nothing of it may change."""
     folder = tmp_path_factory.mktemp("desk")
-    a = ck.Checkpoint(models["a"])
-    tensors = {name: a.read_tensor(name) for name in a.entries}
     for name, model in (("a", "a"), ("b", "b"), ("vae", "vae"), ("wide", "big"),
                         ("c.safetensors", "a"), ("o.safetensors", "b")):
         (folder / name).write_bytes(models[model].read_bytes())
     os.utime(folder / "a", (1e9, 1e9))
-    save(folder / "broken", tensors | {UP: torch.full((96, 64), math.nan)})
+    save(folder / "broken", A | {UP: torch.full((96, 64), math.nan)})
     save(folder / "flat", {"w": torch.ones(2, 2)})
     save(folder / "void", {"layers.0.w": torch.ones(0, 8)})
     save(folder / "zebra", {"layers.0.zebra.weight": torch.ones(8, 8)})
     save(folder / "tiny", {"layers.0.q_proj.weight": torch.ones(8, 8)})
     save(folder / "huge", {"layers.0.q_proj.weight": torch.ones(1024, 257)})
-    sharded(folder / "model", tensors)
+    sharded(folder / "model", A)
     write_adapter(folder / "adapter")
-    (folder / "vaes").mkdir()
+    for name in ("vaes", "result", "foreign/data", "empty", "links"):
+        (folder / name).mkdir(parents=True)
     (folder / "vaes/vae.safetensors").write_bytes(models["vae"].read_bytes())
+    (folder / "result/model.safetensors").write_text("of an earlier merge")
+    (folder / "foreign/notes.txt").write_text("the user's own")
+    (folder / "foreign/data/precious").write_text("the user's own")
     (folder / "old").write_text("old")
     (folder / "old").chmod(0o640)
-    (folder / "result").mkdir()                         # of an earlier merge
-    (folder / "result/model.safetensors").write_text("old")
-    (folder / "foreign/data").mkdir(parents=True)       # it also holds the user's own
-    (folder / "foreign/notes.txt").write_text("notes")
-    (folder / "foreign/data/precious").write_text("precious")
-    (folder / "empty").mkdir()
     os.mkfifo(folder / "pipe.safetensors")
-    os.symlink("c.safetensors", folder / "link.safetensors")
-    os.symlink("circle", folder / "circle")
-    os.symlink("result", folder / "inside")
     os.link(folder / "a", folder / "alias")
-    (folder / "links").mkdir()                          # as the hub's downloads are
-    os.symlink("../a", folder / "links/model.safetensors")
+    for name, target in {"link.safetensors": "c.safetensors", "circle": "circle",
+                         "inside": "result", "links/model.safetensors": "../a"}.items():
+        os.symlink(target, folder / name)
     return folder
 
 
@@ -192,42 +185,31 @@ def test_commands_that_are_refused(place, capsys, monkeypatch, row):
 
 # --- Files ----------------------------------------------------------------------------
 # A maker writes something bad on the desk and returns its path.
-A = llama_tensors(1)
 KIN = made(3)                   # that match.py can match
 STEM = "model.layers.0.self_attn.q_proj"
 ODD = "é\u2028\x1b[2J\n"
 CONFIG = "adapter_config.json"
 
 
-def holding(data):
+def holding(data, file="bad.safetensors"):
     def make(desk):
-        (desk / "bad.safetensors").write_bytes(data)
-        return desk / "bad.safetensors"
+        (desk / file).parent.mkdir(exist_ok=True)
+        (desk / file).write_bytes(data)
+        return desk / file.split("/")[0]
     return make
 
 
-def header(data=bytes(16), **changes):
+def header(**changes):
     """A file of one tensor, by hand."""
-    facts = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, len(data)]} | changes
+    facts = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]} | changes
     text = json.dumps({"layers.0.w": facts}).encode()
-    return holding(len(text).to_bytes(8, "little") + text + data)
+    return holding(len(text).to_bytes(8, "little") + text + bytes(16))
 
 
-def folder(file):
-    """A folder that holds one file."""
+def index(shard, *names):
+    """A sharded model whose index says that these tensors lie in this shard."""
     def make(desk):
-        (desk / "bad").mkdir()
-        (desk / "bad" / file).write_text("x")
-        return desk / "bad"
-    return make
-
-
-def index(name=None, shard=None):
-    """A sharded model whose index says this of a tensor (of all: "*")."""
-    def make(desk):
-        changes = {name: shard}
-        if name == "*":
-            changes = dict.fromkeys(A, shard)
+        changes = dict.fromkeys(names, shard)
         save(desk / "x/s.safetensors", A)
         save(desk / "bad/s.safetensors", A)
         return sharded(desk / "bad", A, changes)
@@ -248,10 +230,10 @@ def only(name, dtype=torch.float32):
     return saved({name: torch.ones(8, 64, dtype=dtype)}, {})
 
 
-def spoilt(tensor, at=-1, value=math.nan):
-    """A copy in which one number is bad."""
+def spoilt(tensor):
+    """A copy whose last number is bad."""
     bad = tensor.clone()
-    bad.view(-1)[at] = value
+    bad.view(-1)[-1] = math.nan
     return bad
 
 
@@ -300,10 +282,6 @@ def without_configuration(desk):
     return path
 
 
-NAN = math.nan
-U8 = torch.uint8
-I8 = torch.int8
-I32 = torch.int32
 F8 = torch.float8_e4m3fn
 FP8 = {"quant_method": "fp8"}
 K = "model.layers.0.self_attn.k_proj.weight"
@@ -330,8 +308,8 @@ BAD = {     # given as: {case: (its maker, words of the line)}
         "no tensors": (holding(b"\2" + bytes(7) + b"{}"), "no tensors"),
         "offsets that do not fit": (header(data_offsets=[0, 8]), "no safetensors file"),
         "a dtype of 4 bits": (header(dtype="F4", shape=[32]), "layers.0.w", "F4"),
-        "only pickles": (folder("model.bin"), "model.bin", "convert"),
-        "a shard alone": (folder(SHARDS[0]), "index is"),
+        "only pickles": (holding(b"x", "bad/model.bin"), "model.bin", "convert"),
+        "a shard alone": (holding(b"x", "bad/" + SHARDS[0]), "index is"),
         "an adapter alone": (adapter(), "adapter", "lora.py fold"),
         "factors of PEFT": (only(QA), "adapter", "lora.py fold"),
         "kohya's": (only("lora_unet_down_blocks_0_to_q.lora_up.weight"), "adapter"),
@@ -340,11 +318,11 @@ BAD = {     # given as: {case: (its maker, words of the line)}
         "LoKr": (only("layers.0.q_proj.lokr_w1"), "adapter"),
         "beside its factors": (only("layers.0.q_proj.base_layer.weight"), "adapter"),
         # Indexes.
-        "a shard is no text": (index(UP, 5), INDEX),
-        "half a character": (index(UP, "\ud800"), "missing"),
-        "a ghost": (index("ghost.weight", SHARDS[0]), "'ghost.weight'", SHARDS[0]),
-        "a missing shard": (index(EMBED, "missing.safetensors"), EMBED, "missing.saf"),
-        "outside": (index("*", "../x/s.safetensors"), INDEX),
+        "a shard is no text": (index(5, UP), INDEX),
+        "half a character": (index("\ud800", UP), "missing"),
+        "a ghost": (index(SHARDS[0], "ghost.weight"), "'ghost.weight'", SHARDS[0]),
+        "a missing shard": (index("missing.safetensors", EMBED), EMBED, "missing.saf"),
+        "outside": (index("../x/s.safetensors", *A), INDEX),
         # Numbers.
         "NaN in a norm": (saved({NORM: spoilt(A[NORM])}), NORM, "NaN"),
         "at the end": (saved({UP: spoilt(torch.ones(2 * ck.PIECE + 5, 1))}), UP, "NaN"),
@@ -352,12 +330,12 @@ BAD = {     # given as: {case: (its maker, words of the line)}
         "an odd name": (saved({ODD: spoilt(torch.ones(2))}), "é\\u2"),
         # Quantised: integers or float8 beside their scales.
         "scale_inv": (quantised(F8, ".weight", ".weight_scale_inv"), "quantised"),
-        "GPTQ": (quantised(I32, ".qweight", ".qzeros", ".scales"), "quantised"),
-        "8 bits": (quantised(I8, ".weight", ".SCB"), "quantised"),
-        "mxfp4": (quantised(U8, "_blocks", "_scales"), "quantised"),
-        "quanto": (quantised(I8, ".weight._data", ".weight._scale"), "quantised"),
-        "whole numbers": (quantised(I8, ".weight"), "quantised"),
-        "an expert's": (only("layers.0.experts.3.w1.weight", I8), "quantised"),
+        "GPTQ": (quantised(torch.int32, ".qweight", ".qzeros", ".scales"), "quantised"),
+        "8 bits": (quantised(torch.int8, ".weight", ".SCB"), "quantised"),
+        "mxfp4": (quantised(torch.uint8, "_blocks", "_scales"), "quantised"),
+        "quanto": (quantised(torch.int8, ".weight._data", ".weight._scale"), "quantised"),
+        "whole numbers": (quantised(torch.int8, ".weight"), "quantised"),
+        "an expert's": (only("layers.0.experts.3.w1.weight", torch.int8), "quantised"),
         "its configuration": (configured(quantization_config=FP8), "quantised"),
         "of its text": (configured(text={"quantization_config": FP8}), "quantised"),
         "ModelOpt": (configured("hf_quant_config.json", quantization=FP8), "quantised"),
@@ -368,7 +346,7 @@ BAD = {     # given as: {case: (its maker, words of the line)}
     "VAE": {
         # Refused before anything is built.
         "a tensor is missing": (network({}, {"embed.weight": None}), "embed.weight"),
-        "NaN in it": (network({}, {"embed.weight": NAN * torch.ones(16, 8)}), "NaN"),
+        "NaN in it": (network({}, {"embed.weight": math.nan * torch.ones(16, 8)}), "NaN"),
         "no configuration": (network("{}"), "train.py"),
         "a wrong type": (network({"chunk": "8"}), "train.py"),
         "an impossible value": (network({"width": 4}), "width"),
@@ -388,7 +366,7 @@ BAD = {     # given as: {case: (its maker, words of the line)}
         "flags inside": (adapter(rank_pattern={"(?i)Q_PROJ": 4}), "rank_pattern"),
         "a convolution": (adapter({QA: torch.ones(4, 64, 1, 1)}), "convolution"),
         "one factor": (adapter({QB: None}), "other factor"),
-        "a factor with NaN": (adapter({QA: NAN * torch.ones(4, 64)}), "lora_A"),
+        "a factor with NaN": (adapter({QA: math.nan * torch.ones(4, 64)}), "lora_A"),
         "another shape": (adapter({QA: torch.ones(4, 63)}), "[64, 63]"),
         "no adapter's configuration": (without_configuration, CONFIG),
     },
@@ -418,10 +396,7 @@ def test_files_that_are_refused(desk, monkeypatch, kind, case):
     monkeypatch.chdir(desk.folder)
     desk.put(A, "a")
     desk.put({name: tensor.half() for name, tensor in A.items()}, "half")
-    good = relative(A, 2) | {ODD: torch.ones(2)}
-    if kind == "pair":
-        good = KIN
-    desk.put(good, "good")
+    desk.put({"pair": KIN}.get(kind, B | {ODD: torch.ones(2)}), "good")
     path = make(desk)
     for line in LINES[kind]:
         command, *arguments = line.replace("BAD", path.name).split()
