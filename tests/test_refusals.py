@@ -333,7 +333,7 @@ BAD = {     # given as: {case: (its maker, words of the line)}
         "GPTQ": (quantised(torch.int32, ".qweight", ".qzeros", ".scales"), "quantised"),
         "8 bits": (quantised(torch.int8, ".weight", ".SCB"), "quantised"),
         "mxfp4": (quantised(torch.uint8, "_blocks", "_scales"), "quantised"),
-        "quanto": (quantised(torch.int8, ".weight._data", ".weight._scale"), "quantised"),
+        "quanto": (quantised(torch.int8, ".weight._data", ".weight._scale"), "quant"),
         "whole numbers": (quantised(torch.int8, ".weight"), "quantised"),
         "an expert's": (only("layers.0.experts.3.w1.weight", torch.int8), "quantised"),
         "its configuration": (configured(quantization_config=FP8), "quantised"),
@@ -346,7 +346,7 @@ BAD = {     # given as: {case: (its maker, words of the line)}
     "VAE": {
         # Refused before anything is built.
         "a tensor is missing": (network({}, {"embed.weight": None}), "embed.weight"),
-        "NaN in it": (network({}, {"embed.weight": math.nan * torch.ones(16, 8)}), "NaN"),
+        "NaN": (network({}, {"embed.weight": math.nan * torch.ones(16, 8)}), "NaN"),
         "no configuration": (network("{}"), "train.py"),
         "a wrong type": (network({"chunk": "8"}), "train.py"),
         "an impossible value": (network({"width": 4}), "width"),
