@@ -10,31 +10,31 @@ from torch.distributions import Normal, kl_divergence
 
 import chunking as ck
 import train
-from conftest import A, B, generator, save, two_processes
+from conftest import A, B, HALF, generator, two_processes
 from lsmerge import Codec
 from vae import VAE, VAEConfig
 
 TINY = VAEConfig(chunk=16, tokens=8, width=32)              # small for testing
 WARM = replace(TINY, init="pca")
-HALF = replace(TINY, ratio=2.0)
+R2 = replace(TINY, ratio=2.0)
 FLAGS = ["--chunk", 16, "--tokens", 8, "--width", 32, "--batch", 4]
 
 
-def parent(path):
-    file = ck.Checkpoint(path)
-    names = [entry.name for entry in file.entries.values() if ck.is_selected(entry)]
-    return file, [ck.measure(file, name) for name in names]
+def parent(tensors):
+    model = ck.StateDict(tensors)
+    names = [entry.name for entry in model.entries.values() if ck.is_selected(entry)]
+    return model, [ck.measure(model, name) for name in names]
 
 
-def windows_of(path, config=TINY, **schedule):
-    return train.Windows([parent(path)], config, train.Schedule(**schedule))
+def windows_of(config=TINY, tensors=A, **schedule):
+    return train.Windows([parent(tensors)], config, train.Schedule(**schedule))
 
 
-def fit(path, config=TINY, start=None, log=None, **schedule):
-    """(vae, [stage records]) of a training on one file."""
+def fit(config=TINY, start=None, log=None, **schedule):
+    """(vae, [stage records]) of a training on A."""
     schedule = train.Schedule(**dict(batch=4) | schedule)
     log = [] if log is None else log
-    return train.train_vae([parent(path)], config, schedule, log.append, start)
+    return train.train_vae([parent(A)], config, schedule, log.append, start)
 
 
 def run(*flags):
@@ -64,7 +64,7 @@ def close(found, expected, rtol, atol=0.0):
 
 # --- Parts ----------------------------------------------------------------------------
 @pytest.mark.parametrize("steps", [1, 2, 9, 100])
-def test_the_rate_rises_then_falls_along_a_cosine(models, monkeypatch, steps):
+def test_the_rate_rises_then_falls_along_a_cosine(monkeypatch, steps):
     """For any number of steps: up in the first tenth, half-way down the half of it."""
     rates = []
 
@@ -72,7 +72,7 @@ def test_the_rate_rises_then_falls_along_a_cosine(models, monkeypatch, steps):
         rates.append(optimiser.param_groups[0]["lr"])
         optimiser.step()
     monkeypatch.setattr(train, "train_step", train_step)
-    fit(models["a"], WARM, steps1=steps, steps2=0, lr=2.0)
+    fit(WARM, steps1=steps, steps2=0, lr=2.0)
     assert len(rates) == steps and max(rates) <= 2.0 and min(rates) >= 0
     top = rates.index(max(rates))
     assert top <= 0.1 * steps + 1 and rates[:top] == sorted(rates[:top])
@@ -88,10 +88,10 @@ def standardised(names):
     return [(w - w.mean()) / w.std(correction=0) for w in wide]
 
 
-def test_windows_are_the_tensors_in_order(models):
+def test_windows_are_the_tensors_in_order():
     """Every selected weight once, and padding is zero."""
-    windows = windows_of(models["a"], replace(TINY, tokens=9), holdout=0.0)
-    names = [each.name for each in parent(models["a"])[1]]
+    windows = windows_of(replace(TINY, tokens=9), holdout=0.0)
+    names = [each.name for each in parent(A)[1]]
     order = sorted(windows.training, key=lambda w: (names.index(w[1].name), w[2]))
     x_BTC, real_BTC = windows.read(order)
     rows = [w.reshape(-1) for w in standardised(names)]
@@ -100,10 +100,9 @@ def test_windows_are_the_tensors_in_order(models):
     close(x_BTC[real_BTC], expected, 1e-5, 1e-6)
 
 
-def test_windows_are_held_out_by_place_so_in_all_parents_at_once(models, tmp_path):
+def test_windows_are_held_out_by_place_so_in_all_parents_at_once():
     """Whatever stands before their names."""
-    other = {f"net.{name}": w for name, w in B.items()}
-    parents = [parent(models["a"]), parent(save(tmp_path / "b.safetensors", other))]
+    parents = [parent(A), parent({f"net.{name}": w for name, w in B.items()})]
     windows = train.Windows(parents, TINY, train.Schedule(holdout=0.2))
     everything = train.Windows(parents, TINY, train.Schedule(holdout=0.0))
     places = {parents[0][0]: set(), parents[1][0]: set()}
@@ -121,12 +120,16 @@ def test_windows_are_held_out_by_place_so_in_all_parents_at_once(models, tmp_pat
     assert len(everything.validation[0]) > 0            # nothing is held out: the same
 
 
+def read(config):
+    """A VAE at its start, four windows, and what of them is real."""
+    windows = windows_of(config)
+    return started(config), *windows.read(windows.training[:4])
+
+
 @pytest.mark.parametrize("ratio", [1.0, 2.0])
-def test_stage_1_goes_through_the_bottleneck_where_it_has_room(models, ratio):
+def test_stage_1_goes_through_the_bottleneck_where_it_has_room(ratio):
     """r <= 1: through the posterior's mean; r > 1: through the stream. No KL yet."""
-    config = replace(TINY, ratio=ratio)
-    windows = windows_of(models["a"], config)
-    (x, real), vae = windows.read(windows.training[:4]), started(config)
+    vae, x, real = read(replace(TINY, ratio=ratio))
     real_BT = real.any(-1)
     loss, mse, kl = train.stage_loss(vae, 1, x, real, None)
     loss.backward()
@@ -139,11 +142,9 @@ def test_stage_1_goes_through_the_bottleneck_where_it_has_room(models, ratio):
     close(mse, (vae.decode_stream(h, real_BT) - x).square().mean(), 1e-6)
 
 
-def test_stage_2_is_eq_1_of_one_sample(models):
+def test_stage_2_is_eq_1_of_one_sample():
     """By hand: the sample, its error, beta / r KL by torch.distributions."""
-    config = replace(TINY, ratio=2.0, beta=0.3)
-    windows = windows_of(models["a"], config)
-    (x, real), vae = windows.read(windows.training[:4]), started(config)
+    vae, x, real = read(replace(R2, beta=0.3))
     mu, logvar = vae.encode(x, real.any(-1))
     q = Normal(mu, (logvar / 2).exp())
     z = q.loc + q.scale * torch.randn(mu.shape, generator=generator(5))
@@ -154,13 +155,13 @@ def test_stage_2_is_eq_1_of_one_sample(models):
         close(part, expected, 1e-4)
 
 
-def test_a_step_is_adamws_of_a_clipped_gradient(models, monkeypatch):
+def test_a_step_is_adamws_of_a_clipped_gradient(monkeypatch):
     """By hand: the gradient's sign times the rate, less the decay."""
     monkeypatch.setattr(train, "CLIP", 1e-3)
     vae = started()
     optimiser = torch.optim.AdamW(vae.parameters(), 5e-4, (0.9, 0.95), weight_decay=0.1)
     before = vae.embed.weight.detach().clone()
-    train.train_step(vae, windows_of(models["a"]), train.Schedule(batch=4), 1,
+    train.train_step(vae, windows_of(), train.Schedule(batch=4), 1,
                      optimiser, random.Random(0), None)
     grads = [p.grad for p in vae.parameters() if p.grad is not None]
     norm = sum(grad.square().sum() for grad in grads).sqrt()
@@ -171,12 +172,12 @@ def test_a_step_is_adamws_of_a_clipped_gradient(models, monkeypatch):
 
 
 # --- The curriculum -------------------------------------------------------------------
-def test_from_a_random_start_it_learns_and_the_seed_decides(models):
+def test_from_a_random_start_it_learns_and_the_seed_decides():
     """NMSE 1 is to predict the mean. Both stages keep the best state that was seen."""
     _, config, schedule = train.parse(["x"])
     assert config == VAEConfig(init="random") and min(schedule.steps1, schedule.steps2)
     log, options = [], dict(steps1=60, steps2=20, lr=8e-3, batch=12)
-    vae, (first, second) = fit(models["a"], log=log, **options)
+    vae, (first, second) = fit(log=log, **options)
     assert first["nmse"] < 0.3 and second["nmse"] < 0.3
     assert second["kl"] > 0 and 0 < second["sigma"] < 0.5 and first["kl"] == 0
     for stage, steps in ((first, 60), (second, 20)):
@@ -184,24 +185,24 @@ def test_from_a_random_start_it_learns_and_the_seed_decides(models):
         assert stage["objective"] == min(r["objective"] for r in seen)
         assert stage["ended"] == "all steps" and seen[-1]["step"] == steps
         assert seen[0]["step"] == 0 and not vae.training
-    again, _ = fit(models["a"], **options)
-    other, _ = fit(models["a"], **options | dict(steps1=1, steps2=1), seed=1)
+    again, _ = fit(**options)
+    other, _ = fit(**options | dict(steps1=1, steps2=1), seed=1)
     assert equal(vae, again) and not torch.equal(vae.embed.weight, other.embed.weight)
 
 
-def test_a_warm_start_is_never_left_worse(models):
+def test_a_warm_start_is_never_left_worse():
     """What gets worse, at a rate far too high, is undone: the best state comes back."""
     config = replace(WARM, ratio=2.0)
-    start, _ = fit(models["a"], config, steps1=0, steps2=0)
-    end, stages = fit(models["a"], config, steps1=0, steps2=4, lr=0.1)
+    start, _ = fit(config, steps1=0, steps2=0)
+    end, stages = fit(config, steps1=0, steps2=4, lr=0.1)
     assert stages[1]["best_step"] == 0 and equal(start, end)
 
 
-def test_above_r_1_it_starts_as_pca(models):
+def test_above_r_1_it_starts_as_pca():
     """The round trip through the codec is the error of the best linear code, by SVD."""
-    file, stats = parent(models["a"])
+    file, stats = parent(A)
     config = replace(WARM, ratio=2.0)
-    codec = Codec(fit(models["a"], config, steps1=0, steps2=0, holdout=0.0)[0])
+    codec = Codec(fit(config, steps1=0, steps2=0, holdout=0.0)[0])
     lost = 0.0
     for each in stats:
         flat_L = file.read(each.name)
@@ -214,14 +215,14 @@ def test_above_r_1_it_starts_as_pca(models):
 
 
 @pytest.mark.parametrize("config, lr, first, second", [
-    (TINY, 1e-3, 1e-3, 1e-3 * train.STAGE2_RATE), (HALF, 1e-3, 1e-3, 1e-3),
+    (TINY, 1e-3, 1e-3, 1e-3 * train.STAGE2_RATE), (R2, 1e-3, 1e-3, 1e-3),
     (TINY, 0.0, 8e-3, 8e-3 * train.STAGE2_RATE),
     (WARM, 0.0, 1e-4, 1e-4 * train.STAGE2_RATE)])
-def test_the_rates_of_the_stages(models, config, lr, first, second):
+def test_the_rates_of_the_stages(config, lr, first, second):
     """At r <= 1, and from a trained VAE, stage 2 refines, at a part of the rate."""
-    vae, stages = fit(models["a"], config, lr=lr, steps1=1, steps2=1)
+    vae, stages = fit(config, lr=lr, steps1=1, steps2=1)
     assert [stage["lr"] for stage in stages] == pytest.approx([first, second])
-    _, stages = fit(models["a"], start=vae, lr=lr, steps2=1)
+    _, stages = fit(start=vae, lr=lr, steps2=1)
     assert [stage["lr"] for stage in stages] == pytest.approx([second])
 
 
@@ -258,7 +259,7 @@ def test_it_goes_on_from_a_file(models, tmp_path):
     vae, record = load(tmp_path / "again")
     assert vae.config == start.config and record["schedule"]["steps1"] == 0
     stage, = record["stages"]
-    windows = windows_of(models["half"], start.config)
+    windows = windows_of(start.config, HALF)
     expected = train.validate(start, windows, 2)["objective"]
     assert logged(tmp_path / "log")[0]["objective"] == pytest.approx(expected)
     assert stage["stage"] == 2 and stage["objective"] < expected
@@ -284,18 +285,18 @@ def test_ctrl_c_keeps_the_best_state_so_far(models, tmp_path, monkeypatch, capsy
     vae, record = load(tmp_path / "v")
     assert record["stages"][-1]["ended"] == "interrupted"
     assert [s["stage"] for s in record["stages"]] == [1, 2][:stage]
-    file, stats = parent(models["a"])
+    file, stats = parent(A)
     z_NZ = Codec(vae).encode(file.read(stats[0].name), stats[0])
     assert z_NZ.isfinite().all() and z_NZ.std() > 0.1
     # the state that is kept is the best that was seen
     seen = [r["objective"] for r in logged(tmp_path / "log") if r["stage"] == stage]
-    windows = windows_of(models["a"], vae.config)
+    windows = windows_of(vae.config)
     kept = train.validate(vae, windows, stage)["objective"]
     assert kept == pytest.approx(min(seen), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["validate", "cut"])
-def test_ctrl_c_between_the_stages_keeps_stage_1(models, monkeypatch, name):
+def test_ctrl_c_between_the_stages_keeps_stage_1(monkeypatch, name):
     """In stage 2's first check, or in the cut."""
     real = getattr(train, name)
 
@@ -306,9 +307,9 @@ def test_ctrl_c_between_the_stages_keeps_stage_1(models, monkeypatch, name):
         return real(vae, windows, what)
     monkeypatch.setattr(train, name, once)
     log = []
-    vae, (stage,) = fit(models["a"], HALF, lr=8e-3, steps1=60, steps2=9, log=log)
+    vae, (stage,) = fit(R2, lr=8e-3, steps1=60, steps2=9, log=log)
     assert stage["ended"] == "interrupted"
-    windows = windows_of(models["a"], HALF)
+    windows = windows_of(R2)
     kept = train.validate(vae, windows, 1)["objective"]
     assert kept == pytest.approx(min(r["objective"] for r in log), rel=1e-5)
     assert train.validate(vae, windows, 2)["nmse"] < 0.9
@@ -318,8 +319,7 @@ def test_ctrl_c_between_the_stages_keeps_stage_1(models, monkeypatch, name):
 @pytest.mark.parametrize("rank, size, expected", [
     ("", "", (0, 1)), ("1", "", (0, 1)), ("", "2", (0, 1)), ("x", "2", (0, 1)),
     ("3", "2", (0, 1)), ("-1", "2", (0, 1)), ("1", "2", (1, 2))])
-def test_a_launchers_environment_counts_only_as_a_whole(monkeypatch, rank, size,
-                                                        expected):
+def test_a_launchers_environment_is_whole_or_none(monkeypatch, rank, size, expected):
     for key, value in (("RANK", rank), ("WORLD_SIZE", size)):
         monkeypatch.delenv(key, raising=False)
         if value:
@@ -329,8 +329,7 @@ def test_a_launchers_environment_counts_only_as_a_whole(monkeypatch, rank, size,
 
 def test_two_processes_train_as_one(models, tmp_path):
     """Up to the order of sums and stage 2's draws; what is said is said once."""
-    flags = [models["a"], "--lr", "1e-3", "--steps1", 12, "--steps2", 4, "--ratio", 2,
-             *FLAGS]
+    flags = [models["a"], "--lr=1e-3", "--steps1=12", "--steps2=4", "--ratio=2", *FLAGS]
     assert run(*flags, "-o", tmp_path / "one", "--log", tmp_path / "one.jsonl") == 0
     flags += ["-o", tmp_path / "two", "--log", tmp_path / "two.jsonl"]
     codes, said, errors = two_processes(tmp_path / "said", *flags, main=train.main)
@@ -346,8 +345,8 @@ def test_two_processes_train_as_one(models, tmp_path):
     assert load(tmp_path / "two")[0].config == load(tmp_path / "one")[0].config
 
 
-def test_a_batch_has_a_window_for_each_process(monkeypatch, models):
+def test_a_batch_has_a_window_for_each_process(monkeypatch):
     monkeypatch.setattr(train, "gather", lambda value: [value])
     monkeypatch.setattr(train, "rank_and_size", lambda: (0, 3))
     with pytest.raises(ck.CheckpointError, match="processes"):
-        fit(models["a"], batch=2)
+        fit(batch=2)
