@@ -64,12 +64,15 @@ def llama_tensors(seed, hidden=64, layers=2, mlp=96, vocab=40, dtype=torch.float
 
 
 def relative(tensors, seed, part=0.3):
-    """A fine-tune: every float moved by a share of its own spread."""
+    """A fine-tune: floats move by a part of their spread and a little, others by 1."""
     g = generator(seed)
     moved = {}
     for name, w in tensors.items():
-        noise = torch.randn(w.shape, generator=g).to(w.dtype)
-        moved[name] = w + part * w.std(correction=0) * noise
+        move = torch.ones(w.shape)
+        if w.is_floating_point():
+            spread = w.double().std(correction=0) + 0.01
+            move = part * spread * torch.randn(w.shape, generator=g)
+        moved[name] = (w.double() + move).to(w.dtype)
     return moved
 
 
