@@ -92,7 +92,6 @@ def save(path, tensors):
 
 
 def sharded(folder, tensors, changes=(), where=""):
-    """A model folder of two shards and their index; `changes` to its map."""
     names = sorted(tensors)
     table = {}
     for k, shard in enumerate(SHARDS):
@@ -106,7 +105,6 @@ def sharded(folder, tensors, changes=(), where=""):
 
 
 def assert_equal(got, expected):
-    """Two models hold the same tensors, bit for bit (NaN too)."""
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         assert got[name].dtype == tensor.dtype and got[name].shape == tensor.shape, name
@@ -220,7 +218,6 @@ class Desk:
         return self.folder / name
 
     def put(self, tensors, name):
-        """Write a state dict; its path."""
         return save(self.folder / f"{name}.safetensors", tensors)
 
     def written(self, arguments):
@@ -242,7 +239,6 @@ class Desk:
         return self.folder / name
 
     def run(self, *arguments, main=merge.main):
-        """(exit code, stdout, stderr) of merge.py, or of another main."""
         argv = self.written(arguments)
         self.capsys.readouterr()
         try:

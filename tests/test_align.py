@@ -144,7 +144,6 @@ def test_of_other_families_roles_meet(one, roles):
 
 
 def test_what_is_ambiguous_meets_nobody():
-    """Two stacks that fit equally well; two tensors of one role; ends of one part."""
     one = model("model.layers", LLAMA, "x")
     two = model("a.layers", LLAMA, "x") | model("b.layers", LLAMA, "y")
     assert paired(one, two) == paired(two, one) == {}
@@ -210,7 +209,6 @@ def check_plan(solution, cost, epsilon, bound):
 
 
 def lp_cost(cost, plan):
-    """The least cost of a plan with these marginals."""
     n, m = cost.shape
     sums = np.vstack([np.kron(np.eye(n), np.ones(m)), np.kron(np.ones(n), np.eye(m))])
     result = scipy.optimize.linprog(cost.flatten().numpy(), A_eq=sums,
@@ -355,7 +353,6 @@ def test_gaussian_map_is_finite_and_bounded(n, m, d, scale):
     close(mapped.mean(0), target.mean(0), atol=1e-4)    # A up to 1e6 times the rounding
 
 
-# --- Line 4 as a table ----------------------------------------------------------------
 @pytest.mark.parametrize("n_source, n_target", [(30, 20), (20, 30), (25, 25)])
 def test_every_aligner_by_its_definition(n_source, n_target):
     source = mixed(n_source, 3, 1)
@@ -381,7 +378,6 @@ def test_every_aligner_by_its_definition(n_source, n_target):
         assert (found[name].iterations, found[name].error) == (0, 0)
 
 
-# --- Null controls --------------------------------------------------------------------
 def test_controls_have_the_targets_shape_and_statistics():
     z = mixed(20_000, 3, 2)
     state = torch.get_rng_state()

@@ -168,7 +168,6 @@ ODD = {"scalar": torch.tensor(1.5), "empty": torch.zeros(0, 4), "ids": torch.ara
 
 
 def test_reading_agrees_with_the_library(tmp_path):
-    """A file, and tensors in memory (one of them not contiguous)."""
     path = tmp_path / "x.safetensors"
     save_file(ODD, path, {"format": "pt", "note": "ü"})
     file, memory = ck.Checkpoint(path), ck.StateDict(ODD)

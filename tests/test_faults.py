@@ -1,7 +1,6 @@
-"""How machines go wrong: signals, full disks, streams that are closed, processes that
-fail. An old output stays as it was (bytes, mode, time), and nothing is left behind.
-Then what any output must be.
-(What is refused at once: test_refusals.py.)"""
+"""How machines go wrong: signals, full disks, closed streams, processes that fail. An
+old output stays as it was (bytes, mode, time), and nothing is left behind. Then what
+any output must be. (What is refused at once: test_refusals.py.)"""
 import ast
 import json
 import math
@@ -29,8 +28,9 @@ KINDS = pytest.mark.parametrize("kind", ["file", "folder"])
 
 
 @pytest.fixture
-def box(desk):
+def box(desk, tmp_path_factory):
     """A desk with two models, and old results in out/. What hangs fails."""
+    desk.log = tmp_path_factory.mktemp("log") / "log"
     desk.a = desk.put(A, "a")
     desk.b = desk.put(B, "b")
     desk.out = desk / "out/m.safetensors"
@@ -45,13 +45,8 @@ def box(desk):
     signal.alarm(0)
 
 
-@pytest.fixture
-def log(tmp_path_factory):
-    return tmp_path_factory.mktemp("log") / "log"
-
-
-def said(log, kind="err"):
-    return log.with_suffix(f".{kind}").read_text()
+def said(box, kind="err"):
+    return box.log.with_suffix(f".{kind}").read_text()
 
 
 def merge_of(box, kind):
@@ -77,12 +72,12 @@ def slowly(pipe):
 @KINDS
 @pytest.mark.parametrize("sent, expected", [
     (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_a_signal_while_writing(box, log, kind, sent, expected):
+def test_a_signal_while_writing(box, kind, sent, expected):
     """The old result stays, nothing is left; what SIGKILL leaves the next run names."""
     arguments = merge_of(box, kind)
     before = snapshot(box.folder)
     ear, mouth = os.pipe()
-    pid = forked(log, arguments, lambda: slowly(mouth))
+    pid = forked(box.log, arguments, lambda: slowly(mouth))
     os.close(mouth)                     # a child that has failed then ends our reading
     assert os.read(ear, 1) == b"x" and snapshot(box.folder).keys() > before.keys()
     os.kill(pid, sent)
@@ -93,11 +88,11 @@ def test_a_signal_while_writing(box, log, kind, sent, expected):
     left = after.keys() - before.keys()
     assert {path: after[path] for path in before} == before
     if sent != signal.SIGKILL:
-        assert not left and said(log).count("\n") <= 1
+        assert not left and said(box).count("\n") <= 1
         return
     assert left and all(f".lsmerge-{pid}-" in path for path in left)
-    assert ended(forked(log, arguments)) == 0
-    assert f"{min(left)} is of process" in said(log, "out")
+    assert ended(forked(box.log, arguments)) == 0
+    assert f"{min(left)} is of process" in said(box, "out")
     assert snapshot(box.folder).keys() >= left
 
 
@@ -124,30 +119,26 @@ def test_a_signal_after_a_rename_leaves_a_whole_result(box, monkeypatch, sent, m
     assert not [*box.folder.rglob(".lsmerge*")]
 
 
-def small_files():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-
-def little_memory():
-    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+small_files = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, 100_000))
+little_memory = partial(resource.setrlimit, resource.RLIMIT_AS, (8 << 30, 8 << 30))
 
 
 @KINDS
-def test_a_limit_on_the_size_of_files(box, log, kind):
+def test_a_limit_on_the_size_of_files(box, kind):
     arguments = merge_of(box, kind)
     before = snapshot(box.folder)
-    assert ended(forked(log, arguments, small_files)) == 1
+    assert ended(forked(box.log, arguments, small_files)) == 1
     assert snapshot(box.folder) == before
-    check_line(said(log), [box / "out", "too large"])
+    check_line(said(box), [box / "out", "too large"])
 
 
-def test_too_little_memory(box, log):
+def test_too_little_memory(box):
     """The allocator of torch raises no MemoryError."""
     before = snapshot(box.folder)
     arguments = [box.a, "-o", box.out, "--force", "--width", 65536]
-    assert ended(forked(log, arguments, little_memory, train.main)) == 1
+    assert ended(forked(box.log, arguments, little_memory, train.main)) == 1
     assert snapshot(box.folder) == before
-    check_line(said(log), ["out of memory"])
+    check_line(said(box), ["out of memory"])
 
 
 def test_an_input_that_shrinks_under_the_run(box, monkeypatch):
@@ -162,9 +153,7 @@ def test_an_input_that_shrinks_under_the_run(box, monkeypatch):
     check_line(error, [box.b, "tensor '", "shrank"])
 
 
-# --- Streams --------------------------------------------------------------------------
 def into_nothing(kind):
-    """For the child: what its streams are."""
     sys.stdout = None
     if kind == "closed, both":
         sys.stderr = None
@@ -177,15 +166,15 @@ def into_nothing(kind):
 
 
 @pytest.mark.parametrize("kind", ["gone", "closed", "closed, both", "full"])
-def test_a_reader_that_has_gone_is_no_error(box, log, kind):
+def test_a_reader_that_has_gone_is_no_error(box, kind):
     """`merge.py ... | head -0`, `>&-`; but a full disk is an error."""
-    code = ended(forked(log, merge_of(box, "file"), lambda: into_nothing(kind)))
+    code = ended(forked(box.log, merge_of(box, "file"), lambda: into_nothing(kind)))
     assert load_file(box.out)
     if kind == "full":
         assert code == 1
-        check_line(said(log), ["No space left"])
+        check_line(said(box), ["No space left"])
     else:
-        assert (code, said(log)) == (0, "")
+        assert (code, said(box)) == (0, "")
 
 
 @pytest.mark.parametrize("error, words", [
@@ -193,7 +182,6 @@ def test_a_reader_that_has_gone_is_no_error(box, log, kind):
     (OSError(28, "No space left"), "No space left"),
     (MemoryError(), "out of memory"), (RuntimeError("memory format"), None)])
 def test_how_a_command_ends(desk, error, words):
-    """In a line; what is a fault of ours, in a traceback."""
     def main(argv):
         raise error
     if words:
@@ -203,7 +191,6 @@ def test_how_a_command_ends(desk, error, words):
             desk.run(main=main)
 
 
-# --- Platforms ------------------------------------------------------------------------
 UNIX_ONLY = ("preadv", "pwritev", "pread", "pwrite", "posix_fallocate", "statvfs",
              "sched_getaffinity", "geteuid", "fchmod", "chown", "posix_fadvise")
 
@@ -219,7 +206,6 @@ def as_on_windows(rename, source, target):
 
 @KINDS
 def test_no_call_of_one_platform(box, monkeypatch, kind):
-    """Without the calls that Windows lacks, and with its rule on open files."""
     arguments = merge_of(box, kind)
     expected, _ = box.merged(*arguments[:2])
     for name in UNIX_ONLY:
@@ -265,13 +251,11 @@ def test_a_process_of_its_own_in_a_poor_environment(box):
 
 
 def test_integrity_rests_on_no_assert():
-    """python -O drops them."""
     for name in ("lsmerge", "chunking", "vae", "align", "train", "merge"):
         tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
         assert not [node for node in ast.walk(tree) if isinstance(node, ast.Assert)]
 
 
-# --- What an output is ----------------------------------------------------------------
 def test_modes_links_and_other_names(box):
     """Modes are the umask's, links are written through, no input is written to."""
     os.link(box.b, box / "alias.safetensors")
@@ -295,7 +279,6 @@ def test_modes_links_and_other_names(box):
 
 
 def test_equal_bytes_from_elsewhere_and_later(box, models):
-    """No path and no time in a result."""
     target = merge_of(box, "folder")[0]
     found = []
     for where in (box / "here", box / "there"):
@@ -310,13 +293,12 @@ def test_equal_bytes_from_elsewhere_and_later(box, models):
 
 
 # --- Several processes ----------------------------------------------------------------
-def test_two_processes_give_the_bytes_of_one(box, log):
-    """torchrun splits the tensors; the report counts them all, whoever merged them."""
+def test_two_processes_give_the_bytes_of_one(box):
     source = box.put(BIG, "big")
     way = [merge_of(box, "folder")[0], source, "--align", "sinkhorn", "--samples", 2]
     _, one = box.merged(*way, out="one")
     outputs = ["-o", box / "two", "--report", box / "two.json"]
-    codes, text, errors = two_processes(log, *way, *outputs)
+    codes, text, errors = two_processes(box.log, *way, *outputs)
     assert codes == [0, 0], errors
     assert [part.count("wrote ") for part in text] == [1, 0]
     first, second = (box / f"{k}/model.safetensors" for k in ("one", "two"))
@@ -327,7 +309,7 @@ def test_two_processes_give_the_bytes_of_one(box, log):
 
 
 @pytest.mark.parametrize("place, value", [(0, math.nan), (1, 3e5)])
-def test_a_fault_in_one_of_two_processes(box, log, place, value):
+def test_a_fault_in_one_of_two_processes(box, place, value):
     """Found as the weights are read, or as they are merged (it does not fit): one line
     of the process that finds it; nothing of the other, nor on the disk."""
     target = box.put({name: w.half() for name, w in A.items()}, "t")
@@ -335,17 +317,17 @@ def test_a_fault_in_one_of_two_processes(box, log, place, value):
     name = entries[place].name          # the largest go to the processes in turn
     source = box.put(A | {name: torch.full_like(A[name], value)}, "s")
     before = snapshot(box.folder)
-    codes, _, errors = two_processes(log, target, source, "--force", "-o", box.out)
+    codes, _, errors = two_processes(box.log, target, source, "--force", "-o", box.out)
     assert snapshot(box.folder) == before
     assert codes[place] == 1 and codes[1 - place] != 0
     check_line(errors[place].splitlines(keepends=True)[-1], [repr(name)])
     assert "error" not in errors[1 - place]
 
 
-def test_a_full_disk_of_two_processes(box, log):
-    """The first one makes the file, and fails; the other one waits for it."""
+def test_a_full_disk_of_two_processes(box):
     before = snapshot(box.folder)
-    codes, _, errors = two_processes(log, *merge_of(box, "file"), prepare=small_files)
+    way = merge_of(box, "file")
+    codes, _, errors = two_processes(box.log, *way, prepare=small_files)
     assert snapshot(box.folder) == before and codes[0] == 1 and codes[1] != 0
     check_line(errors[0], [box / "out", "too large"])
     assert not errors[1], errors[1]

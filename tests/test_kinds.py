@@ -18,7 +18,6 @@ HEAD = "lm_head.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
-# --- Small models ---------------------------------------------------------------------
 def drawn(*shape, seed=0, std=0.02, mean=0.0):
     return mean + std * torch.randn(shape, generator=generator(seed))
 
@@ -30,7 +29,6 @@ def llama(layers=2, hidden=16, seed=1):
 
 
 def tower(start, layers=3, seed=5):
-    """Layers of an encoder, under a name of their own."""
     tensors = {}
     for i in range(layers):
         for n, role in enumerate("qkv"):
@@ -54,7 +52,6 @@ def layer_as(tensors, layer, stack):
             if name.startswith(old)}
 
 
-# --- What is right --------------------------------------------------------------------
 def average(target, sources, partner=lambda name: name):
     """In float64. partner: the target's name -> the source's; without one: no share."""
     result = dict(target)
@@ -79,7 +76,6 @@ def check_average(got, target, sources, partner=lambda name: name):
 
 
 def check_siblings(desk, target, source, unpaired=()):
-    """The whole contract for two models of one shape."""
     got, report = desk.merged(target, source)
     check_average(got, target, [source])
     assert report["kind"] == "same-shape" and report["lambda"] == [0.5]
@@ -148,7 +144,6 @@ def test_spreads_that_differ(desk, case):
 
 
 def test_what_becomes_of_a_constant(desk):
-    """Merged with itself, or with another shape, it stays; it needs no codec."""
     a = A | {UP: torch.full((48, 16), 0.1)}
     for way in (["--roundtrip"], ["--samples", 2], [llama(hidden=24)]):
         got, report = desk.merged(a, *way, "--vae", REFERENCE)
@@ -204,7 +199,6 @@ def test_equal_norms_and_zeros_are_no_tie(desk):
     check_siblings(desk, a, tuned(a))
 
 
-# --- What only looks quantised --------------------------------------------------------
 BYTES = torch.ones(8, 8, dtype=torch.uint8)
 SOUND = {               # bytes, integers and float8, beside scales of something else
     "model.layers.0.relative_position_index": torch.arange(64).view(8, 8),
@@ -220,7 +214,6 @@ SOUND = {               # bytes, integers and float8, beside scales of something
 
 
 def test_what_only_looks_quantised_is_merged(desk):
-    """And whole numbers stay the target's."""
     a = A | SOUND
     folder = desk.model(a, **{"config.json": '{"quantization_config": null}'})
     b = tuned(a)
@@ -228,7 +221,6 @@ def test_what_only_looks_quantised_is_merged(desk):
     check_average(got, a, [b])
 
 
-# --- Companions -----------------------------------------------------------------------
 ALONG = ["tokenizer.json", "tokenizer.model", "x.tiktoken", "templates/tool.jinja",
          "1_Pooling/config.json", "modeling_x.py", "code/deep/er/data.yaml", "LICENSE",
          "USE_POLICY.md", "picture.png", "2_Dense/model.safetensors"]
@@ -268,7 +260,6 @@ def test_a_folder_of_diffusers_keeps_its_name(desk):
     assert (desk / "out" / name).is_file()
 
 
-# --- Indexes --------------------------------------------------------------------------
 def stale(folder):
     """An index, none of whose shards is there, beside a newer model."""
     sharded(folder, A)
@@ -294,7 +285,6 @@ def linked(folder):
 
 
 def beside_a_whole_file(folder):
-    """The index counts, and that is said."""
     sharded(folder, A)
     save(folder / "model.safetensors", llama(seed=5))
 
@@ -311,9 +301,7 @@ def test_an_index_says_where_each_tensor_is_no_more(desk, make):
     assert (desk / "T" / INDEX).exists()
 
 
-# --- Numbers --------------------------------------------------------------------------
 def test_float64_is_centred_before_it_is_rounded(desk):
-    """What is encoded (UP) and what is averaged; of a spread of 1e-9 around 1."""
     shapes = {UP: (48, 16), "model.norm.weight": (16,)}
     pair = []
     for seed in (1, 2):

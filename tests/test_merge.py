@@ -1,10 +1,9 @@
 """merge.py and lsmerge.py end to end. With an exact codec the pipeline is plain
-arithmetic, which the tests do by hand; what the codec loses, what the aligners move,
-what a file says, likewise. (Who meets whom: test_align.py, test_kinds.py. How things go
-wrong: test_refusals.py, test_faults.py.)"""
+arithmetic, done here by hand; what the codec loses, what the aligners move, likewise.
+(Who meets whom: test_align.py, test_kinds.py. What goes wrong: test_faults.py.)"""
 import re
 import signal
-from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -39,7 +38,6 @@ ENCODED = [name for name, w in A.items() if "layers" in name and w.ndim == 2]
 
 
 def check_tensor(got, expected, rtol=1e-6):
-    """The tensor NAME alone, against one computed by hand."""
     expected = expected.float().reshape(got[NAME].shape)
     assert_near({NAME: got[NAME]}, {NAME: expected}, rtol)
 
@@ -112,8 +110,7 @@ def test_select_leaves_everything_else_the_targets(desk, pattern, count):
 @pytest.mark.parametrize("target", ["a", "half"])
 @pytest.mark.parametrize("source, codec", [
     ("b", "lossy"), ("b", "exact"), ("big", "exact"), (None, "lossy"), (None, "exact")])
-def test_residual_at_lambda_0_is_the_target_bit_for_bit(models, desk, target, source,
-                                                        codec):
+def test_residual_at_lambda_0_gives_the_target(models, desk, target, source, codec):
     way = ["--roundtrip"]
     if source:
         way = [models[source], "--lam", 0]
@@ -191,7 +188,6 @@ def test_the_gate_refuses_before_anything_is_merged(models, desk, monkeypatch):
 
 
 def pca_vae(desk, model, ratio, more="--holdout 0"):
-    """The best linear code of a model at a ratio, without training."""
     flags = f"--init pca --blocks 0 --ratio {ratio} --steps1 0 --steps2 0 {more}"
     code, _, error = desk.run(model, "-o", desk / "v", *flags.split(), main=train.main)
     assert code == 0, error
@@ -227,9 +223,7 @@ def test_the_gate_minds_the_typical_weight(models, desk):
     assert report["roundtrip"]["nmse"] < 1e-3
 
 
-# --- Report, bytes, threads -----------------------------------------------------------
 def test_report_counts_and_distances(desk):
-    """How far a source is does not hang on the others."""
     stranger = llama_tensors(9)
     got, report = desk.merged(A, dict(A), stranger, "--lam", 0.25, "--seed", 3)
     assert report["tensors"] == {
@@ -292,17 +286,10 @@ def test_pieces_do_not_show(desk, monkeypatch, source, flag, rtol):
     assert report["roundtrip"]["nmse"] < 1e-12
 
 
-# --- Training on the fly --------------------------------------------------------------
-@dataclass(frozen=True)
-class Short(train.Schedule):
-    steps1: int = 4
-    steps2: int = 2
-    batch: int = 4
-
-
 def test_init_random_trains_on_the_inputs_and_may_keep_it(models, desk, monkeypatch):
     """Kept, it gives the same result; the gate judges it; Ctrl-C writes nothing."""
-    monkeypatch.setattr(train, "Schedule", Short)
+    short = partial(train.Schedule, steps1=4, steps2=2, batch=4)
+    monkeypatch.setattr(train, "Schedule", short)
     way = [A, B, "--init", "random"]
     first, _ = desk.merged(*way, "--max-nmse", 9, "--save-vae", desk / "v")
     assert "stage 1: 4 steps" in desk.said and "stage 2: 2 steps" in desk.said
@@ -378,7 +365,6 @@ NARROW = A | {name: A[name][:32] for name in ENCODED if re.search("[kv]_proj", n
 @pytest.mark.parametrize("inputs, lam, aligned", [
     ([A, B, BIG], "0.5,0", 14), ([A, BIG, B], "0,0.5", 14), ([NARROW, B], "0.5", 4)])
 def test_auto_aligns_only_what_has_another_shape(desk, inputs, lam, aligned):
-    """Not a relative beside a stranger, nor a matrix among those of other shape."""
     got, report = desk.merged(*inputs, "--lam", lam)
     check_tensor(got, (A[NAME].double() + B[NAME]) / 2, rtol=1e-5)
     assert report["kind"] == "cross-shape" and len(report["alignment"]) == aligned
@@ -424,7 +410,6 @@ def test_controls_hold_nothing_of_the_source(desk, kind):
 
 
 def test_two_vaes_of_different_latent_sizes(models, desk):
-    """Latents are projected in both directions, by hand."""
     narrow = pca_vae(desk, models["a"], 1, "--chunk 32")
     way = [A, BIG, "--vae", narrow, "--source-vae", models["vae"]]
     got, _ = desk.merged(*way, "--align", "none")

@@ -18,7 +18,6 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 O = "model.layers.0.self_attn.o_proj.weight"
 
 
-# --- Coefficients ---------------------------------------------------------------------
 @pytest.mark.parametrize("degrees", [1, 40, 90, 150])
 @pytest.mark.parametrize("lam", [0.0, 0.2, 0.5, 1.0])
 def test_slerp_in_the_plane(degrees, lam):
@@ -48,7 +47,6 @@ def test_coefficients_by_hand():
             lsmerge.task_coefficients(wrong)
 
 
-# --- Operators on models --------------------------------------------------------------
 BASE = relative(A, 21)
 
 
@@ -170,7 +168,6 @@ def test_draws_do_not_depend_on_who_asks(monkeypatch):
     torch.testing.assert_close(beside, alone, rtol=0, atol=1e-5)
 
 
-# --- Sources that need a Transport ----------------------------------------------------
 @pytest.mark.parametrize("mine, theirs", [(4096, 1024), (1024, 4096)])
 def test_n_over_d_is_that_of_the_smaller_cloud(mine, theirs):
     """16 chunks in 64 dimensions, repeated by the projection, still span 15."""

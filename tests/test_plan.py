@@ -51,7 +51,6 @@ def rope_of_meta(hidden, heads):
 
 
 def other_neurons():
-    """The same function, its neurons in another order."""
     b = relative(A, 2, part=0.01)
     for name, tensor in b.items():
         order = torch.randperm(96, generator=generator(int("layers.1" in name)))
@@ -60,12 +59,6 @@ def other_neurons():
         elif "down_proj" in name:
             b[name] = tensor[:, order]
     return A, b
-
-
-def first_row_in_place():
-    """2,816 weights would be a third of this row."""
-    w = torch.randn(64, 8192, generator=generator())
-    return {Q: w}, {Q: torch.cat([w[:1], w[1:].flip(0)])}
 
 
 def experts(order):
@@ -77,11 +70,10 @@ def experts(order):
     return a, b
 
 
-def without_layers():
-    return [{f"fc{i}.weight": torch.randn(32, 32, generator=generator(10 * seed + i))
-             for i in (1, 2)} for seed in (1, 2)]
-
-
+FLAT = [{f"fc{i}.weight": torch.randn(32, 32, generator=generator(10 * seed + i))
+         for i in (1, 2)} for seed in (1, 2)]
+LONG = torch.randn(64, 8192, generator=generator())     # a row is thrice 2,816 weights
+MOVED = torch.cat([LONG[:1], LONG[1:].flip(0)])
 STRANGER = llama_tensors(77)
 FLIPPED = B | {EMBED: B[EMBED].flip(0)}
 STRANGERS = {           # (the two models, flags, words of the warning, if there is one)
@@ -92,9 +84,9 @@ STRANGERS = {           # (the two models, flags, words of the warning, if there
     "RoPE, 4 heads of 32": (rope_of_meta(128, 4), "", "k (2), q (2)."),
     "RoPE, 8 heads of 32": (rope_of_meta(256, 8), "", "k (2), q (2)."),
     "neurons": (other_neurons(), "", "strangers in down (2), gate (2), up (2)."),
-    "only the first row is in place": (first_row_in_place(), "", "q (1)"),
+    "only the first row is in place": (({Q: LONG}, {Q: MOVED}), "", "q (1)"),
     "another tokenizer": ((A, FLIPPED), "", "strangers in embed (1)."),
-    "no layers": (without_layers(), "", "strangers in up (1), down (1)."),
+    "no layers": (FLAT, "", "strangers in up (1), down (1)."),
     "trained apart": ((A, STRANGER), "", "embed (1), down (2), gate (2), up (2), "),
     "the other sign": ((A, {name: -w for name, w in A.items()}), "", "embed (1)"),
     "what is selected": ((A, STRANGER), "--select embed", "in embed (1)."),
@@ -200,7 +192,6 @@ def test_a_target_too_small_for_its_unit_is_refused_at_lambda_0(merged):
 
 
 def test_a_piece_of_a_transport_is_whole_windows():
-    """A chunk is decoded in the window in which it was encoded."""
     codec = lsmerge.Codec.load("exact")
     stats = [chunking.TensorStats(str(n), torch.float32, (n, 64), std=1.0)
              for n in (13824, 38400)]
@@ -228,7 +219,6 @@ def test_the_mask_of_an_older_library_is_the_targets(merged):
 
 
 def test_a_head_stays_tied_to_an_embedding_that_nobody_changed(merged):
-    """The source has trained its head alone, or neither."""
     a = A | {HEAD: A[EMBED].clone()}
     b = relative(a, 2) | {EMBED: A[EMBED]}
     for head in (b[HEAD], A[EMBED].clone()):
@@ -269,7 +259,6 @@ def test_a_longer_vocabulary_is_told(merged):
     assert is_average(result[EMBED], a[EMBED], a[EMBED], c[EMBED])
 
 
-# --- What an adversary found ----------------------------------------------------------
 def test_the_codecs_error_is_told_of_task_vectors_too(merged, tmp_path):
     close = relative(A, 2, part=1e-4)
     base = save(tmp_path / "base.safetensors", A)

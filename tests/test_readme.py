@@ -51,7 +51,6 @@ def test_every_command_on_our_own_models_runs_in_order(tmp_path, monkeypatch, ca
 
 
 def test_commands_on_your_own_models_parse():
-    """Their files do not exist; what the command line alone decides is right."""
     parsed = 0
     for file, *arguments in commands():
         if file in COMMANDS and COMMANDS[file] is not evaluate:
@@ -61,7 +60,6 @@ def test_commands_on_your_own_models_parse():
 
 
 def test_every_named_function_exists(capsys):
-    """In README, in its table without their module, and in the tour."""
     six = (align, chunking, lsmerge, merge, train, vae)
     modules = {module.__name__: module for module in six}
     assert lsmerge.tour([]) is None
@@ -83,7 +81,6 @@ def test_every_picture_and_page_exists():
 
 
 def test_the_python_example_merges_two_state_dicts():
-    """Norms and embeddings too; nothing is written to the inputs."""
     a = llama_tensors(1, dtype=torch.float64)
     b = llama_tensors(2, dtype=torch.float64)
     kept = {name: tensor.clone() for name, tensor in a.items()}

@@ -83,7 +83,6 @@ lora.py extract a b -o new --rank 0                      | 2 | --rank
 match.py a b --force                                     | 2 | drop --force
 match.py a b c -o x.safetensors                          | 2 | folder
 match.py a m/b n/b -o x                                  | 2 | rename one
-greedy_soup.py --eval '' a b                             | 2 | --eval
 greedy_soup.py --eval true a                             | 2 | two or more
 greedy_soup.py --eval true a b --lam 0.5                 | 2 | --lam
 weight_statistics.py a --figure f.png                    | 2 | .svg
@@ -125,7 +124,6 @@ train.py a -o vaes/vae.safetensors --init vaes --force   | 1 | vaes, reads or wr
 lsmerge.py vae                                           | 1 | meets no tensor
 lora.py fold a adapter -o a --force                      | 1 | is a file
 lora.py fold a adapter -o adapter/adapter_model.safetensors --force | 1 | reads or
-lora.py fold a adapter -o new/                           | 1 | is a file
 lora.py extract b a -o foreign --rank 2 --force          | 1 | notes.txt
 match.py c.safetensors b -o c.safetensors                | 1 | reads or writes
 match.py a b -o new                                      | 1 | is a file
@@ -140,7 +138,6 @@ weight_statistics.py broken                              | 1 | layers.1.mlp.up_p
 
 @pytest.fixture(scope="module")
 def place(models, tmp_path_factory):
-    """What lies on the desk of these tables. Nothing of it may change."""
     folder = tmp_path_factory.mktemp("desk")
     for name, model in (("a", "a"), ("b", "b"), ("vae", "vae"), ("wide", "big"),
                         ("c.safetensors", "a"), ("o.safetensors", "b")):
@@ -200,14 +197,12 @@ def holding(data, file="bad.safetensors"):
 
 
 def header(**changes):
-    """A file of one tensor, by hand."""
     facts = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]} | changes
     text = json.dumps({"layers.0.w": facts}).encode()
     return holding(len(text).to_bytes(8, "little") + text + bytes(16))
 
 
 def index(shard, *names):
-    """A sharded model whose index says that these tensors lie in this shard."""
     def make(desk):
         changes = dict.fromkeys(names, shard)
         save(desk / "x/s.safetensors", A)
@@ -231,7 +226,6 @@ def only(name, dtype=torch.float32):
 
 
 def spoilt(tensor):
-    """A copy whose last number is bad."""
     bad = tensor.clone()
     bad.view(-1)[-1] = math.nan
     return bad
@@ -250,12 +244,10 @@ def quantised(dtype, end, *scales):
 
 
 def configured(file="config.json", **config):
-    """A model folder whose configuration says this."""
     return lambda desk: desk.model(A, "bad", **{file: json.dumps(config)})
 
 
 def network(facts, changes={}):
-    """A VAE file with this configuration, and other tensors in it."""
     def make(desk):
         config = vae.VAEConfig(chunk=8, tokens=4, width=16, init="pca")
         tensors, metadata = vae.VAE(config).start(vae.generator_for(0)).to_file({})
@@ -274,12 +266,6 @@ def adapter(changes={}, **settings):
         save(path / "adapter_model.safetensors", changed(tensors, changes))
         return path
     return make
-
-
-def without_configuration(desk):
-    path, _ = write_adapter(desk / "bad")
-    (path / CONFIG).unlink()
-    return path
 
 
 F8 = torch.float8_e4m3fn
@@ -368,7 +354,7 @@ BAD = {     # given as: {case: (its maker, words of the line)}
         "one factor": (adapter({QB: None}), "other factor"),
         "a factor with NaN": (adapter({QA: math.nan * torch.ones(4, 64)}), "lora_A"),
         "another shape": (adapter({QA: torch.ones(4, 63)}), "[64, 63]"),
-        "no adapter's configuration": (without_configuration, CONFIG),
+        "no configuration": (holding(b"x", "bad/adapter_model.safetensors"), CONFIG),
     },
     "expert": {
         # Experts of which no adapter can be extracted.

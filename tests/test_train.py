@@ -62,7 +62,6 @@ def close(found, expected, rtol, atol=0.0):
     torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
 
 
-# --- Parts ----------------------------------------------------------------------------
 @pytest.mark.parametrize("steps", [1, 2, 9, 100])
 def test_the_rate_rises_then_falls_along_a_cosine(monkeypatch, steps):
     """For any number of steps: up in the first tenth, half-way down the half of it."""
@@ -83,13 +82,11 @@ def test_the_rate_rises_then_falls_along_a_cosine(monkeypatch, steps):
 
 
 def standardised(names):
-    """Tensors of model a, by hand."""
     wide = (A[name].double() for name in names)
     return [(w - w.mean()) / w.std(correction=0) for w in wide]
 
 
 def test_windows_are_the_tensors_in_order():
-    """Every selected weight once, and padding is zero."""
     windows = windows_of(replace(TINY, tokens=9), holdout=0.0)
     names = [each.name for each in parent(A)[1]]
     order = sorted(windows.training, key=lambda w: (names.index(w[1].name), w[2]))
@@ -101,7 +98,6 @@ def test_windows_are_the_tensors_in_order():
 
 
 def test_windows_are_held_out_by_place_so_in_all_parents_at_once():
-    """Whatever stands before their names."""
     parents = [parent(A), parent({f"net.{name}": w for name, w in B.items()})]
     windows = train.Windows(parents, TINY, train.Schedule(holdout=0.2))
     everything = train.Windows(parents, TINY, train.Schedule(holdout=0.0))
@@ -143,7 +139,6 @@ def test_stage_1_goes_through_the_bottleneck_where_it_has_room(ratio):
 
 
 def test_stage_2_is_eq_1_of_one_sample():
-    """By hand: the sample, its error, beta / r KL by torch.distributions."""
     vae, x, real = read(replace(R2, beta=0.3))
     mu, logvar = vae.encode(x, real.any(-1))
     q = Normal(mu, (logvar / 2).exp())
@@ -171,7 +166,6 @@ def test_a_step_is_adamws_of_a_clipped_gradient(monkeypatch):
     close(vae.embed.weight.detach(), expected, 1e-5, 1e-8)
 
 
-# --- The curriculum -------------------------------------------------------------------
 def test_from_a_random_start_it_learns_and_the_seed_decides():
     """NMSE 1 is to predict the mean. Both stages keep the best state that was seen."""
     _, config, schedule = train.parse(["x"])
@@ -191,7 +185,6 @@ def test_from_a_random_start_it_learns_and_the_seed_decides():
 
 
 def test_a_warm_start_is_never_left_worse():
-    """What gets worse, at a rate far too high, is undone: the best state comes back."""
     config = replace(WARM, ratio=2.0)
     start, _ = fit(config, steps1=0, steps2=0)
     end, stages = fit(config, steps1=0, steps2=4, lr=0.1)
@@ -199,7 +192,6 @@ def test_a_warm_start_is_never_left_worse():
 
 
 def test_above_r_1_it_starts_as_pca():
-    """The round trip through the codec is the error of the best linear code, by SVD."""
     file, stats = parent(A)
     config = replace(WARM, ratio=2.0)
     codec = Codec(fit(config, steps1=0, steps2=0, holdout=0.0)[0])
@@ -226,9 +218,7 @@ def test_the_rates_of_the_stages(config, lr, first, second):
     assert [stage["lr"] for stage in stages] == pytest.approx([second])
 
 
-# --- The command ----------------------------------------------------------------------
 def test_command(models, tmp_path, capsys):
-    """Two files, one VAE; the record and the log; same inputs and seed, same bytes."""
     flags = "--ratio 2 --chunk 32 --select mlp --steps1 4 --steps2 2 --batch 4".split()
     way = [models["a"], models["big"], "-o", tmp_path / "v", *flags]
     assert run(*way, "--log", tmp_path / "log.jsonl") == 0
@@ -297,7 +287,6 @@ def test_ctrl_c_keeps_the_best_state_so_far(models, tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize("name", ["validate", "cut"])
 def test_ctrl_c_between_the_stages_keeps_stage_1(monkeypatch, name):
-    """In stage 2's first check, or in the cut."""
     real = getattr(train, name)
 
     def once(vae, windows, what):
@@ -315,7 +304,6 @@ def test_ctrl_c_between_the_stages_keeps_stage_1(monkeypatch, name):
     assert train.validate(vae, windows, 2)["nmse"] < 0.9
 
 
-# --- Processes ------------------------------------------------------------------------
 @pytest.mark.parametrize("rank, size, expected", [
     ("", "", (0, 1)), ("1", "", (0, 1)), ("", "2", (0, 1)), ("x", "2", (0, 1)),
     ("3", "2", (0, 1)), ("-1", "2", (0, 1)), ("1", "2", (1, 2))])

@@ -33,7 +33,6 @@ def windows(B=6, T=4, C=8, seed=0):
 
 
 def warm(ratio, x, real, **options):
-    """A VAE whose bottleneck was cut by the statistics of x."""
     net = started(ratio=ratio, **options)
     h = net.encode_stream(x, real.any(-1))[real.any(-1)].detach().double()
     net.set_bottleneck(h.mean(0).float(), torch.cov(h.T, correction=0))
@@ -41,7 +40,6 @@ def warm(ratio, x, real, **options):
 
 
 def wake(net):
-    """Let every branch of a warm start speak."""
     g = generator()
     for block in [*net.encoder, *net.decoder]:
         for last in (block.out.weight, block.down.weight):
@@ -155,17 +153,14 @@ def test_block_against_explicit_loops():
     close(net.run([block], h, None)[0], expected, 1e-4, 1e-5)
 
 
-# --- Starts ---------------------------------------------------------------------------
 @pytest.mark.parametrize("blocks", [0, 2])
 @pytest.mark.parametrize("ratio", [0.5, 0.8, 1.0])
 def test_the_pca_start_is_exact_up_to_r_1(ratio, blocks):
-    """On any weights, as built. Without blocks it is the exact codec."""
     x, _ = windows(B=40)
     assert nmse(started(ratio=ratio, blocks=blocks), x[:-1]) < 1e-10
 
 
 def test_the_random_start_has_matrices_of_variance_1_over_inputs():
-    """And a stream that all branches together at most double."""
     net = started(init="random", width=128, blocks=2)
     for name, weight in net.state_dict().items():
         branch = name.endswith(("out.weight", "down.weight"))
@@ -176,14 +171,12 @@ def test_the_random_start_has_matrices_of_variance_1_over_inputs():
                            started(1, init="random", width=128).embed.weight)
 
 
-# --- The codec ------------------------------------------------------------------------
 def stats_of(flat_L):
     return ck.measure(ck.StateDict({"w": flat_L}), "w")
 
 
 @pytest.mark.parametrize("L", [1, 5, 32, 33, 1000])
 def test_the_exact_codec_of_any_length_both_ways(L):
-    """NMSE below 1e-12 in float32, without blocks and through idle ones."""
     flat_L = 0.02 * torch.randn(L, generator=generator()) + 0.3
     stats = stats_of(flat_L)
     for codec in (Codec(started()), Codec.load("exact")):
