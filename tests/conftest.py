@@ -13,6 +13,7 @@ import zlib
 # would survive a fork.
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_DISABLE_FAST_MM": "1"}
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,10 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments"), str(ROOT / "experiments/tools")]
 torch.set_num_threads(1)    # the matrices here are tiny: a second thread only waits
-
+import chunking
+import merge
+import train
+import vae
 
 INDEX = "model.safetensors.index.json"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -60,23 +64,34 @@ def llama_tensors(seed, hidden=64, layers=2, mlp=96, vocab=40, dtype=torch.float
 
 
 def relative(tensors, seed, part=0.3):
-    """A fine-tune: every float moved by a share of its own spread."""
+    """A fine-tune: floats move by a part of their spread and a little, others by 1."""
     g = generator(seed)
     moved = {}
     for name, w in tensors.items():
-        noise = torch.randn(w.shape, generator=g).to(w.dtype)
-        moved[name] = w + part * w.std(correction=0) * noise
+        move = torch.ones(w.shape)
+        if w.is_floating_point():
+            spread = w.double().std(correction=0) + 0.01
+            move = part * spread * torch.randn(w.shape, generator=g)
+        moved[name] = (w.double() + move).to(w.dtype)
     return moved
+
+
+# Two experts of one base; two strangers, of which one is deeper and wider.
+A = llama_tensors(1)
+B = relative(A, 2)
+HALF = llama_tensors(3, dtype=torch.bfloat16)
+BIG = llama_tensors(4, hidden=96, layers=3, mlp=160, kv=48)
 
 
 def save(path, tensors):
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, {"format": "pt"})
+    whole = torch.contiguous_format                 # the library writes no views
+    held = {name: w.clone(memory_format=whole) for name, w in tensors.items()}
+    save_file(held, path, {"format": "pt"})
     return path
 
 
 def sharded(folder, tensors, changes=(), where=""):
-    """A model folder of two shards and their index; `changes` to its map."""
     names = sorted(tensors)
     table = {}
     for k, shard in enumerate(SHARDS):
@@ -90,7 +105,6 @@ def sharded(folder, tensors, changes=(), where=""):
 
 
 def assert_equal(got, expected):
-    """Two models hold the same tensors, bit for bit (NaN too)."""
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         assert got[name].dtype == tensor.dtype and got[name].shape == tensor.shape, name
@@ -99,8 +113,7 @@ def assert_equal(got, expected):
 
 
 def assert_near(got, expected, rtol=1e-6):
-    """Relative to each tensor's largest weight: float32 algebra of some 20 steps.
-    Narrower dtypes are rounded once more, by half a step at most."""
+    """Relative to a tensor's largest weight, or to half a step of a narrower dtype."""
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         if not tensor.is_floating_point():
@@ -145,23 +158,15 @@ def textbook_plan(cost, epsilon):
     return torch.from_numpy(np.exp(score + f[:, None] + g))
 
 
-MODELS = {"a": dict(seed=1), "half": dict(seed=3, dtype=torch.bfloat16),
-          "big": dict(seed=4, hidden=96, layers=3, mlp=160, kv=48)}
-
-
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Paths: a; b, its relative (float32); half, a stranger of that shape (bfloat16);
-    big, a deeper and wider stranger; vae, exact at r = 1; lossy, PCA at r = 4, which
-    loses three quarters of white noise. Neither VAE is trained."""
-    import train
-    import vae
+    """Paths of these, and of two VAEs: vae, exact at r = 1; lossy, PCA at r = 4, which
+    loses three quarters of white noise."""
     folder = tmp_path_factory.mktemp("models")
-    names = [*MODELS, "b", "vae", "lossy"]
+    names = ("a", "b", "half", "big", "vae", "lossy")
     paths = {name: folder / f"{name}.safetensors" for name in names}
-    for name, options in MODELS.items():
-        save(paths[name], llama_tensors(**options))
-    save(paths["b"], relative(llama_tensors(**MODELS["a"]), 2))
+    for name, tensors in zip(names, (A, B, HALF, BIG)):
+        save(paths[name], tensors)
     exact = vae.VAE(vae.VAEConfig(blocks=0, init="pca")).start(vae.generator_for(0))
     schedule = train.Schedule()
     train.save_vae(paths["vae"], exact, [], schedule, False, trained_on=["none"])
@@ -173,9 +178,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def exact(monkeypatch, models):
-    """Where a test names no VAE, its codec is not the matter: an exact one is the
-    fastest."""
-    import merge
+    """Where a test names no VAE, it is an exact one: the fastest."""
     monkeypatch.setattr(merge, "REFERENCE", str(models["vae"]))
 
 
@@ -196,7 +199,7 @@ def snapshot(folder):
     return state
 
 
-def check_line(error, words=()):
+def check_line(error, words):
     """What stderr says is one line, which names its culprit and a remedy."""
     assert error.startswith("error: ") and error.count("\n") == 1, error[:2000]
     assert "; fix: " in error and error[:-1].isprintable(), error[:500]
@@ -215,9 +218,16 @@ class Desk:
         return self.folder / name
 
     def put(self, tensors, name):
-        """Write a state dict; its path."""
-        held = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        return save(self.folder / f"{name}.safetensors", held)
+        return save(self.folder / f"{name}.safetensors", tensors)
+
+    def written(self, arguments):
+        """A command's words. The k-th, if a state dict, is written as k.safetensors."""
+        words = []
+        for k, argument in enumerate(arguments):
+            if isinstance(argument, dict):
+                argument = self.put(argument, k)
+            words.append(str(argument))
+        return words
 
     def model(self, tensors, name="T", **texts):
         """A model folder, with companions: name -> text."""
@@ -228,33 +238,30 @@ class Desk:
             path.write_text(text)
         return self.folder / name
 
-    def run(self, *arguments, main=None):
-        """(exit code, stdout, stderr) of merge.py, or of another main."""
-        import chunking
-        import merge
+    def run(self, *arguments, main=merge.main):
+        argv = self.written(arguments)
         self.capsys.readouterr()
-        argv = [str(argument) for argument in arguments]
         try:
-            code = chunking.command(lambda: (main or merge.main)(argv))
+            code = chunking.command(partial(main, argv))
         except SystemExit as ended:
             code = ended.code
         said = self.capsys.readouterr()
         return code, said.out, said.err
 
     def merged(self, *arguments, out="m.safetensors"):
-        """(tensors, report) of a merge that must succeed, as the library reads them;
-        what it said is in desk.said and desk.err."""
+        """(tensors, report) of a merge; what it said is in desk.said and desk.err."""
         path = self.folder / out
         report = self.folder / "report.json"
-        argv = [*arguments, "-o", path, "--report", report, "--force"]
-        code, self.said, self.err = self.run(*argv)
+        outputs = ["-o", path, "--report", report, "--force"]
+        code, self.said, self.err = self.run(*arguments, *outputs)
         assert code == 0, self.err
         if path.is_dir():
             path = path / "model.safetensors"
         return load_file(path), json.loads(report.read_text())
 
-    def refuse(self, *arguments, words=(), code=1, main=None):
+    def refuse(self, *arguments, words=(), code=1, main=merge.main):
         """Refused in one line that holds the words; nothing on the disk has changed."""
+        arguments = self.written(arguments)
         before = snapshot(self.folder)
         found, _, error = self.run(*arguments, main=main)
         assert found == code, (found, error)
@@ -270,10 +277,8 @@ def desk(tmp_path, capsys):
 
 
 # --- Commands in processes of their own: forked, so that nothing is imported anew -----
-def forked(log, arguments, prepare=lambda: None, main=None):
+def forked(log, arguments, prepare=lambda: None, main=merge.main):
     """Start a command; its process number. Its streams go to log.out and log.err."""
-    import chunking
-    import merge
     if pid := os.fork():
         return pid
     code = 99
@@ -282,7 +287,7 @@ def forked(log, arguments, prepare=lambda: None, main=None):
         sys.stderr = open(f"{log}.err", "w", encoding="utf-8")
         prepare()
         argv = [str(argument) for argument in arguments]
-        code = chunking.command(lambda: (main or merge.main)(argv))
+        code = chunking.command(partial(main, argv))
     except SystemExit as leaving:
         code = leaving.code
     except BaseException:
@@ -293,8 +298,9 @@ def forked(log, arguments, prepare=lambda: None, main=None):
         os._exit(code)
 
 
-def ended(pid, seconds=60):
-    for _ in range(seconds * 100):
+def ended(pid):
+    """Its exit code. What hangs for a minute fails."""
+    for _ in range(6000):
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
             return os.waitstatus_to_exitcode(status)
@@ -304,9 +310,8 @@ def ended(pid, seconds=60):
     pytest.fail("the command hangs")
 
 
-def two_processes(log, *arguments, prepare=lambda: None, main=None):
-    """(exit codes, stdouts, stderrs) of a command in two processes, started as torchrun
-    does: who fails ends the other one (SIGTERM; torchrun sends SIGKILL after 30 s)."""
+def two_processes(log, *arguments, prepare=lambda: None, main=merge.main):
+    """(exit codes, stdouts, stderrs) of two that torchrun starts, and that both end."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     facts = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -314,22 +319,9 @@ def two_processes(log, *arguments, prepare=lambda: None, main=None):
     def start(rank):
         os.environ.update(facts, RANK=str(rank))
         prepare()
-    pids = [forked(f"{log}{rank}", arguments, lambda rank=rank: start(rank), main)
+    pids = [forked(f"{log}{rank}", arguments, partial(start, rank), main)
             for rank in range(2)]
-    codes, until = {}, time.monotonic() + 60
-    while len(codes) < 2 and time.monotonic() < until:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid:
-            codes[pid] = os.waitstatus_to_exitcode(status)
-            time.sleep(0.1)             # torchrun looks from time to time, too
-        elif any(codes.values()):
-            for other in {*pids} - {*codes}:
-                os.kill(other, signal.SIGTERM)
-        time.sleep(0.01)
-    for other in {*pids} - {*codes}:
-        os.kill(other, signal.SIGKILL)
-        os.waitpid(other, 0)
+    codes = [ended(pid) for pid in pids]
     texts = [[open(f"{log}{rank}.{kind}").read() for rank in range(2)]
              for kind in ("out", "err")]
-    assert len(codes) == 2, ("one does not end", *texts)
-    return [codes[pid] for pid in pids], *texts
+    return codes, *texts

@@ -5,21 +5,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from scipy.spatial import geometric_slerp
 
 import chunking as ck
 import lsmerge
 import merge
-from conftest import assert_equal, assert_near, generator, relative, save
+from conftest import A, B, assert_equal, assert_near, generator, relative, save
 from lsmerge import Codec, Parent
-from test_merge import NAME, combination
+from test_merge import NAME, check_tensor, combination, unit_of
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 O = "model.layers.0.self_attn.o_proj.weight"
 
 
-# --- Coefficients ---------------------------------------------------------------------
 @pytest.mark.parametrize("degrees", [1, 40, 90, 150])
 @pytest.mark.parametrize("lam", [0.0, 0.2, 0.5, 1.0])
 def test_slerp_in_the_plane(degrees, lam):
@@ -33,12 +31,9 @@ def test_slerp_in_the_plane(degrees, lam):
         np.testing.assert_allclose(c[0] * a + c[1] * b, expected, atol=1e-9)
 
 
-@pytest.mark.parametrize("dot, norm", [(1.0, 1.0), (-1.0, 1.0), (0.0, 0.0)])
-def test_slerp_is_lerp_where_the_angle_says_nothing(dot, norm):
-    assert lsmerge.slerp_coefficients(0.3, dot, norm, norm) == [0.7, 0.3]
-
-
-def test_coefficients_of_convex_and_task_operators():
+def test_coefficients_by_hand():
+    for dot, norm in ((1.0, 1.0), (-1.0, 1.0), (0.0, 0.0)):     # no angle: lerp
+        assert lsmerge.slerp_coefficients(0.3, dot, norm, norm) == [0.7, 0.3]
     assert lsmerge.convex_coefficients([0.2, 0.5]) == pytest.approx([0.3, 0.2, 0.5])
     tenths = lsmerge.convex_coefficients([0.1] * 10)                    # sums round
     assert tenths[0] == pytest.approx(0, abs=1e-12) and tenths[0] >= 0
@@ -52,14 +47,7 @@ def test_coefficients_of_convex_and_task_operators():
             lsmerge.task_coefficients(wrong)
 
 
-# --- Operators on models --------------------------------------------------------------
-@pytest.fixture(scope="module")
-def family(models, tmp_path_factory):
-    """A base, whose file is called `none`, and two relatives, as paths and tensors."""
-    base = tmp_path_factory.mktemp("family") / "none"
-    save(base, relative(load_file(models["a"]), 21))
-    paths = {"a": models["a"], "b": models["b"], "base": base}
-    return {name: (path, load_file(path)) for name, path in paths.items()}
+BASE = relative(A, 21)
 
 
 @pytest.mark.parametrize("space", ["latent", "weight"])
@@ -72,100 +60,84 @@ def family(models, tmp_path_factory):
     ("task-arithmetic", ["--lam=-3,10"], [1, -3, 10 - 7]),
     ("task-arithmetic", ["--lam", "-0.5"], [1, -0.5, -0.5 + 1])])
 def test_with_an_exact_codec_an_affine_operator_is_its_twin_in_weight_space(
-        family, desk, operator, lam, coefficients, space):
-    """TARGET a, SOURCES b and base, which is task arithmetic's base."""
-    a, b, base = (family[key][0] for key in ("a", "b", "base"))
+        desk, operator, lam, coefficients, space):
+    """Of A, B and BASE, which is task arithmetic's base: in a file called `none`."""
     flags = ["--operator", operator, *lam, "--space", space]
     if operator == "task-arithmetic":
-        flags += ["--base", base]
-    got, report = desk.merged(a, b, base, *flags)
-    tensors = [family[key][1] for key in ("a", "b", "base")]
+        flags += ["--base", save(desk / "none", BASE)]
+    got, report = desk.merged(A, B, BASE, *flags)
     largest = max(map(abs, coefficients))           # rounding grows with what is summed
-    assert_near(got, combination(coefficients, tensors), rtol=2e-6 * largest)
+    expected = combination(coefficients, [A, B, BASE])
+    assert_near(got, expected, rtol=2e-6 * largest)
     assert report["operator"] == operator and report["space"] == space
     assert report["distance"]["to_average"] < 1e-6 * largest
     assert len(report["distance"]["to_source"]) == 2
 
 
-def test_in_task_arithmetic_what_lacks_a_base_stays(family, desk):
+def test_in_task_arithmetic_what_lacks_a_base_stays(desk):
     """Of a tensor that the base, or no source, holds there is no task vector: in the
     layers as outside. One that a single source lacks: W + lambda of the others."""
-    a, b, base = (dict(family[key][1]) for key in ("a", "b", "base"))
+    b = dict(B)
+    base = dict(BASE)
     c = relative(base, 5)
     norm = "model.norm.weight"
     nowhere = "model.layers.0.mlp.up_proj.weight"
     in_c = "model.layers.0.mlp.down_proj.weight"
     del base[NAME], base[norm], b[nowhere], c[nowhere], b[in_c]
-    paths = [desk.put(t, str(i)) for i, t in enumerate((b, c, base))]
-    flags = ["--operator", "task-arithmetic", "--base", paths[2], "--lam", "0.5,0.25"]
-    got, _ = desk.merged(family["a"][0], *paths[:2], *flags)
-    expected = {name: a[name] for name in (NAME, norm, nowhere)}
-    expected |= combination([1, 0.25, -0.25],
-                            [{in_c: tensors[in_c]} for tensors in (a, c, base)])
-    rest = a.keys() - expected.keys()
-    expected |= combination([1, 0.5, 0.25, -0.75],
-                            [{n: t[n] for n in rest} for t in (a, b, c, base)])
+    flags = ["--operator", "task-arithmetic", "--lam", "0.5,0.25"]
+    got, _ = desk.merged(A, b, c, *flags, "--base", base)
+    expected = {name: A[name] for name in (NAME, norm, nowhere)}
+    expected |= combination([1, 0.25, -0.25], [{in_c: t[in_c]} for t in (A, c, base)])
+    rest = {name: w for name, w in A.items() if name not in expected}
+    expected |= combination([1, 0.5, 0.25, -0.75], [rest, b, c, base])
     assert_near(got, expected, rtol=2e-6)
 
 
 def test_slerp_of_latents_by_hand(models, desk):
-    """The latents from the VAE itself, whole tensors at once; the arc between them;
-    decoded. The unit is the parents' own together."""
-    flags = ["--operator", "slerp", "--lam", 0.4]
-    got, report = desk.merged(models["a"], models["b"], *flags)
+    """From the VAE itself, whole tensors at once, in the parents' pooled unit."""
+    got, report = desk.merged(A, B, "--operator", "slerp", "--lam", 0.4)
     vae = Codec.load(models["vae"]).vae
-    parents = [load_file(models[key])[NAME].double() for key in "ab"]
-    both = torch.cat(parents)
-    mean, std = both.mean(), both.std(correction=0)
+    mean, std = unit_of(A[NAME], B[NAME])
     with torch.no_grad():
-        x = [((w - mean) / std).float().reshape(-1, 16, 64) for w in parents]
-        za, zb = (vae.encode(x_BTC).mu_BTZ.double() for x_BTC in x)
+        x = [(w[NAME].double() - mean) / std for w in (A, B)]
+        za, zb = (vae.encode(w.float().view(-1, 16, 64)).mu_BTZ.double() for w in x)
         angle = torch.acos((za * zb).sum() / za.norm() / zb.norm())
         z = torch.sin(0.6 * angle) * za + torch.sin(0.4 * angle) * zb
         decoded = vae.decode((z / torch.sin(angle)).float()).double()
-    expected = (decoded * std + mean).reshape(parents[0].shape).float()
-    assert_near({NAME: got[NAME]}, {NAME: expected})
-    # standardising moves the angle
-    assert report["distance"]["to_average"] > 1e-7
+    check_tensor(got, decoded * std + mean)
+    assert report["distance"]["to_average"] > 1e-7      # standardising moves the angle
 
 
 # --- Draws from the posterior ---------------------------------------------------------
-
-
 @pytest.mark.parametrize("samples", [1, 16, None])
-def test_samples_scatter_as_the_posterior_says(models, desk, samples):
-    """An exact codec with sigma = 0.01: the mean of K draws is off by 0.01 / sqrt(K) of
-    a std. Each tensor and seed has noise of its own."""
-    flags = []
+def test_samples_scatter_as_the_posterior_says(desk, samples):
+    """sigma = 0.01: the mean of K draws is off by 0.01 / sqrt(K) of a std."""
+    way = [A]
     if samples:
-        flags = ["--samples", samples]
+        way = [A, "--samples", samples]
     K = samples or merge.SAMPLES
-    got, report = desk.merged(models["a"], *flags)
-    again, _ = desk.merged(models["a"], *flags)
-    assert_equal(got, again)
-    other, _ = desk.merged(models["a"], *flags, "--seed", 2)
-    a = load_file(models["a"])
+    got, report = desk.merged(*way)
+    assert_equal(desk.merged(*way)[0], got)
+    other, _ = desk.merged(*way, "--seed", 2)
     noises = []
     for result in (got, other):
         for name in (Q, O, Q.replace("0", "1")):
-            noise = (result[name] - a[name]) / a[name].std()
+            noise = (result[name] - A[name]) / A[name].std()
             noises.append(noise.flatten())
     noises = torch.stack(noises)
     assert noises.std().item() == pytest.approx(0.01 / math.sqrt(K), rel=0.03)
     apart = torch.corrcoef(noises) - torch.eye(6)
-    # 4096 numbers: 1 / 64 by chance, six times
-    assert apart.abs().max() < 0.1
+    assert apart.abs().max() < 0.1          # 4096 numbers: 1 / 64 by chance, six times
     assert report["roundtrip"]["nmse"] < 1e-12 and report["samples"] == K
     # the gate counts that noise; the median of a normal number's square is 0.455
     typical = max(gate["value"] for gate in report["gates"])
     assert typical == pytest.approx(1e-4 / K / 0.455, rel=0.1)
 
 
-def test_parents_draw_their_own_samples(models, desk):
+def test_parents_draw_their_own_samples(desk):
     """lambda = 1/2 of a model with itself: two draws halve the variance of one."""
-    w = load_file(models["a"])[NAME]
-    got, _ = desk.merged(models["a"], models["a"], "--samples", 1)
-    spread = ((got[NAME] - w).std() / w.std()).item()
+    got, _ = desk.merged(A, A, "--samples", 1)
+    spread = ((got[NAME] - A[NAME]).std() / A[NAME].std()).item()
     assert spread == pytest.approx(0.01 / math.sqrt(2), rel=0.05)
 
 
@@ -176,8 +148,7 @@ def noise_parent(L, codec, draw, **options):
 
 
 def test_draws_do_not_depend_on_who_asks(monkeypatch):
-    """In one piece or in many, from anywhere, alone or beside a second source of weight
-    0 and of another shape (which once changed the target's draws): the same noise."""
+    """In pieces, from anywhere, alone or beside a source of another shape: the same."""
     monkeypatch.setattr(lsmerge, "PIECE", 2 ** 16)
     codec = Codec.load("exact")
     parent = noise_parent(200_000, codec, 0, samples=1, seed=(5,))
@@ -197,11 +168,9 @@ def test_draws_do_not_depend_on_who_asks(monkeypatch):
     torch.testing.assert_close(beside, alone, rtol=0, atol=1e-5)
 
 
-# --- Sources that need a Transport ----------------------------------------------------
 @pytest.mark.parametrize("mine, theirs", [(4096, 1024), (1024, 4096)])
 def test_n_over_d_is_that_of_the_smaller_cloud(mine, theirs):
-    """It counted the target's chunks only, and called a source of 16 chunks in 64
-    dimensions plenty: repeated by the projection, they still span 15."""
+    """16 chunks in 64 dimensions, repeated by the projection, still span 15."""
     codec = Codec.load("exact")
     target, source = noise_parent(mine, codec, 0), noise_parent(theirs, codec, 1)
     way = lsmerge.as_source(target, source, lsmerge.Alignment("gaussian"))

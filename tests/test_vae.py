@@ -1,4 +1,5 @@
 """vae.py against torch.distributions, plain loops and Eckart-Young; its codec."""
+import itertools
 import math
 
 import pytest
@@ -13,12 +14,13 @@ from lsmerge import Codec
 SMALL = dict(chunk=8, tokens=4, width=16, blocks=2, heads=2)      # small for testing
 
 
-def config(**options):
-    return v.VAEConfig(**SMALL | dict(init="pca") | options)
-
-
 def started(seed=0, **options):
-    return v.VAE(config(**options)).start(generator(seed))
+    config = v.VAEConfig(**SMALL | dict(init="pca") | options)
+    return v.VAE(config).start(generator(seed))
+
+
+def close(found, expected, rtol=1e-5, atol=0.0):
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
 
 
 def windows(B=6, T=4, C=8, seed=0):
@@ -31,7 +33,6 @@ def windows(B=6, T=4, C=8, seed=0):
 
 
 def warm(ratio, x, real, **options):
-    """A VAE whose bottleneck was cut by the statistics of x."""
     net = started(ratio=ratio, **options)
     h = net.encode_stream(x, real.any(-1))[real.any(-1)].detach().double()
     net.set_bottleneck(h.mean(0).float(), torch.cov(h.T, correction=0))
@@ -39,11 +40,10 @@ def warm(ratio, x, real, **options):
 
 
 def wake(net):
-    """Let every branch of a warm start speak."""
-    for seed, block in enumerate([*net.encoder, *net.decoder]):
-        torch.nn.init.normal_(block.out.weight, std=0.3, generator=generator(2 * seed))
-        torch.nn.init.normal_(block.down.weight, std=0.3,
-                              generator=generator(2 * seed + 1))
+    g = generator()
+    for block in [*net.encoder, *net.decoder]:
+        for last in (block.out.weight, block.down.weight):
+            torch.nn.init.normal_(last, std=0.3, generator=g)
     return net
 
 
@@ -57,11 +57,9 @@ def test_kl_against_torch_distributions():
     posterior = v.Posterior(*torch.randn(2, 6, 4, 5, generator=generator()).unbind())
     q = Normal(posterior.mu_BTZ, (posterior.logvar_BTZ / 2).exp())
     expected = torch_kl(q, Normal(torch.zeros(5), torch.ones(5)))[real].mean()
-    torch.testing.assert_close(v.kl_divergence(posterior, real), expected, rtol=1e-5,
-                               atol=0)
+    close(v.kl_divergence(posterior, real), expected)
     posterior.mu_BTZ[~real] = math.inf                  # what stands in padding
-    torch.testing.assert_close(v.kl_divergence(posterior, real), expected, rtol=1e-5,
-                               atol=0)
+    close(v.kl_divergence(posterior, real), expected)
 
 
 def test_loss_is_eq_1_per_weight():
@@ -75,8 +73,7 @@ def test_loss_is_eq_1_per_weight():
     full = real.all(-1)         # whole chunks only: then r weights per latent number
     expected = (-(logp[full].sum()) + 0.3 * kl[full].sum()) / (full.sum() * 8)
     whole = full[..., None].expand_as(x)
-    loss = v.vae_loss(decoded, posterior, x, whole, beta=0.3, ratio=4.0)
-    torch.testing.assert_close(loss.total, expected, rtol=1e-5, atol=0)
+    close(v.vae_loss(decoded, posterior, x, whole, beta=0.3, ratio=4.0).total, expected)
 
 
 def test_posterior_variance_is_the_closed_form():
@@ -85,20 +82,19 @@ def test_posterior_variance_is_the_closed_form():
     best = s[(s / 2 + 0.01 * (s - 1 - s.log()) / 2).argmin()].item()
     x, real = windows()
     for net in (warm(2.0, x, real, beta=0.01), started(beta=0.01)):
-        assert net.encode(x).logvar_BTZ.exp().mean().item() == pytest.approx(best,
-                                                                             rel=1e-4)
+        variance = net.encode(x).logvar_BTZ.exp().mean().item()
+        assert variance == pytest.approx(best, rel=1e-4)
 
 
 def test_every_key_has_noise_of_its_own():
     """torch looks at 32 bits of a seed: products once left a single one."""
-    keys = [(seed, tensor, parent) for seed in (0, 1, 2 ** 31) for tensor in range(3)
-            for parent in range(2)]
-    draws = torch.stack([torch.randn(1000,
-                                     generator=v.generator_for(*key)) for key in keys])
+    def draw(key):
+        return torch.randn(1000, generator=v.generator_for(*key))
+    keys = [*itertools.product((0, 1, 2 ** 31), range(3), range(2))]
+    draws = torch.stack([draw(key) for key in keys])
     apart = torch.corrcoef(draws) - torch.eye(len(keys))
-    # 1 / sqrt(1000) by chance, six times
-    assert apart.abs().max() < 0.2
-    assert torch.equal(torch.randn(1000, generator=v.generator_for(*keys[7])), draws[7])
+    assert apart.abs().max() < 0.2              # 1 / sqrt(1000) by chance, six times
+    assert torch.equal(draw(keys[7]), draws[7])
 
 
 # --- The network ----------------------------------------------------------------------
@@ -117,16 +113,15 @@ def test_padding_changes_neither_codes_nor_loss_nor_gradients(init):
         results.append([loss.total.detach(), posterior.mu_BTZ[real_BT],
                         net.encoder[0].qkv.weight.grad.clone()])
     for clean, dirty in zip(*results):      # float32 sums of the same numbers
-        torch.testing.assert_close(clean, dirty, rtol=1e-5, atol=1e-6)
+        close(clean, dirty, atol=1e-6)
 
 
 def test_windows_do_not_see_each_other_but_chunks_of_a_window_do():
     x, _ = windows()
     net = started(init="random")
     order, z = torch.tensor([3, 1, 0, 2, 5, 4]), net.encode(x).mu_BTZ
-    torch.testing.assert_close(net.encode(x[order]).mu_BTZ, z[order], rtol=1e-5,
-                               atol=1e-6)
-    torch.testing.assert_close(net.encode_mean(x), z, rtol=1e-5, atol=1e-6)
+    close(net.encode(x[order]).mu_BTZ, z[order], atol=1e-6)
+    close(net.encode_mean(x), z, atol=1e-6)
     other = x.clone()
     other[0, 3] += 1
     assert (net.encode(other).mu_BTZ[0, 0] - z[0, 0]).abs().max() > 1e-3
@@ -155,21 +150,17 @@ def test_block_against_explicit_loops():
     normed = torch.nn.functional.layer_norm(y, (D,))
     gate, up = (normed @ block.gate_up.weight.T).chunk(2, -1)
     expected = y + (gate * gate.sigmoid() * up) @ block.down.weight.T
-    found = net.run([block], h, None)[0]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    close(net.run([block], h, None)[0], expected, 1e-4, 1e-5)
 
 
-# --- Starts ---------------------------------------------------------------------------
 @pytest.mark.parametrize("blocks", [0, 2])
 @pytest.mark.parametrize("ratio", [0.5, 0.8, 1.0])
 def test_the_pca_start_is_exact_up_to_r_1(ratio, blocks):
-    """On any weights, as built. Without blocks it is the exact codec."""
     x, _ = windows(B=40)
     assert nmse(started(ratio=ratio, blocks=blocks), x[:-1]) < 1e-10
 
 
 def test_the_random_start_has_matrices_of_variance_1_over_inputs():
-    """And a stream that all branches together at most double."""
     net = started(init="random", width=128, blocks=2)
     for name, weight in net.state_dict().items():
         branch = name.endswith(("out.weight", "down.weight"))
@@ -180,14 +171,12 @@ def test_the_random_start_has_matrices_of_variance_1_over_inputs():
                            started(1, init="random", width=128).embed.weight)
 
 
-# --- The codec ------------------------------------------------------------------------
 def stats_of(flat_L):
     return ck.measure(ck.StateDict({"w": flat_L}), "w")
 
 
 @pytest.mark.parametrize("L", [1, 5, 32, 33, 1000])
 def test_the_exact_codec_of_any_length_both_ways(L):
-    """NMSE below 1e-12 in float32, without blocks and through idle ones."""
     flat_L = 0.02 * torch.randn(L, generator=generator()) + 0.3
     stats = stats_of(flat_L)
     for codec in (Codec(started()), Codec.load("exact")):
@@ -199,8 +188,7 @@ def test_the_exact_codec_of_any_length_both_ways(L):
 
 
 def test_a_codec_is_its_network_on_windows():
-    """A network that speaks; padding is masked; the codes of a part are those of the
-    tensor, if it begins with a window."""
+    """Padding is masked; a part that begins with a window has the whole's codes."""
     x, real = windows(B=40)
     net = wake(warm(2.0, x, real))
     flat_L = torch.randn(8 * 4 * 3 + 13, generator=generator(1))
@@ -212,16 +200,14 @@ def test_a_codec_is_its_network_on_windows():
     with torch.no_grad():
         mu_BTZ = net.encode(x_BTC, real_BT).mu_BTZ
         decoded = net.decode(mu_BTZ * real_BT[..., None], real_BT)
-    close = dict(rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(z_NZ, mu_BTZ.reshape(16, 4)[:14], **close)
-    torch.testing.assert_close(codec.encode(flat_L[64:], stats), z_NZ[8:], **close)
     whole_L = decoded.reshape(-1)[:109] * stats.scale + stats.mean
-    torch.testing.assert_close(codec.decode(z_NZ, stats, 109), whole_L, **close)
+    close(z_NZ, mu_BTZ.reshape(16, 4)[:14], 1e-4, 1e-5)
+    close(codec.encode(flat_L[64:], stats), z_NZ[8:], 1e-4, 1e-5)
+    close(codec.decode(z_NZ, stats, 109), whole_L, 1e-4, 1e-5)
 
 
 def test_other_dtypes():
-    """bfloat16 is a codec's arithmetic, not its result. A file in any dtype is read as
-    float32."""
+    """bfloat16 is a codec's arithmetic, not its result; files are read as float32."""
     flat_L = torch.randn(640, generator=generator())
     codec = Codec.load("exact", dtype=torch.bfloat16)
     z_NZ = codec.encode(flat_L, stats_of(flat_L))
