@@ -13,6 +13,8 @@ Out:   rows of results/ (codec, vae, curves, linear), each written as soon as it
 Paper: Sec. 5.4, Tables 7 and 8; Fig. 2; the abstract's two stages.
 Previous: shapes.py. Next: real.py.
 """
+import contextlib
+import io
 import json
 import tempfile
 from pathlib import Path
@@ -27,7 +29,6 @@ import train
 from chunking import Checkpoint
 from evaluate import DOMAINS, score
 from lsmerge import Codec
-from merging import run
 from train import LEARNING_RATES, STAGE2_RATE
 from vae import VAE, VAEConfig, generator_for
 
@@ -43,6 +44,14 @@ FROM_PCA = ("--init", "pca", "--steps1", 0, "--steps2", 400)
 
 def path_of(name):
     return MODELS / f"{name}.safetensors"
+
+
+def run(command, *words):
+    """A command of the project, in this process; what it prints is not shown."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        code = command([str(word) for word in words])
+    if code:
+        raise RuntimeError(f"{command.__module__}.py ended with {code}")
 
 
 def train_code(folder, models, ratio, seed=0):

@@ -11,6 +11,7 @@ Paper: Tables 2 to 8, Fig. 4, and the abstract's two stages.
 Previous: bench.py.
 """
 import re
+import textwrap
 from collections import defaultdict
 
 from compare import HERE, read, table
@@ -84,14 +85,6 @@ def page(template, records):
 
 
 # --- The README's blocks ------------------------------------------------------------
-def block_main(records):
-    """What the first command printed."""
-    text = ""
-    for line in records["main"][-1]["text"].splitlines():
-        text += f"    {line}\n"
-    return text
-
-
 def block_verdicts(records):
     """What was found: those of README that are measured."""
     claims = {claim.claim: claim for claim in all_claims(records)}
@@ -106,7 +99,8 @@ def block_verdicts(records):
 
 def fill(text, records):
     """The README with its blocks between their marks."""
-    blocks = {"main": block_main(records), "verdicts": block_verdicts(records),
+    said = textwrap.indent(records["main"][-1]["text"], "    ")
+    blocks = {"main": said, "verdicts": block_verdicts(records),
               "merge": merging.section_first(records["merge"]),
               "bench": bench.section_peer(records["peer"])}
     for name, block in blocks.items():
@@ -127,8 +121,7 @@ STYLE = {"svg.hashsalt": "lsmerge", "svg.fonttype": "none", "font.size": 9,
          "axes.titlesize": 9, "axes.grid": True, "axes.axisbelow": True,
          "grid.color": GREY, "grid.alpha": 0.25, "axes.spines.top": False,
          "axes.spines.right": False, "xtick.color": INK, "ytick.color": INK,
-         "legend.frameon": False, "lines.linewidth": 1.5, "lines.markersize": 4,
-         "figure.dpi": 72, "figure.facecolor": "white"}
+         "legend.frameon": False, "lines.markersize": 4}
 # label, the records' fields, how it is drawn
 LINES = [("none", {"align": "none"}, "o-", "#857A00"),
          ("mean", {"align": "mean"}, "o-", "#008F68"),
