@@ -4,8 +4,7 @@
     python experiments/bench.py --memory            # needs 10 GB of disk
 
 In:    nothing: neither depends on what the weights are worth, only on their shapes.
-Out:   results/peer.jsonl, results/memory.jsonl, and the section.
-Paper: it reports neither.
+Out:   results/peer.jsonl, results/memory.jsonl, and the section. Paper: neither.
 
 --peer: beside mergekit's linear merge at weights 0.5 and 0.5, on two models of
 Qwen2-0.5B's shape; whole processes, all imports included, in turns. mergekit wants an
@@ -189,18 +188,14 @@ def peer_commands(folder, python):
 
 
 def same_tensors(path, other):
-    """Whether two checkpoints hold the same names, dtypes, shapes and bits."""
+    """Whether two checkpoints hold the same names and bits."""
     mine = chunking.Checkpoint(path)
     theirs = chunking.Checkpoint(other)
     if mine.entries.keys() != theirs.entries.keys():
         return False
     for name in mine.entries:
-        one = mine.read_tensor(name)
-        two = theirs.read_tensor(name)
-        if one.dtype != two.dtype:
-            return False
-        # As bytes: -0.0 is not 0.0, and NaN is NaN.
-        if not torch.equal(one.view(torch.uint8), two.view(torch.uint8)):
+        one = mine.read_tensor(name).view(torch.uint8)      # -0.0 is not 0.0
+        if not torch.equal(one, theirs.read_tensor(name).view(torch.uint8)):
             return False
     return True
 
@@ -242,11 +237,9 @@ def measure_peer(python):
                 peaks[name].append(peak)
         start = {"merge.py": watch([*MERGE, "--help"])[0],
                  "mergekit": watch([*commands["mergekit"][:3], "--help"])[0]}
-        nothing = {"merge.py": 0, "mergekit": 0}
         yield {
             "peer": f"mergekit {asked.stdout.strip()}", "bytes": size,
-            "rounds": ROUNDS, "start": start,
-            "ratios": ratios_of(seconds, nothing),
+            "start": start, "ratios": ratios_of(seconds, dict.fromkeys(start, 0)),
             "ratios_started": ratios_of(seconds, start),
             "seconds": {name: middle(values) for name, values in seconds.items()},
             "peak_mib": {name: middle(values) for name, values in peaks.items()},

@@ -13,8 +13,6 @@ Out:   rows of results/ (codec, vae, curves, linear), each written as soon as it
 Paper: Sec. 5.4, Tables 7 and 8; Fig. 2; the abstract's two stages.
 Previous: shapes.py. Next: real.py.
 """
-import contextlib
-import io
 import json
 import tempfile
 from pathlib import Path
@@ -23,7 +21,8 @@ import numpy as np
 import torch
 
 from compare import (MODELS, Claim, collect, command_line, difference, find, grouped,
-                     lossless, machine, pm_of, several, short, stacked, summary, table)
+                     lossless, machine, pm_of, printed, several, short, stacked,
+                     summary, table)
 import merge
 import train
 from chunking import Checkpoint
@@ -46,18 +45,10 @@ def path_of(name):
     return MODELS / f"{name}.safetensors"
 
 
-def run(command, *words):
-    """A command of the project, in this process; what it prints is not shown."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        code = command([str(word) for word in words])
-    if code:
-        raise RuntimeError(f"{command.__module__}.py ended with {code}")
-
-
 def train_code(folder, models, ratio, seed=0):
     """A VAE file of one compression ratio, by train.py."""
     vae = Path(folder) / "vae.safetensors"
-    run(train.main, *models, "-o", vae, "--ratio", ratio, "--seed", seed, *FROM_PCA,
+    printed(train.main, *models, "-o", vae, "--ratio", ratio, "--seed", seed, *FROM_PCA,
         "--force", "--quiet")
     return vae
 
@@ -67,7 +58,7 @@ def round_trip(folder, model, vae):
     folder stays a folder."""
     out = Path(folder) / f"decoded{Path(model).suffix}"
     report = Path(folder) / "report.json"
-    run(merge.main, model, "--roundtrip", "--vae", vae, "--max-nmse", 2, "-o", out,
+    printed(merge.main, model, "--roundtrip", "--vae", vae, "--max-nmse", 2, "-o", out,
         "--report", report, "--force", "--quiet")
     return out, json.loads(report.read_text())["roundtrip"]
 
@@ -188,7 +179,7 @@ def measure_curves():
         for name, flags in RECIPES.items():
             with tempfile.TemporaryDirectory() as folder:
                 log = Path(folder) / "log.jsonl"
-                run(train.main, *map(path_of, FAMILY), "-o", Path(folder) / "vae",
+                printed(train.main, *map(path_of, FAMILY), "-o", Path(folder) / "vae",
                     *flags, "--seed", seed, "--log", log, "--quiet")
                 last = json.loads(log.read_text().splitlines()[-1])
             yield {"name": name, "seed": seed, "nmse": last["nmse"], "kl": last["kl"],
@@ -258,18 +249,17 @@ def section_linear(rows):
 
 # --- Claims and the command ---------------------------------------------------------
 def claims(records):
-    found = list(claims_of_codec(records["codec"]))
+    yield from claims_of_codec(records["codec"])
     if records["curves"]:
-        found += claims_of_curves(records["curves"])
+        yield from claims_of_curves(records["curves"])
     unseen = find(records["vae"], seen=False)
     changes = [change_of(row) for row in unseen if row["loss"] is not None]
     if changes:
         nmse = max(row["nmse"] for row in unseen)
-        found.append(Claim(
-            "a VAE serves unseen models at r = 1", "",
-            f"NMSE at most {nmse:.1e}, loss {max(changes, key=abs):+.2%}", "ours",
-            "The reference VAE", "training finds an exact code by itself"))
-    return found
+        yield Claim("a VAE serves unseen models at r = 1", "",
+                    f"NMSE at most {nmse:.1e}, loss {max(changes, key=abs):+.2%}",
+                    "ours", "The reference VAE",
+                    "training finds an exact code by itself")
 
 
 def main():

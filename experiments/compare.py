@@ -6,6 +6,8 @@ rows:   dicts that JSON can hold, in results/NAME.jsonl
 Paper:  it reports benchmarks without errors or controls. ours: all of this.
 """
 import argparse
+import contextlib
+import io
 import json
 import math
 import os
@@ -26,7 +28,7 @@ MODELS = HERE / "models"
 RESULTS = HERE / "results"
 FLOOR = 1e-4            # bits per byte; rounding makes 1e-6, in all documents alike
 LOSSLESS = 0.01         # of the loss: what still counts as the same model
-QUICK = 8               # documents per domain: enough to see that everything runs
+QUICK = 8               # documents per domain, of --quick
 
 
 # --- Records ------------------------------------------------------------------------
@@ -68,8 +70,7 @@ def name_of(row):
 
 
 def keep(name, rows, folder=RESULTS):
-    """Write rows to NAME.jsonl, in the places of those of the same name. A run that is
-    interrupted leaves what was there."""
+    """Write rows to NAME.jsonl, in the places of those of the same name."""
     known = {}
     for row in [*read(name, folder), *rows]:
         known[name_of(row)] = row
@@ -82,12 +83,11 @@ def keep(name, rows, folder=RESULTS):
 
 
 def collect(name, rows, args):
-    """The rows of a measurement, each kept at once, unless --quick."""
+    """The rows of a measurement, each kept at once."""
     found = []
     for row in rows:
+        keep(name, [row], args.results)
         found.append(row)
-        if not getattr(args, "quick", False):
-            keep(name, [row], args.results)
     return found
 
 
@@ -106,6 +106,15 @@ def grouped(rows, *keys):
     for row in rows:
         groups.setdefault(tuple(row.get(key) for key in keys), []).append(row)
     return groups
+
+
+def printed(command, *words):
+    """What a command of the project prints, run in this process."""
+    with contextlib.redirect_stdout(io.StringIO()) as heard:
+        code = command([str(word) for word in words])
+    if code:
+        raise RuntimeError(f"{command.__module__}.py ended with {code}")
+    return heard.getvalue()
 
 
 def command_line(doc):

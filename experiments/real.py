@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from compare import Claim, collect, command_line, lossless, machine, short, table
+from compare import Claim, collect, command_line, find, lossless, machine, short, table
 from codec import RATIOS, change_of, round_trip, train_code
 from evaluate import held_out
 from vae import VAEConfig
@@ -69,15 +69,11 @@ def section_real(rows):
 
 
 def claims(records):
-    """Of the least r that compresses."""
-    above = [row for row in records["real"] if row["ratio"] > 1]
-    if not above:
-        return []
-    row = min(above, key=lambda row: row["ratio"])
-    here = f"SmolLM2-135M, r = {row['ratio']:.3g}: loss {change_of(row):+.0%}"
-    return [Claim("a real model survives r > 1", "up to r = 4", here,
-                  lossless(change_of(row)), "A real model",
-                  "63 numbers for 64 weights are too few")]
+    for row in find(records["real"], ratio=64 / 63):    # the least that compresses
+        here = f"SmolLM2-135M, r = {row['ratio']:.3g}: loss {change_of(row):+.0%}"
+        yield Claim("a real model survives r > 1", "up to r = 4", here,
+                    lossless(change_of(row)), "A real model",
+                    "63 numbers for 64 weights are too few")
 
 
 def main():
