@@ -49,7 +49,7 @@ def train_code(folder, models, ratio, seed=0):
     """A VAE file of one compression ratio, by train.py."""
     vae = Path(folder) / "vae.safetensors"
     printed(train.main, *models, "-o", vae, "--ratio", ratio, "--seed", seed, *FROM_PCA,
-        "--force", "--quiet")
+            "--force", "--quiet")
     return vae
 
 
@@ -59,7 +59,7 @@ def round_trip(folder, model, vae):
     out = Path(folder) / f"decoded{Path(model).suffix}"
     report = Path(folder) / "report.json"
     printed(merge.main, model, "--roundtrip", "--vae", vae, "--max-nmse", 2, "-o", out,
-        "--report", report, "--force", "--quiet")
+            "--report", report, "--force", "--quiet")
     return out, json.loads(report.read_text())["roundtrip"]
 
 
@@ -180,7 +180,7 @@ def measure_curves():
             with tempfile.TemporaryDirectory() as folder:
                 log = Path(folder) / "log.jsonl"
                 printed(train.main, *map(path_of, FAMILY), "-o", Path(folder) / "vae",
-                    *flags, "--seed", seed, "--log", log, "--quiet")
+                        *flags, "--seed", seed, "--log", log, "--quiet")
                 last = json.loads(log.read_text().splitlines()[-1])
             yield {"name": name, "seed": seed, "nmse": last["nmse"], "kl": last["kl"],
                    **machine()}
