@@ -1,12 +1,13 @@
-"""Paired differences, one vocabulary of verdicts, records, tables in Markdown: what all
+"""Records, paired differences, one vocabulary of verdicts, tables in Markdown: what all
 experiments share. Nothing is measured here.
 
-In:    scores: {domain: (S, documents)} bits per byte, S seeds (1 where nothing is
-       random); rows: dicts that JSON can hold.
-Out:   differences with standard errors; verdicts; results/NAME.jsonl; lines of text.
-Paper: it reports benchmarks without errors or controls. ours: all of this.
+scores: {domain: (S, documents)} bits per byte, S seeds (1 where nothing is random)
+rows:   dicts that JSON can hold, in results/NAME.jsonl
+Paper:  it reports benchmarks without errors or controls. ours: all of this.
 """
 import argparse
+import contextlib
+import io
 import json
 import math
 import os
@@ -21,39 +22,26 @@ import numpy as np
 import torch
 
 HERE = Path(__file__).resolve().parent
-# Whoever imports this file first finds the project's modules and the tools.
+# So that whoever imports this file first finds the project's modules and the tools.
 sys.path[:0] = [str(HERE.parent), str(HERE / "tools")]
 MODELS = HERE / "models"
 RESULTS = HERE / "results"
-# bits per byte. Rounding alone makes 1e-6, in every document alike, so that its
-# standard error is smaller still.
-FLOOR = 1e-4
+FLOOR = 1e-4            # bits per byte; rounding makes 1e-6, in all documents alike
 LOSSLESS = 0.01         # of the loss: what still counts as the same model
-QUICK = 8               # documents per domain: enough to see that everything runs
+QUICK = 8               # documents per domain, of --quick
 
 
 # --- Records ------------------------------------------------------------------------
-# What names a row of NAME.jsonl. A new row replaces the one of the same name.
-KEYS = {
-    "make_models": ("name",), "merge": ("file",), "main": ("name",),
-    "table2": ("row",), "table3": ("row",), "table4": ("row",), "table6": ("row",),
-    "figure4": ("row", "source", "align", "pairing", "lam", "control", "seed"),
-    "matched": ("row",), "kinship": ("source", "target"),
-    "pruned": ("row", "lam", "seed"), "sibling": ("row", "lam", "seed"),
-    "table7": ("checkpoint", "ratio", "method"),
-    "table8": ("checkpoint", "ratio", "method"), "real": ("model", "ratio", "method"),
-    "vae": ("vae", "model", "dtype"), "search": ("width", "blocks", "steps", "model"),
-    "curves": ("name", "model", "seed"), "learning": ("width", "seed"),
-    "bench-peer": ("what",), "bench-networks": ("width", "blocks"),
-    "bench-memory": ("bytes", "network"),
-    "bench-align": ("what", "n", "m", "kind", "latent", "epsilon")}
+# What names a row. A new row replaces the one of the same name.
+NAMES = ("name", "file", "row", "vae", "model", "ratio", "source", "target", "align",
+         "pairing", "lam", "control", "seed", "bytes", "network")
 
 
 def git(*arguments):
     """What git says of this repository, "" without it."""
+    command = ["git", *arguments]
     try:
-        done = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True,
-                              text=True)
+        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     except OSError:
         return ""
     return done.stdout.strip()
@@ -77,12 +65,15 @@ def read(name, folder=RESULTS):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def name_of(row):
+    return tuple(str(row.get(key)) for key in NAMES)
+
+
 def keep(name, rows, folder=RESULTS):
-    """Write rows to NAME.jsonl, in the places of those of the same name. A run that is
-    interrupted leaves what was there."""
+    """Write rows to NAME.jsonl, in the places of those of the same name."""
     known = {}
     for row in [*read(name, folder), *rows]:
-        known[tuple(str(row.get(key)) for key in KEYS[name])] = row
+        known[name_of(row)] = row
     lines = [json.dumps(row, allow_nan=False) + "\n" for row in known.values()]
     path = Path(folder) / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,12 +83,11 @@ def keep(name, rows, folder=RESULTS):
 
 
 def collect(name, rows, args):
-    """The rows of a measurement, each kept as soon as it is there, unless --quick."""
+    """The rows of a measurement, each kept at once."""
     found = []
     for row in rows:
+        keep(name, [row], args.results)
         found.append(row)
-        if not getattr(args, "quick", False):
-            keep(name, [row], args.results)
     return found
 
 
@@ -116,6 +106,15 @@ def grouped(rows, *keys):
     for row in rows:
         groups.setdefault(tuple(row.get(key) for key in keys), []).append(row)
     return groups
+
+
+def printed(command, *words):
+    """What a command of the project prints, run in this process."""
+    with contextlib.redirect_stdout(io.StringIO()) as heard:
+        code = command([str(word) for word in words])
+    if code:
+        raise RuntimeError(f"{command.__module__}.py ended with {code}")
+    return heard.getvalue()
 
 
 def command_line(doc):
@@ -141,15 +140,14 @@ def pooled(scores, domains=None):
     return np.mean([scores[domain].mean(1) for domain in domains or scores], axis=0)
 
 
-def text_error(scores, domains=None):
+def text_error(scores):
     """Standard error of the pooled mean over documents; documents of different domains
     are independent."""
-    domains = domains or list(scores)
     total = 0.0
-    for domain in domains:
-        values = scores[domain].mean(0)
+    for one in scores.values():
+        values = one.mean(0)
         total += values.var(ddof=1) / values.size
-    return math.sqrt(total) / len(domains)
+    return math.sqrt(total) / len(scores)
 
 
 def summary(scores):
@@ -177,11 +175,9 @@ def difference(ours, other, domains=None):
 
     Equation:  D = mean over domains of the mean over documents of (ours - other),
                seeds averaged first;  se^2 = se_text^2 + se_seeds^2
-    Source:    ours
     """
-    domains = domains or list(ours)
     paired = {}
-    for domain in domains:
+    for domain in domains or ours:
         paired[domain] = (ours[domain].mean(0) - other[domain].mean(0))[None]
     spread = 0.0
     for scores in (ours, other):
@@ -245,24 +241,14 @@ class Claim(NamedTuple):
 
 
 # --- Text ---------------------------------------------------------------------------
-def digits(error, most=4):
-    """Decimals that an error justifies: two of its digits."""
-    if error <= 0:
-        return most
-    return min(most, max(0, 1 - math.floor(math.log10(error))))
-
-
-def number(value, decimals):
-    text = f"{value:+.{decimals}f}"
-    return text if float(text) else text[1:]        # no sign on a zero
-
-
 def pm(mean, se, signed=True):
-    """+0.0566 ± 0.0034"""
-    decimals = digits(se)
-    text = number(mean, decimals)
-    if not signed:
-        text = text.lstrip("+")
+    """+0.0566 ± 0.0034: two digits of the error, but at most 4 decimals."""
+    decimals = 4
+    if se > 0:
+        decimals = min(4, max(0, 1 - math.floor(math.log10(se))))
+    text = f"{mean:+.{decimals}f}"
+    if float(text) == 0 or (not signed and mean > 0):
+        text = text[1:]
     return f"{text} ± {se:.{decimals}f}"
 
 
@@ -280,8 +266,6 @@ def cell(d):
 
 def short(value):
     """5.1e-14, 0.008, 0.353"""
-    if value is None:
-        return ""
     return f"{value:.1e}" if abs(value) < 1e-3 else f"{value:.3f}"
 
 
@@ -289,12 +273,6 @@ def several(values, form=short):
     """4.5e-04 to 0.007, or one of them where they look alike."""
     ends = dict.fromkeys([form(min(values)), form(max(values))])
     return " to ".join(ends)
-
-
-def span(values, form=".2f"):
-    """0.77 [0.69, 0.80]: median, least, largest."""
-    middle, low, high = [format(value, form) for value in values]
-    return f"{middle} [{low}, {high}]"
 
 
 def table(head, rows):
@@ -305,8 +283,7 @@ def table(head, rows):
 
 
 def tally(rows, label):
-    """How often rows are better, neither, worse than `label`: 0 better, 8 equal, 6
-    worse"""
+    """How often rows are better, neither, worse than `label`"""
     signs = []
     for row in rows:
         if label in row["difference"]:
@@ -314,20 +291,3 @@ def tally(rows, label):
             signs.append(sign(d["mean"], d["se"]))
     return (f"{signs.count(-1)} better, {signs.count(0)} equal within two errors, "
             f"{signs.count(1)} worse")
-
-
-FACTS = {"python": "Python", "torch": "torch", "threads": "threads",
-         "documents": "documents", "load": "load", "pot": "POT", "device": "device",
-         "commit": "commit"}
-
-
-def facts(name, rows):
-    """What the numbers of a section hang on, as its records say it."""
-    found = []
-    for key, label in FACTS.items():
-        values = sorted({row[key] for row in rows if row.get(key) is not None})
-        if len(values) > 2 and key != "commit":
-            values = [f"{values[0]} to {values[-1]}"]
-        if values:
-            found.append(f"{label} {' and '.join(map(str, values))}")
-    return f"`results/{name}.jsonl`: {len(rows)} rows; {'; '.join(found)}."
