@@ -1,28 +1,22 @@
 """Train the small models that every experiment merges: a base, its experts, two
-strangers that share only its data, two relatives of other shapes, ten LoRA adapters;
-and the reference VAE.
+strangers that share only its data, two relatives of other shapes, ten LoRA adapters.
 
-    python experiments/make_models.py all --threads 1       # the models: two hours
-    python experiments/make_models.py loras --threads 1     # the adapters: half an hour
-    python experiments/make_models.py vae                   # the VAE: a minute
+    python experiments/make_models.py               # all, on one core three hours
+    python experiments/make_models.py code lora-all # or some, into models/
 
-In:    text that every Python installation has (evaluate.py says which); the tables
-       SPECS and LORAS below.
-Out:   models/NAME.safetensors (bfloat16, Hugging Face Llama names), models/lora/NAME/
-       (bfloat16, PEFT's two files), and a row each in results/make_models.jsonl;
-       models/vae.safetensors, whose header is its record.
+In:    the text of evaluate.py; SPECS below.
+Out:   models/NAME.safetensors (bfloat16, Hugging Face's Llama names), models/lora/NAME/
+       (PEFT's two files), and a row each in results/make_models.jsonl.
 Paper: Sec. 4 merges published models. ours: models trained here, so that their kinship
-       is known: experts are fine-tuned from the base, base-seed2 shares only the data,
-       large only the data and the family. grown and pruned descend from the base: each
-       of their layers and units has a known partner, or none.
-Left out on purpose: resuming, a data loader: a model takes minutes.
+       is known: base-seed2 shares only the data with base, large only the data and the
+       family; all others descend from it.
 Previous: evaluate.py. Next: merging.py.
 """
-import functools
 import json
 import math
 import time
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -31,26 +25,26 @@ import torch.nn.functional as F
 from safetensors.torch import save as to_bytes
 from tqdm import tqdm
 
-from compare import MODELS, command_line, keep, machine      # finds the modules below
-import lora
-import train as vae_training
-from chunking import StateDict, parse_name
+from compare import MODELS, command_line, keep, machine
+from chunking import parse_name
 from evaluate import DOCUMENTS, DOMAINS, EXCERPT_BYTES, evaluate, mean_and_error
 from tiny_lm import HEAD_DIM, LORA_TARGETS, TinyLM, add_lora, load
 
-BATCH = 16            # windows per step; with WINDOW: 4096 bytes a step
+BATCH = 16              # windows per step; with WINDOW: 4096 bytes a step
 WINDOW = EXCERPT_BYTES
-# documents of eight sums: more than any run reads, so that sums are learned, not
-# remembered
-TRAIN_SUMS = 40_000
-WARMUP = 100          # steps
+TRAIN_SUMS = 40_000     # documents; more than any run reads: nothing is remembered
+WARMUP = 100            # steps
+RANK = 8                # of the adapters,
+ALPHA = 16              # which count ALPHA / RANK times
 SMALL = dict(hidden=128, layers=4, heads=4, mlp=384)  # 0.9 million weights
 LARGE = dict(hidden=192, layers=6, heads=6, mlp=576)  # 2.9 million, wider and deeper
 LESS = dict(hidden=128, layers=3, heads=3, mlp=288)   # 0.5 million, narrower, flatter
-# Few sums, and of three digits: the base must leave the arithmetic expert something to
-# learn.
-# Shares of windows in the order of DOMAINS: code, prose, arithmetic.
+# Shares of windows: code, prose, arithmetic. Few sums: the base must leave the
+# arithmetic expert something to learn.
 MIXTURE = (0.60, 0.25, 0.15)
+CODE = (1, 0, 0)
+PROSE = (0, 1, 0)
+SUMS = (0.1, 0.1, 0.8)  # on sums alone 700 steps forget all else
 
 
 @dataclass(frozen=True)
@@ -62,88 +56,52 @@ class Spec:
     parent: str = ""     # the model to start from; empty: new weights of this shape
     shape: dict | None = None
     share: float = 1.0   # how far to go from the parent (0) to the trained weights (1)
-    places: tuple = ()   # of a larger child: its layers that are the parent's
+    places: tuple = ()   # of a child of another shape: the layers in common
+    half: str = ""       # "a", "b": every second document, from the first or the second
 
 
+expert = partial(Spec, parent="base")
 SPECS = {
-    "base": Spec(seed=1, steps=2400, lr=3e-3, shape=SMALL),
-    "code": Spec(seed=11, steps=700, lr=1e-3, mixture=(1, 0, 0), parent="base"),
-    # Only 0.3 MB of prose is left to train on, and the base has read it eight times:
-    # the trained weights know it by heart and predict new topics no better than the
-    # base (validation: +0.002 bits); a point on the way does (-0.028).
-    "prose": Spec(seed=12, steps=300, lr=1e-3, mixture=(0, 1, 0), parent="base",
-                  share=0.4),
-    # Some text of the other domains stays in: on sums alone 700 steps forget all else
-    # (6 bits per byte of code).
-    "arithmetic": Spec(seed=13, steps=400, lr=1e-3, mixture=(0.1, 0.1, 0.8),
-                       parent="base"),
-    "base-seed2": Spec(seed=2, steps=2400, lr=3e-3, shape=SMALL),
-    "large": Spec(seed=3, steps=1600, lr=2e-3, shape=LARGE),
-    # New layers where pairing by proportional depth (0, 2, 3, 5) goes wrong. More code
-    # than the arithmetic expert read: with a tenth, base + half of the way to grown
-    # forgot code on validation text (+0.008 bits per byte; so -0.006).
-    "grown": Spec(seed=21, steps=300, lr=1e-3, mixture=(0.3, 0.1, 0.6), parent="base",
-                  shape=LARGE, places=(0, 1, 3, 4)),
-    "pruned": Spec(seed=22, steps=200, lr=1e-3, parent="base", shape=LESS),
-}
+    "base": Spec(1, 2400, 3e-3, shape=SMALL),
+    "code": expert(11, 700, 1e-3, CODE),
+    # The trained weights know the little prose by heart and predict new topics no
+    # better than the base (validation: +0.002 bits); a point on the way does (-0.028).
+    "prose": expert(12, 300, 1e-3, PROSE, share=0.4),
+    "arithmetic": expert(13, 400, 1e-3, SUMS),
+    "base-seed2": Spec(2, 2400, 3e-3, shape=SMALL),
+    "large": Spec(3, 1600, 2e-3, shape=LARGE),
+    # New layers where pairing by proportional depth (0, 2, 3, 5) goes wrong. With a
+    # tenth of code, base + half of the way to grown forgot code on validation text.
+    "grown": expert(21, 300, 1e-3, (0.3, 0.1, 0.6), shape=LARGE, places=(0, 1, 3, 4)),
+    # Of all layers the last is missed least, on training text.
+    "pruned": expert(22, 200, 1e-3, shape=LESS, places=(0, 1, 2)),
+    # Rates were compared on validation text. In runs this short the cosine is far down
+    # when the warm-up ends: they see at most 0.27 (100 steps) to 0.58 (220) of them.
+    "lora-code-a": expert(101, 220, 3e-3, CODE, half="a"),
+    "lora-code-b": expert(102, 220, 3e-3, CODE, half="b"),
+    "lora-prose-a": expert(103, 100, 3e-3, PROSE, half="a", share=0.5),
+    "lora-prose-b": expert(104, 100, 3e-3, PROSE, half="b", share=0.5),
+    "lora-arithmetic-a": expert(105, 160, 1e-2, SUMS, half="a"),
+    "lora-arithmetic-b": expert(106, 160, 1e-2, SUMS, half="b"),
+    "lora-code+prose": expert(107, 120, 3e-3, (0.5, 0.5, 0)),
+    "lora-code+arithmetic": expert(108, 120, 5e-3, (0.5, 0, 0.5)),
+    "lora-prose+arithmetic": expert(109, 120, 5e-3, (0, 0.5, 0.5)),
+    "lora-all": expert(110, 120, 5e-3, (0.34, 0.33, 0.33))}
 
 
-# The reference VAE: the network of train.py. On models of other families it loses an
-# NMSE of 1e-7, which is the price of Eq. 1 at beta 1e-4.
-VAE_MODELS = ("base", "code", "prose", "arithmetic", "base-seed2", "large")
-VAE_FLAGS = ("--steps1", "1500", "--steps2", "1000")
-
-
-@dataclass(frozen=True)
-class Lora(Spec):
-    parent: str = "base"
-    # "a", "b": every second training document, from the first or the second; empty: all
-    half: str = ""
-    rank: int = 8
-    alpha: int = 16      # the adapter counts alpha / rank times
-
-
-# Rates were compared on validation text, with another seed: code at 3e-3 rather than
-# 1e-2, sums at 1e-2 rather than 2e-2. In runs this short the cosine is far down when
-# the warm-up ends: they see at most 0.27 (100 steps) to 0.58 (220) of the rate.
-LORAS = {
-    "lora-code-a": Lora(seed=101, steps=220, lr=3e-3, mixture=(1, 0, 0), half="a"),
-    "lora-code-b": Lora(seed=102, steps=220, lr=3e-3, mixture=(1, 0, 0), half="b"),
-    # Only 0.15 MB each: on validation half the way gained 0.007 bits, all of it 0.005
-    # and forgot three times as much.
-    "lora-prose-a": Lora(seed=103, steps=100, lr=3e-3, mixture=(0, 1, 0), half="a",
-                         share=0.5),
-    "lora-prose-b": Lora(seed=104, steps=100, lr=3e-3, mixture=(0, 1, 0), half="b",
-                         share=0.5),
-    # A fifth of other text stays in, as for the arithmetic expert above.
-    "lora-arithmetic-a": Lora(seed=105, steps=160, lr=1e-2, mixture=(0.1, 0.1, 0.8),
-                              half="a"),
-    "lora-arithmetic-b": Lora(seed=106, steps=160, lr=1e-2, mixture=(0.1, 0.1, 0.8),
-                              half="b"),
-    "lora-code+prose": Lora(seed=107, steps=120, lr=3e-3, mixture=(0.5, 0.5, 0)),
-    "lora-code+arithmetic": Lora(seed=108, steps=120, lr=5e-3, mixture=(0.5, 0, 0.5)),
-    "lora-prose+arithmetic": Lora(seed=109, steps=120, lr=5e-3, mixture=(0, 0.5, 0.5)),
-    "lora-all": Lora(seed=110, steps=120, lr=5e-3, mixture=(0.34, 0.33, 0.33)),
-}
-
-
-# ten adapters read the same text, and 320,000 sums take seconds to draw
-@functools.cache
-def training_documents(domain):
-    if domain == "arithmetic":
-        return tuple(DOCUMENTS[domain]("train", TRAIN_SUMS).values())
-    return tuple(DOCUMENTS[domain]("train").values())
-
-
+# --- Training -----------------------------------------------------------------------
+@cache                  # 320,000 sums take seconds to draw
 def training_text(domain, half=""):
-    """The training documents of a domain, all or one half of them, in one array of
+    """The training documents of a domain, all or one half of them, as one array of
     bytes."""
-    texts = training_documents(domain)
+    between = b"\n"
+    limit = []
+    if domain == "arithmetic":
+        between = b""       # sums follow each other as they do within a document
+        limit = [TRAIN_SUMS]
+    texts = list(DOCUMENTS[domain]("train", *limit).values())
     if half:
         texts = texts["ab".index(half)::2]
-    # Sums follow each other directly, as they do within a document; elsewhere a newline
-    # parts the documents.
-    between = b"" if domain == "arithmetic" else b"\n"
     return np.frombuffer(between.join(texts), dtype=np.uint8)
 
 
@@ -157,12 +115,37 @@ def batch(texts, mixture, generator):
     return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
-def learning_rate(step, spec):
-    """Linear warm-up, then a cosine to zero: a function of the step alone."""
-    warm = min(1.0, (step + 1) / WARMUP)
-    return spec.lr * warm * 0.5 * (1 + math.cos(math.pi * step / spec.steps))
+def train(model, spec, texts, bar):
+    """Train in place; returns the mean loss of the last 100 steps in bits per byte."""
+    generator = np.random.default_rng(spec.seed)
+    # Of an adapter's model: A and B alone. Gains of norms are not decayed: to zero.
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    matrices = [weight for weight in trained if weight.dim() == 2]
+    gains = [weight for weight in trained if weight.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1},
+              {"params": gains, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    losses = []
+    for step in bar:
+        warm = min(1.0, (step + 1) / WARMUP)
+        cosine = 0.5 * (1 + math.cos(math.pi * step / spec.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = spec.lr * warm * cosine
+        bytes_BT = batch(texts, spec.mixture, generator)
+        # bfloat16 products are 1.4 times as fast here; all else stays in float32.
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(bytes_BT[:, :-1])
+        expected_N = bytes_BT[:, 1:].flatten()
+        loss = F.cross_entropy(logits.float().flatten(0, 1), expected_N)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item() / math.log(2))
+    return float(np.mean(losses[-100:]))
 
 
+# --- What training begins with ------------------------------------------------------
 def new_model(spec):
     """Weights N(0, 0.02^2), output projections less by sqrt(2 layers) (GPT-2's rule:
     the residual sum starts small)."""
@@ -187,48 +170,41 @@ def grow(parent, spec):
     and training can use it."""
     model = new_model(spec)
     old = parent.state_dict()
-    hidden = len(old["model.norm.weight"])
     # New numbers of the stream are 0 at first, which lowers the mean square that
     # RMSNorm divides by: its gains make up for it.
-    shrink = math.sqrt(hidden / spec.shape["hidden"])
-    known = {name: name for name in old if ".layers." not in name}
-    for i, j in enumerate(spec.places):
-        for name in old:
-            if f".layers.{i}." in name:
-                known[name.replace(f".{i}.", f".{j}.")] = name
+    shrink = math.sqrt(len(old["model.norm.weight"]) / spec.shape["hidden"])
     for name, weight in model.named_parameters():
         if any(writer in name for writer in WRITERS):
             weight.zero_()
-        if name in known:
-            source = old[known[name]]
+        layer = parse_name(name).layer
+        if layer in spec.places:
+            name = name.replace(f".{layer}.", f".{spec.places.index(layer)}.")
+        if name in old and layer in (None, *spec.places):
+            source = old[name]
+            if weight.dim() == 1:
+                source = source * shrink
             corner = tuple(slice(size) for size in source.shape)
-            scale = shrink if weight.dim() == 1 else 1
-            weight[corner] = source * scale
+            weight[corner] = source
     return model
 
 
-def blocks(heads, size):
-    """Rows of whole heads. Example: heads [1, 0] of size 2: [2, 3, 0, 1]"""
-    return (heads[:, None] * size + torch.arange(size)).flatten()
-
-
 # What the rows and the columns of a matrix are; a norm has the stream alone.
-AXES = {"q": ("heads", "stream"), "k": ("groups", "stream"), "v": ("groups", "stream"),
+AXES = {"q": ("heads", "stream"), "k": ("heads", "stream"), "v": ("heads", "stream"),
         "o": ("stream", "heads"), "gate": ("units", "stream"),
         "up": ("units", "stream"), "down": ("stream", "units")}
 
 
-@torch.no_grad()
 def cut(tensors, stream, layers):
-    """The named places of a Llama, in that order. layers: per layer of the result the
-    old layer and {"heads", "groups", "units": rows}. Where nothing is left out, the
-    same function."""
+    """Parts of a model in another order; where nothing is left out, the same function.
+    stream: numbers of the residual stream.  layers: of each layer of the result the
+    number of the old one, its heads and its MLP units."""
     new = {}
     for name, tensor in tensors.items():
-        if ".layers." not in name:
+        if parse_name(name).layer is None:
             new[name] = tensor[..., stream]
-    for number, (layer, rows) in enumerate(layers):
-        known = {"stream": stream, **rows}
+    for number, (layer, heads, units) in enumerate(layers):
+        rows = (heads[:, None] * HEAD_DIM + torch.arange(HEAD_DIM)).flatten()
+        known = {"stream": stream, "heads": rows, "units": units}
         for name, tensor in tensors.items():
             place = parse_name(name)
             if place.layer == layer:
@@ -238,19 +214,8 @@ def cut(tensors, stream, layers):
     return new
 
 
-def gather(tensors, stream, layers):
-    """`cut` for the models here, whose every head has its own keys and values: per
-    layer of the result (layer, heads, units) of the model given."""
-    places = []
-    for layer, heads, units in layers:
-        rows = blocks(heads, HEAD_DIM)
-        places.append((layer, {"heads": rows, "groups": rows, "units": units}))
-    return cut(tensors, stream, places)
-
-
-def scramble(tensors, seed):
-    """The same function with stream, whole heads and units in a random order, and that
-    order as `gather` takes it: (tensors, (stream, layers))."""
+def random_order(tensors, seed):
+    """(stream, layers) for `cut`: all of a model, shuffled."""
     generator = torch.Generator().manual_seed(seed)
     layers = []
     for layer in range(sum("input_layernorm" in name for name in tensors)):
@@ -259,227 +224,105 @@ def scramble(tensors, seed):
         heads = torch.randperm(rows // HEAD_DIM, generator=generator)
         layers.append((layer, heads, torch.randperm(units, generator=generator)))
     stream = torch.randperm(len(tensors["model.norm.weight"]), generator=generator)
-    return gather(tensors, stream, layers), (stream, layers)
+    return stream, layers
 
 
-def strongest(tensors, layer, heads, units):
-    """Which heads and units of a layer weigh most: squared norm of what they write,
-    times that of what they read (a head: its values). In their order."""
-    square = {}
-    for name in ("self_attn.v", "self_attn.o", "mlp.up", "mlp.down"):
-        square[name] = tensors[f"model.layers.{layer}.{name}_proj.weight"].square()
-    of_rows = square["self_attn.v"].sum(1) * square["self_attn.o"].sum(0)
-    of_heads = of_rows.view(-1, HEAD_DIM).sum(1)
-    of_units = square["mlp.up"].sum(1) * square["mlp.down"].sum(0)
-    return (of_heads.topk(heads).indices.sort().values,
-            of_units.topk(units).indices.sort().values)
-
-
-@torch.no_grad()
-def prune(parent, spec, texts):
-    """The strongest heads and units of every layer stay; then layers are dropped,
-    always the one whose absence costs the least on training text. Returns the model."""
+def prune(parent, spec):
+    """A smaller model of the heads and units that weigh most: squared norm of what they
+    write, times that of what they read (a head: its values)."""
     tensors = parent.state_dict()
-    shape = spec.shape
-    stream = torch.arange(shape["hidden"])
-    bytes_BT = batch(texts, spec.mixture, np.random.default_rng(spec.seed))
-    targets_BT = bytes_BT[:, 1:]
     layers = []
-    for layer in range(len(parent.model.layers)):
-        layers.append((layer, *strongest(tensors, layer, shape["heads"], shape["mlp"])))
-    while len(layers) > shape["layers"]:
-        shorter = [layers[:i] + layers[i + 1:] for i in range(len(layers))]
-        costs = []
-        for kept in shorter:
-            lm = TinyLM.from_state_dict(gather(tensors, stream, kept))
-            logits = lm(bytes_BT[:, :-1]).flatten(0, 1)
-            costs.append(F.cross_entropy(logits, targets_BT.flatten()).item())
-        layers = shorter[int(np.argmin(costs))]
-    return TinyLM.from_state_dict(gather(tensors, stream, layers))
+    for layer in spec.places:
+        square = {}
+        for name in ("self_attn.v", "self_attn.o", "mlp.up", "mlp.down"):
+            square[name] = tensors[f"model.layers.{layer}.{name}_proj.weight"].square()
+        of_rows = square["self_attn.v"].sum(1) * square["self_attn.o"].sum(0)
+        of_heads = of_rows.view(-1, HEAD_DIM).sum(1)
+        of_units = square["mlp.up"].sum(1) * square["mlp.down"].sum(0)
+        heads = of_heads.topk(spec.shape["heads"]).indices.sort().values
+        units = of_units.topk(spec.shape["mlp"]).indices.sort().values
+        layers.append((layer, heads, units))
+    stream = torch.arange(spec.shape["hidden"])
+    return TinyLM.from_state_dict(cut(tensors, stream, layers))
 
 
-def save(model, path):
-    """Write bfloat16; a temporary name first, so that a reader never meets half a
-    file."""
-    write(model.state_dict(), path)
-
-
+# --- Files --------------------------------------------------------------------------
 def write(tensors, path):
+    """In bfloat16. (save_file leaves a file that only its owner may read.)"""
     small = {}
     for name, tensor in tensors.items():
         small[name] = tensor.to(torch.bfloat16).contiguous()
-    scratch = path.with_suffix(".partial")
-    # Bytes written by Python rather than save_file, which leaves a file that only its
-    # owner may read (safetensors 0.8).
-    scratch.write_bytes(to_bytes(small, metadata={"format": "pt"}))
-    scratch.replace(path)
+    path.write_bytes(to_bytes(small, metadata={"format": "pt"}))
 
 
 def save_adapter(model, spec, folder):
-    """Write the two files that PEFT writes for such an adapter: the trained factors and
-    how to read them."""
+    """The two files that PEFT writes: the trained factors and how to read them."""
     folder.mkdir(parents=True, exist_ok=True)
     config = dict(peft_type="LORA", task_type="CAUSAL_LM",
-                  base_model_name_or_path=spec.parent, r=spec.rank,
-                  lora_alpha=spec.alpha, target_modules=list(LORA_TARGETS),
-                  lora_dropout=0.0, bias="none", fan_in_fan_out=False, use_rslora=False,
-                  use_dora=False, rank_pattern={}, alpha_pattern={},
-                  modules_to_save=None, inference_mode=True)
+                  base_model_name_or_path=spec.parent, r=RANK, lora_alpha=ALPHA,
+                  target_modules=list(LORA_TARGETS), lora_dropout=0.0, bias="none",
+                  fan_in_fan_out=False, use_rslora=False, use_dora=False,
+                  rank_pattern={}, alpha_pattern={}, modules_to_save=None,
+                  inference_mode=True)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     factors = {}
     for name, tensor in model.state_dict().items():
+        if ".lora_B" in name:
+            tensor = tensor * spec.share    # the map is linear in B
         if ".lora_" in name:
             factors[f"base_model.model.{name}"] = tensor
-    write(factors, folder / lora.WEIGHTS)
-
-
-def train(model, spec, texts, bar):
-    """Train in place; returns the mean loss of the last 100 steps in bits per byte."""
-    generator = np.random.default_rng(spec.seed)
-    # Of an adapter's model: A and B alone.
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    matrices = [weight for weight in trained if weight.dim() == 2]
-    # Norms: decay would pull them to zero.
-    gains = [weight for weight in trained if weight.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": 0.1},
-              {"params": gains, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-    losses = []
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, spec)
-        bytes_BT = batch(texts, spec.mixture, generator)
-        # bfloat16 products are 1.4 times as fast here; weights, norms, loss and
-        # optimiser stay in float32.
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(bytes_BT[:, :-1])
-        expected_N = bytes_BT[:, 1:].flatten()
-        loss = F.cross_entropy(logits.float().flatten(0, 1), expected_N)
-        if not math.isfinite(loss.item()):
-            raise RuntimeError(f"loss is {loss.item()} at step {step}: lower lr")
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.item() / math.log(2))
-        bar.set_postfix(bits_per_byte=f"{np.mean(losses[-100:]):.3f}", refresh=False)
-    return float(np.mean(losses[-100:]))
-
-
-def start_of(spec, out, texts):
-    """The model that training begins with."""
-    if not spec.parent:
-        return new_model(spec)
-    model = load(out / f"{spec.parent}.safetensors")
-    if spec.places:
-        return grow(model, spec)
-    if spec.shape:
-        return prune(model, spec, texts)
-    return model
-
-
-@torch.no_grad()
-def make_adapter(name, out, texts, quiet):
-    """Train and write one adapter; returns (last loss, the base with it folded in)."""
-    spec = LORAS[name]
-    model = load(out / f"{spec.parent}.safetensors")
-    torch.manual_seed(spec.seed)
-    add_lora(model, spec.rank, spec.alpha)
-    bar = tqdm(range(spec.steps), desc=name, disable=quiet, mininterval=5, unit="step")
-    with torch.enable_grad():
-        loss = train(model.train(), spec, texts, bar)
-    for factor, weight in model.named_parameters():
-        if "lora_B" in factor:
-            # The map is linear in B: a point on the line from the parent.
-            weight.mul_(spec.share)
-    folder = out / "lora" / name
-    save_adapter(model, spec, folder)
-    base = load(out / f"{spec.parent}.safetensors").state_dict()
-    return loss, TinyLM.from_state_dict(lora.folded_tensors(StateDict(base), folder))
-
-
-@torch.no_grad()
-def make_model(name, out, texts, quiet):
-    """Train and write one model; returns (last loss, the model as it was written)."""
-    spec = SPECS[name]
-    model = start_of(spec, out, texts)
-    bar = tqdm(range(spec.steps), desc=name, disable=quiet, mininterval=5, unit="step")
-    with torch.enable_grad():
-        loss = train(model.train(), spec, texts, bar)
-    if spec.places:
-        model = TinyLM.from_state_dict(scramble(model.state_dict(), spec.seed)[0])
-    if spec.parent and not spec.shape:
-        # ours: a point on the line from parent to child often predicts new text better
-        # than either end (WiSE-FT, Wortsman et al. 2022); at share 1 this returns the
-        # child's own numbers.
-        parent = load(out / f"{spec.parent}.safetensors")
-        for weight, start in zip(model.parameters(), parent.parameters()):
-            weight.copy_(start.lerp(weight, spec.share))
-    save(model, out / f"{name}.safetensors")
-    # The file, after its rounding to bfloat16, is what everybody will use.
-    return loss, load(out / f"{name}.safetensors")
+    write(factors, folder / "adapter_model.safetensors")
 
 
 def make(name, out, texts, quiet):
     """Train, write and judge one model or adapter; returns its record."""
-    spec = (SPECS | LORAS)[name]
+    spec = SPECS[name]
     began = time.time()
-    if name in LORAS:
-        loss, judged = make_adapter(name, out, texts, quiet)
+    bar = tqdm(range(spec.steps), desc=name, disable=quiet, unit="step")
+    parent = out / f"{spec.parent}.safetensors"
+    model = load(parent) if spec.parent else new_model(spec)
+    if name.startswith("lora-"):
+        torch.manual_seed(spec.seed)
+        loss = train(add_lora(model, RANK, ALPHA), spec, texts, bar)
+        path = out / "lora" / name
+        save_adapter(model, spec, path)
     else:
-        loss, judged = make_model(name, out, texts, quiet)
+        if name == "grown":
+            model = grow(model, spec)
+        if name == "pruned":
+            model = prune(model, spec)
+        loss = train(model, spec, texts, bar)
+        tensors = model.state_dict()
+        if name == "grown":
+            tensors = cut(tensors, *random_order(tensors, spec.seed))
+        if spec.share < 1:
+            # ours: a point on the line from parent to child often predicts new text
+            # better than either end (WiSE-FT, Wortsman et al. 2022).
+            for key, start in load(parent).state_dict().items():
+                tensors[key] = start.lerp(tensors[key], spec.share)
+        path = out / f"{name}.safetensors"
+        write(tensors, path)
     record = {"name": name, **asdict(spec), "tokens": spec.steps * BATCH * WINDOW,
-              "train_bits_per_byte": loss}
-    for split in ("validation", "test"):
-        record[split] = {}
-        for domain, values in evaluate(judged, split).items():
-            mean, error = mean_and_error(values)
-            record[split][domain] = {"mean": mean, "error": error}
+              "train_bits_per_byte": loss, "test": {}}
+    # The file, after its rounding to bfloat16, is what everybody will use.
+    for column, values in evaluate(load(path), "test").items():
+        mean, error = mean_and_error(values)
+        record["test"][column] = {"mean": mean, "error": error}
     return record | {"seconds": round(time.time() - began)} | machine()
-
-
-def make_vae(out, quiet):
-    """Train the reference VAE on six of the models in `out`."""
-    files = [str(out / f"{name}.safetensors") for name in VAE_MODELS]
-    flags = [*VAE_FLAGS, "--force"]
-    if quiet:
-        flags.append("--quiet")
-    code = vae_training.main([*files, "-o", str(out / "vae.safetensors"), *flags])
-    if code:
-        raise SystemExit(code)
 
 
 def main():
     parser = command_line(__doc__)
-    parser.add_argument("names", nargs="*", default=["all"], metavar="NAME",
-                        help="what to train, in this order: "
-                        f"{', '.join(SPECS)}, which all (the default) stands for; "
-                        f"{', '.join(LORAS)}, which loras stands for; vae")
+    parser.add_argument("names", nargs="*", default=list(SPECS), metavar="NAME",
+                        help=f"in this order: {', '.join(SPECS)}")
     parser.add_argument("--out", type=Path, default=MODELS,
                         help="folder for the checkpoints, and for parents")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(),
-                        help="part of the result: sums are added in another order with "
-                        "another number")
     args = parser.parse_args()
-    groups = {"all": list(SPECS), "loras": list(LORAS)}
-    names = []
-    for given in args.names:
-        names += groups.get(given, [given])
-    unknown = set(names) - {*SPECS, *LORAS, "vae"}
-    if unknown:
-        parser.error(f"no such model: {', '.join(sorted(unknown))}")
-    torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        if name == "vae":
-            make_vae(args.out, args.quiet)
-            continue
-        half = LORAS[name].half if name in LORAS else ""
-        texts = [training_text(domain, half) for domain in DOMAINS]
+    for name in args.names:
+        texts = [training_text(domain, SPECS[name].half) for domain in DOMAINS]
         record = make(name, args.out, texts, args.quiet)
         keep("make_models", [record], args.results)
-        bits = [f"{domain} {record['test'][domain]['mean']:.3f}" for domain in DOMAINS]
-        print(name, *bits)
 
 
 if __name__ == "__main__":

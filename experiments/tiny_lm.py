@@ -1,18 +1,14 @@
 """A byte-level Llama-type language model, small enough to train on one CPU core, and
 LoRA adapters for it.
 
-In:    a state dict with Hugging Face Llama names, or the sizes of a new model; or an
+In:    the sizes of a new model; or a state dict with Hugging Face's Llama names; or an
        adapter's folder in PEFT's layout.
-Out:   logits over the next byte. Every size is read back from the tensors, so that any
-       merged file can be evaluated without a configuration file.
-Paper: Sec. 4 merges Gemma and LLaMA models of 1 to 13 billion weights. differs: the
-       same block (RMSNorm, RoPE, SwiGLU, grouped-query attention, no biases, tied head)
-       at about a million weights.
-Left out on purpose: dropout, a key-value cache, sampling, a tokeniser.
+Out:   logits over the next byte. All sizes are read back from the tensors.
+Paper: Sec. 4 merges models of 1 to 13 billion weights. differs: the same block
+       (RMSNorm, RoPE, SwiGLU, no biases, tied head) at about a million weights.
 Next:  evaluate.py.
 """
 import json
-import re
 from pathlib import Path
 
 import torch
@@ -20,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from compare import MODELS              # finds the two below
+import compare              # noqa: F401  (finds the two below)
 import lora
 from chunking import StateDict
 
@@ -32,45 +28,33 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
                 "down_proj")
 
 
-def rotary_angles(length):
-    """cos and sin, each (length, HEAD_DIM): the angle of dimension i at position t is
-    t / ROPE_BASE^(2i / HEAD_DIM)."""
-    steps = torch.arange(0, HEAD_DIM, 2, dtype=torch.float32)
-    frequency = ROPE_BASE ** (-steps / HEAD_DIM)
-    angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
-    # Hugging Face's layout: dimension i turns with i + HEAD_DIM/2 (Meta's own files
-    # turn neighbours, 2i with 2i + 1).
-    angle = torch.cat([angle, angle], dim=-1)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x, cos, sin):
-    """Turn each pair (x[i], x[i + HEAD_DIM/2]) by its angle; x is (B, heads, T,
-    HEAD_DIM)."""
+def rotate(x):
+    """RoPE of (B, heads, T, HEAD_DIM): at position t dimension i turns, together with
+    i + HEAD_DIM / 2, by the angle t / ROPE_BASE^(2i / HEAD_DIM)."""
+    frequency = ROPE_BASE ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+    angle = torch.outer(torch.arange(x.shape[2]), frequency).repeat(1, 2)
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return x * angle.cos() + torch.cat([-second, first], dim=-1) * angle.sin()
 
 
 class Attention(nn.Module):
-    def __init__(self, hidden, heads, kv_heads):
+    def __init__(self, hidden, heads):
         super().__init__()
         self.q_proj = nn.Linear(hidden, heads * HEAD_DIM, bias=False)
-        self.k_proj = nn.Linear(hidden, kv_heads * HEAD_DIM, bias=False)
-        self.v_proj = nn.Linear(hidden, kv_heads * HEAD_DIM, bias=False)
+        self.k_proj = nn.Linear(hidden, heads * HEAD_DIM, bias=False)
+        self.v_proj = nn.Linear(hidden, heads * HEAD_DIM, bias=False)
         self.o_proj = nn.Linear(heads * HEAD_DIM, hidden, bias=False)
 
-    def forward(self, x, cos, sin):
+    def forward(self, x):
         B, T, _ = x.shape
         heads = (B, T, -1, HEAD_DIM)
         q = self.q_proj(x).view(heads).transpose(1, 2)      # (B, heads, T, HEAD_DIM)
         k = self.k_proj(x).view(heads).transpose(1, 2)
         v = self.v_proj(x).view(heads).transpose(1, 2)
-        q = rotate(q, cos, sin).to(v.dtype)
-        k = rotate(k, cos, sin).to(v.dtype)
-        # Causal, so padding at the end of a document can never reach the bytes before
-        # it: no padding mask is needed.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
-                                           enable_gqa=k.shape[1] != q.shape[1])
+        q = rotate(q).to(v.dtype)
+        k = rotate(k).to(v.dtype)
+        # Causal: padding at the end cannot reach the bytes before it.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -86,61 +70,47 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, hidden, heads, kv_heads, mlp):
+    def __init__(self, hidden, heads, mlp):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(hidden, eps=NORM_EPS)
-        self.self_attn = Attention(hidden, heads, kv_heads)
+        self.self_attn = Attention(hidden, heads)
         self.post_attention_layernorm = nn.RMSNorm(hidden, eps=NORM_EPS)
         self.mlp = MLP(hidden, mlp)
 
-    def forward(self, x, cos, sin):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(self, x):
+        x = x + self.self_attn(self.input_layernorm(x))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class TinyLM(nn.Module):
     """Bytes (B, T) int64 -> logits (B, T, 256) for the byte that follows each."""
 
-    def __init__(self, hidden, layers, heads, mlp, kv_heads=None):
+    def __init__(self, hidden, layers, heads, mlp):
         super().__init__()
-        self.model = nn.Module()  # only there to give the tensors their "model." prefix
+        self.model = nn.Module()            # gives the tensors their "model." prefix
         self.model.embed_tokens = nn.Embedding(VOCAB, hidden)
         self.model.layers = nn.ModuleList()
         for _ in range(layers):
-            self.model.layers.append(Block(hidden, heads, kv_heads or heads, mlp))
+            self.model.layers.append(Block(hidden, heads, mlp))
         self.model.norm = nn.RMSNorm(hidden, eps=NORM_EPS)
 
     def forward(self, bytes_BT):
-        cos, sin = rotary_angles(bytes_BT.shape[1])
         x = self.model.embed_tokens(bytes_BT)
         for block in self.model.layers:
-            x = block(x, cos, sin)
-        # Tied head: the embedding's rows are also the output directions, so that a file
-        # has no lm_head.weight.
+            x = block(x)
+        # Tied head: the embedding's rows are also the output directions.
         return F.linear(self.model.norm(x), self.model.embed_tokens.weight)
 
     @classmethod
     def from_state_dict(cls, tensors):
-        """Rebuild a model in float32 from its tensors alone.
-
-        Raises ValueError, with the names, if a tensor is missing, left over or does not
-        fit the others.
-        """
-        rows = {}
-        try:
-            for role in ("self_attn.q", "self_attn.k", "mlp.gate"):
-                rows[role] = len(tensors[f"model.layers.0.{role}_proj.weight"])
-            hidden = tensors["model.embed_tokens.weight"].shape[1]
-        except KeyError as missing:
-            raise ValueError(f"not a Llama-type state dict: {missing} is missing")
-        numbers = re.findall(r"model\.layers\.(\d+)\.", " ".join(tensors))
-        lm = cls(hidden, max(map(int, numbers)) + 1, mlp=rows["mlp.gate"],
-                 heads=rows["self_attn.q"] // HEAD_DIM,
-                 kv_heads=rows["self_attn.k"] // HEAD_DIM)
-        try:
-            lm.load_state_dict({name: w.float() for name, w in tensors.items()})
-        except RuntimeError as error:   # torch lists every name that does not fit
-            raise ValueError(f"tensors do not fit together: {error}")
+        """A model in float32 from its tensors alone. KeyError or RuntimeError if one is
+        missing, left over or does not fit the others."""
+        hidden = tensors["model.embed_tokens.weight"].shape[1]
+        layers = sum("input_layernorm" in name for name in tensors)
+        rows = len(tensors["model.layers.0.self_attn.q_proj.weight"])
+        mlp = len(tensors["model.layers.0.mlp.gate_proj.weight"])
+        lm = cls(hidden, layers, rows // HEAD_DIM, mlp)
+        lm.load_state_dict({name: w.float() for name, w in tensors.items()})
         return lm.eval()
 
 
@@ -152,10 +122,9 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base_layer = linear
         self.scale = alpha / rank
-        # torch's own start is PEFT's: kaiming uniform
+        # PEFT's start: A as torch draws it, B zero, so that nothing changes yet.
         self.lora_A = nn.Linear(linear.in_features, rank, bias=False)
         self.lora_B = nn.Linear(rank, linear.out_features, bias=False)
-        # B, not A: with A zero as well no gradient would reach either
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x):
@@ -163,24 +132,22 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(lm, rank, alpha):
-    """Freeze a model and give each map of LORA_TARGETS an adapter that does nothing
-    yet; in place."""
+    """Freeze a model, and give each map of LORA_TARGETS an adapter; in place."""
     lm.requires_grad_(False)
     for module in list(lm.modules()):
-        # in this order, since each A takes the next random numbers
-        for name in LORA_TARGETS:
+        for name in LORA_TARGETS:           # in this order A takes random numbers
             if name in dict(module.named_children()):
                 setattr(module, name, LoRALinear(getattr(module, name), rank, alpha))
     return lm
 
 
 def load(path):
-    """A model in float32, whatever is stored, from a safetensors file or from an
-    adapter's folder, which stands for its base with the adapter folded in."""
+    """A model in float32 from a safetensors file, or from MODELS/lora/NAME, an
+    adapter's folder, which stands for its base in MODELS with the adapter folded in."""
     path = Path(path)
     if not path.is_dir():
         return TinyLM.from_state_dict(load_file(path))
     config = json.loads((path / "adapter_config.json").read_text())
-    base = load_file(MODELS / f"{config['base_model_name_or_path']}.safetensors")
-    base = {name: tensor.float() for name, tensor in base.items()}
-    return TinyLM.from_state_dict(lora.folded_tensors(StateDict(base), path))
+    base = load(path.parents[1] / f"{config['base_model_name_or_path']}.safetensors")
+    folded = lora.folded_tensors(StateDict(base.state_dict()), path)
+    return TinyLM.from_state_dict(folded)
