@@ -197,8 +197,6 @@ class TensorStats(Entry):
         """What a weight is divided by; a constant tensor has no unit of its own."""
         return self.std or 1.0
 
-    def n_chunks(self, C): return -(-self.numel // C)       # N = ceil(L / C)
-
 
 def spans(numel, step=PIECE):
     """[(start, stop), ...]: the pieces of `numel` elements, the last one shorter.
@@ -483,8 +481,8 @@ def read_shards(file):
         weight_map = json.loads(Path(file).read_bytes())["weight_map"]
         for name, shard in weight_map.items():
             shards.setdefault(abspath(join(folder, shard)), set()).add(name)
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as bad:
-        # No JSON, no weight_map, no map, or a shard that is no text.
+    except Exception as bad:
+        # No JSON, no weight_map, no map, a shard that is no text, ...
         raise CheckpointError(file, f"no index with a weight_map: {bad}",
                               AGAIN) from None
     if not any(map(isfile, shards)):
@@ -573,9 +571,9 @@ class StateDict(Checkpoint):
 
     def __init__(self, tensors, name="state dict"):
         self.path = name
-        self.tensors = {}                   # each flat: views, where it is contiguous
-        for key, tensor in tensors.items():
-            self.tensors[key] = tensor.detach().reshape(-1)
+        # Each flat: views, where it is contiguous.
+        self.tensors = {key: tensor.detach().reshape(-1)
+                        for key, tensor in tensors.items()}
         self.entries = in_order({key: Entry(key, tensor.dtype, tensor.shape, name)
                                  for key, tensor in tensors.items()})
 
@@ -631,12 +629,6 @@ class Output:
             file.write(piece_L.view(torch.uint8).numpy())       # as bytes
         self.written.append(len(piece_L))
 
-    def check(self):
-        """The file is whole, by count."""
-        numel = sum(entry.numel for entry in self.entries.values())
-        need(sum(self.written) == numel, self.path, "was not written completely",
-             "run it again")
-
 
 @contextlib.contextmanager
 def appear(path, force=False):
@@ -662,8 +654,7 @@ def appear(path, force=False):
                     os.rename(old, path)    # the new one did not come
     except OSError as error:
         # A full disk names no file, and nobody knows the hidden one.
-        hidden = error.filename is None or prefix in str(error.filename)
-        if hidden:
+        if error.filename is None or prefix in str(error.filename):
             error.filename = path
         raise
 
@@ -693,7 +684,10 @@ def create(path, entries, metadata=(), inside=None, force=False):
         make_file(file, entries, metadata)
         output = Output(file)
         yield output
-        output.check()                  # what is wrong is found before anybody sees it
+        # Whole, by count: what is wrong is found before anybody sees it.
+        numel = sum(entry.numel for entry in output.entries.values())
+        need(sum(output.written) == numel, path, "was not written completely",
+             "run it again")
 
 
 def write_tensors(path, tensors, metadata, force=False):
@@ -776,8 +770,8 @@ def say(*lines, stream=None):
 def interrupt(number, frame):
     """The first signal unwinds the run as an exception, so that `appear` cleans up, and
     a training keeps its best state. Later ones must not disturb it at that."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     sys.exit(128 + number)

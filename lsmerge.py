@@ -191,7 +191,7 @@ class Parent:
     unaligned = True            # its latents enter as they are
 
     @property
-    def N(self): return self.stats.n_chunks(self.codec.C)       # ceil(L / C)
+    def N(self): return -(-self.stats.numel // self.codec.C)    # ceil(L / C)
 
     @property
     def per_piece(self):
@@ -473,18 +473,15 @@ def tour(argv=None):
 
     # Line 1: who meets whom. Of all pairs the first q_proj, or the first.
     models = [Checkpoint(paths.target), Checkpoint(paths.source)]
-    places = []
-    for model in models:
-        places.append({name: entry.place for name, entry in model.entries.items()
-                       if is_selected(entry)})
+    places = [{name: entry.place for name, entry in model.entries.items()
+               if is_selected(entry)} for model in models]
     pairs = list(ot.pair_names(*places).items())
     need(pairs, paths.source, "meets no tensor of the target", "see chunking.ROLES")
     names = max(pairs, key=lambda pair: "q_proj" in pair[0])
 
     # Line 2: flatten, chunk and encode both. Of equal shapes they share statistics.
-    parents = []
-    for model, name in zip(models, names):
-        parents.append(Parent(partial(model.read, name), measure(model, name), codec))
+    parents = [Parent(partial(model.read, name), measure(model, name), codec)
+               for model, name in zip(models, names)]
     target, source = share_statistics(parents)
     show_encoding("target", target)
     show_encoding("source", source)

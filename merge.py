@@ -11,8 +11,8 @@ The run, straight down (`main` and `merge`): open the models; plan who meets who
 (Algorithm 1, line 1); take each tensor's statistics; get a codec, and check that it can
 carry these weights; merge tensor by tensor; report. What happens to a tensor:
 
-    encoded     attention and MLP: merged in latent space, by lsmerge.ls_merge (and
-                called so, too, where --space weight takes the weights themselves)
+    encoded     attention and MLP: merged in latent space, by lsmerge.ls_merge. (With
+                --space weight the same tensors are merged as weights.)
     averaged    norms, biases, embeddings: the same operator on the weights themselves
     copied      the target's own: whole numbers, what met nobody, what is not merged
 
@@ -29,6 +29,8 @@ one layer, whose target has a score head of its own:
       copied position_ids <- whole numbers
       copied score.weight <- met nobody
 
+and on stderr a warning that score.weight stays the target's own.
+
 All functions share one namespace, `run`. It holds the flags as the command line has
 them (run.lam, run.operator, ...), and what was found since:
 
@@ -37,6 +39,8 @@ them (run.lam, run.operator, ...), and what was found since:
     run.result  the Destination: where the result goes, and what lies beside it
     run.kind    self, same-shape or cross-shape
     run.tasks   a Task for each tensor of the target, in its order
+    run.plain   whether chunk j of a source meets chunk j of the target, everywhere
+    run.output  the path of the result, whether given or not; so is run.vae
     run.warnings, said at once and again at the end
     run.sink    the Output that is written to
     run.seconds of each stage
@@ -83,10 +87,6 @@ SAMPLES = 8             # draws of a self-merge: their noise shrinks by sqrt(8)
 RELATED = 0.5           # cosine of weights: trained apart 0.00, experts of one base 0.9
 STRIP = 256             # weights in a strip of a tensor, of which that cosine is taken,
 STRIPS = 11             # and their number, about: 2,816 weights tell it to 0.02
-FAR = 0.8               # distance of two parents over the target's norm: 1.4 (the root
-                        # of 2) for strangers, below 0.5 for experts of one base
-SHARE = 1 << 8          # source chunks under one of the target's, at most: those under
-                        # a window of 16 are then a piece
 GATE_WEIGHTS = 1 << 16  # of a tensor, in windows evenly spread: the gate takes seconds
 # The names of PEFT, kohya and LyCORIS for what is added to weights.
 ADAPTER = r"(^|\.)lora_|lora\.(up|down)|hada_w|lokr_w|ia3_l|\.base_layer\."
@@ -150,7 +150,6 @@ def merge(run):
     keep_freed_memory()
     # A first pass over all that enters the result: statistics, and a refusal of NaN.
     run.tasks = parallel_map(measure_task, run, "read")
-    tie(run)
     if run.init:
         train_codec(run)
     # A second pass, over a sample: does the codec keep these weights?
@@ -193,7 +192,7 @@ def parallel_map(work, run, label):
     try:
         done = pool.map(partial(work, run), order)
         for task in tqdm(order, label, leave=False, disable=run.quiet or None):
-            found[task.number] = next(done)
+            found[task.entry.name] = next(done)
     except BaseException:
         STOP.set()                      # threads that read notice it,
         gather(None)                    # and so do the other processes: None, no result
@@ -208,7 +207,7 @@ def parallel_map(work, run, label):
             raise SystemExit(1)                     # that process has said why
         found.update(part)
     run.seconds[label] = time.perf_counter() - began
-    return [found[task.number] for task in run.tasks]
+    return [found[task.entry.name] for task in run.tasks]
 
 
 # --- The plan: who meets whom (paper: Algorithm 1, line 1) ----------------------------
@@ -226,10 +225,8 @@ class Task:
     entry: Entry
     number: int                 # its position in the target: part of every seed
     tensors: dict
-    # Set by `decide`; `plan`, `measure_task` and `tie` may still keep the target's own.
     action: str = "averaged"    # or "encoded", or "copied"
     why: str = ""               # why it is copied; "" if it is not
-    tied: tuple = ()            # names of tensors that are to stay equal to this one
 
     def keep(self, why):
         """The tensor stays the target's own."""
@@ -251,9 +248,8 @@ def plan(run):
     if sources:
         run.kind = "same-shape"
     # 1. A task for each tensor of the target, and its partner in each source.
-    run.tasks = []
-    for number, entry in enumerate(target.entries.values()):
-        run.tasks.append(Task(entry, number, {0: entry}))
+    run.tasks = [Task(entry, number, {0: entry})
+                 for number, entry in enumerate(target.entries.values())]
     for k, source in enumerate(sources, 1):
         theirs = weight_places(source)
         pairs = ot.pair_names(weight_places(target), theirs,
@@ -269,11 +265,12 @@ def plan(run):
     # What is not encoded has no latents: nothing can align it, or be a control of it,
     # and --select asks for certain tensors. So norms and embeddings are averaged with
     # their partners in a merge of one shape only, where nothing of that was asked for.
-    whole = run.kind == "same-shape" and run.align in ("auto", "none")
-    if run.control or run.select or not whole:
+    run.plain = run.kind == "same-shape" and run.align in ("auto", "none")
+    if run.control or run.select or not run.plain:
         for task in run.tasks:
             if task.action == "averaged":
                 task.keep("not encoded")
+    tie(run)
     # 3. What is refused, and what is warned of. A copy of the target under another name
     # would look like a merge.
     why = reasons(run)
@@ -324,16 +321,16 @@ def decide(run, task):
     elif len(task.tensors) == 1:
         task.keep("met another shape")
     # A task vector is between a source and the base, which is the last model.
-    elif run.base and (len(run.models) - 1 not in met or len(met) < 3):
+    elif run.base and (len(run.models) - 1 not in task.tensors
+                       or len(task.tensors) < 3):
         task.keep("no task vector")
 
 
 def check_shapes(run, task):
-    """Refuse another shape if the operator needs equal ones (an angle and a difference
-    are between vectors of one length), or if a window would meet more of a source
-    than a piece holds: memory would then grow with the source.
-    Example:  128 x 128 meets 192 x 192. lerp projects 576 latents to 256; slerp and
-              --space weight are refused
+    """Refuse another shape if the operator needs equal ones: an angle and a difference
+    are between vectors of one length.
+    Example:  128 x 128 meets 192 x 192. lerp projects 576 latents to 256; slerp, task
+              arithmetic and --space weight are refused
     """
     entry = task.entry
     strict = run.space == "weight" or run.operator in ("slerp", "task-arithmetic")
@@ -342,9 +339,6 @@ def check_shapes(run, task):
              f"{list(entry.shape)} meets {other.name!r} {list(other.shape)} of "
              f"{run.models[k].path}", f"use lerp in latent space; or, {MATCH}",
              entry.name)
-        need(other.numel <= SHARE * max(1, entry.numel), run.models[k].path,
-             f"is over {SHARE} times as large as its partner", "narrow --select",
-             other.name)
 
 
 def weight_places(model):
@@ -416,15 +410,15 @@ def strangers(run):
     """
     target, *sources = run.models
     for k, source in enumerate(sources, 1):
-        apart = {}                          # {role: a tensor}
+        roles = set()
         for task in run.tasks:
             if task.action != "copied" and k in task.tensors:
                 other = task.tensors[k].name
                 if cosine(target, source, task.entry.name, other) < RELATED:
-                    apart[task.entry.place.role] = other
-        if apart:
+                    roles.add(task.entry.place.role)
+        if roles:
             run.warnings.append(f"{source.path} and the target are strangers in "
-                                f"{', '.join(apart)}. {HARM}; {MATCH}")
+                                f"{', '.join(sorted(roles))}. {HARM}; {MATCH}")
 
 
 def warn_of_lost(run, model, names, what):
@@ -434,8 +428,8 @@ def warn_of_lost(run, model, names, what):
     if names:
         lost = sum(model.entries[name].numel for name in names)
         total = sum(entry.numel for entry in model.entries.values())
-        run.warnings.append(f"{len(names)} tensors of {model.path} ({lost / total:.1%} "
-                            f"of its weights), {min(names)} for one, {what}")
+        run.warnings.append(f"{model.path}: {lost / total:.1%} of its weights, "
+                            f"tensors like {min(names)} ({len(names)} in all), {what}")
 
 
 # --- Statistics and ties --------------------------------------------------------------
@@ -470,11 +464,11 @@ def digest(model, entry):
 
 def tie(run):
     """A matrix that the target holds twice (an embedding and its redundant head) is
-    merged once: the other is a copy of the result, so that both stay equal.
+    merged as one: the head takes the embedding's partners, and its noise if any, so
+    that both stay equal.
 
-    Of those that are equal bit for bit in the target, one that is merged leads, the
-    embedding before its head. Two heads may be equal by accident (both at the start of
-    a training), as may constants: they are merged each for itself.
+    Equal bit for bit in the target are they, and one of them is an embedding: two heads
+    may be equal by accident (both at the start of a training), as may constants.
     """
     def comes_later(task):
         return task.action == "copied", task.entry.place.role != "embed"
@@ -486,10 +480,12 @@ def tie(run):
             leader = leaders.setdefault(digest(run.models[0], task.entry), task)
             if leader is task or leader.action == "copied":
                 continue
-            accident = leader.tensors[0].constant
+            accident = measure(run.models[0], leader.entry.name).constant
             if "embed" in (role, leader.entry.place.role) and not accident:
-                leader.tied += (task.entry.name,)
-                task.keep("tied to another")
+                task.tensors = dict(leader.tensors)
+                task.number = leader.number
+                task.action = leader.action
+                task.why = ""
 
 
 # --- The codec, and whether it can carry these weights --------------------------------
@@ -501,10 +497,8 @@ def load_codecs(run):
         return []                               # none, or it is trained here
     device = pick_device(run.device)
     dtype = getattr(torch, run.dtype)
-    target = ls.Codec.load(run.vae, device, dtype)
-    if not run.source_vae:
-        return [target, target]                 # one network for all
-    return [target, ls.Codec.load(run.source_vae, device, dtype)]
+    files = (run.vae, run.source_vae or run.vae)        # of one file: equal networks
+    return [ls.Codec.load(file, device, dtype) for file in files]
 
 
 def train_codec(run):
@@ -512,20 +506,13 @@ def train_codec(run):
     defaults, on the models that are merged. It goes to --save-vae, or is forgotten.
     Under torchrun all processes train it together, and come to the same weights."""
     began = time.perf_counter()
-    parents = [(model, train.measure_selected(model, run.select))
-               for model in run.models]
     schedule = train.Schedule(seed=run.seed, device=pick_device(run.device),
                               dtype=run.dtype, quiet=run.quiet)
-    vae, stages = train.train_vae(parents, VAEConfig(), schedule)
-    say(*map(train.describe_stage, stages))
-    if run.save_vae and rank_and_size()[0] == 0:
-        train.save_vae(run.save_vae, vae, stages, schedule, run.force,
-                       trained_on=names_of(run), select=run.select)
+    vae, stages = train.learn(run.save_vae, run.models, run, VAEConfig(), schedule)
     if stages[-1]["ended"] == "interrupted":
         raise KeyboardInterrupt                 # no merge with half a codec
     codec = ls.Codec(vae, schedule.device, getattr(torch, run.dtype))
     run.codecs = [codec, codec]
-    run.vae = "trained here"
     run.seconds["train"] = time.perf_counter() - began
 
 
@@ -544,7 +531,7 @@ def parents_of(run, task):
     return ls.share_statistics(parents)
 
 
-class Loss(NamedTuple):
+class Lost(NamedTuple):
     """What the codec loses of one tensor of one model."""
     model: int          # its number in run.models
     name: str
@@ -554,7 +541,7 @@ class Loss(NamedTuple):
 
 
 def round_trip(run, task):
-    """[Loss of each parent] of an encoded tensor: of D(E(w)) on GATE_WEIGHTS of it, in
+    """[Lost, of each parent] of an encoded tensor: of D(E(w)) on GATE_WEIGHTS of it, in
     the unit in which it is encoded.
 
     With x the standardised weights, of variance 1, and e = D(E(x)) - x:
@@ -591,7 +578,7 @@ def round_trip(run, task):
     losses = []
     for (k, stats), square_L in zip(task.tensors.items(), squares):
         typical = (square_L.median().item() + noise) / unit
-        losses.append(Loss(k, stats.name, stats.numel, square_L.mean().item(), typical))
+        losses.append(Lost(k, stats.name, stats.numel, square_L.mean().item(), typical))
     return losses
 
 
@@ -608,12 +595,6 @@ def check_codec(run):
     losses = sum(parallel_map(round_trip, run, "codec"), [])
     trip = {"nmse": None, "worst": {"name": None, "nmse": None}}
     gates = []
-    # Only such remedies as would change something.
-    fix = "a VAE trained for longer or at a lower ratio"
-    if run.vae != "exact":
-        fix = f"--vae exact, or {fix}"
-    if not run.residual:
-        fix = f"--residual, {fix}"
     for k in sorted({loss.model for loss in losses}):
         mine = [loss for loss in losses if loss.model == k]
         # The mean over weights, not over tensors: a small one counts little.
@@ -623,8 +604,7 @@ def check_codec(run):
         if k == 0:
             trip = {"nmse": nmse, "worst": {"name": worst.name, "nmse": worst.nmse}}
         # Residuals are of weights, so they fit only where chunk j meets chunk j.
-        aligned = run.kind == "cross-shape" or run.align not in ("auto", "none")
-        if run.residual and not (k > 0 and aligned):
+        if run.residual and (k == 0 or run.plain):
             continue
         # But a tensor that is small may still be lost as a whole.
         lost = max(mine, key=lambda loss: loss.typical)
@@ -632,7 +612,8 @@ def check_codec(run):
                                   ("typical error", lost.typical, lost.name)):
             need(value <= run.max_nmse, run.models[k].path, "the codec would lose too "
                  f"much ({what} {value:.2g} > {run.max_nmse:g}); nothing was merged",
-                 fix, name)
+                 "--residual where shapes are equal, --vae exact, more --samples, or a "
+                 "VAE trained for longer or at a lower ratio", name)
             gates.append({"name": f"{what}, {names_of(run)[k]}", "passed": True,
                           "value": value, "bound": run.max_nmse})
     return gates, trip
@@ -650,8 +631,6 @@ def merge_tensor(run, task):
     """
     squares = Counter()
     records = []
-    if task.why == "tied to another":
-        return squares, records             # written with that one
     entry = task.entry
     readers = []
     for k, each in task.tensors.items():
@@ -673,14 +652,13 @@ def merge_tensor(run, task):
         steps = spans(target.N, target.per_piece)
         coefficients = coefficients_of(run, task, latents, steps)
         alignment = ls.Alignment(run.align, run.control, run.epsilon)
-        # The 1: a control's noise must not be that of the source's draws.
+        # A control's noise has a seed of its own: not that of the source's draws.
         sources = [ls.as_source(target, source, alignment, (*source.seed, 1))
                    for source in sources]
         pieces = ls.ls_merge(target, sources, coefficients, run.residual)
     for start, piece_L in pieces:
         piece_L = piece_L.cpu()
-        for name in (entry.name, *task.tied):
-            run.sink.put(name, start, piece_L)
+        run.sink.put(entry.name, start, piece_L)
         if encoded:
             squares.update(distances(run, task, readers, of_weights, start, piece_L))
     for source in sources:
@@ -752,6 +730,9 @@ def facts_of(run):
     ratio = None
     if run.codecs:
         ratio = run.codecs[0].vae.config.true_ratio
+    codec = run.vae or "none"
+    if run.init:
+        codec = "trained here"
     tensors = Counter(encoded=0, averaged=0, copied=0, weights_encoded=0)
     for task in run.tasks:
         tensors["total"] += 1
@@ -760,7 +741,7 @@ def facts_of(run):
         if task.action == "encoded":
             tensors["weights_encoded"] += task.entry.numel
     facts = {"version": VERSION, "lambda": run.lam, "align": align, "ratio": ratio,
-             "codec": basename(run.vae or "none"), "tensors": dict(tensors)}
+             "codec": basename(codec), "tensors": dict(tensors)}
     for flag in ("kind operator space control samples seed residual select").split():
         facts[flag] = getattr(run, flag)
     return facts
@@ -859,20 +840,14 @@ def print_report(report):
 
 
 def late_warnings(run, report):
-    """What only the result shows: a source that is too far from the target; a codec
-    that is too coarse for a difference so small.
+    """What only the result shows: a codec that is too coarse for a difference so small.
     Example:  a fine-tune 1e-5 of the norm away; the codec's error is 3e-4 of it
     """
     far = report["distance"]
     warnings = []
-    plain = report["align"] == "none" and not run.control and any(run.lam)
-    if not plain or None in (far["to_average"], far["to_target"]):
-        return warnings                         # there is nothing to compare with
-    for k, value in enumerate(far["to_source"], 1):
-        # The result stands between both: so far are they apart.
-        if value is not None and value + far["to_target"] > FAR:
-            warnings.append(f"source {k} and the target are over {FAR} of the target's "
-                            f"norm apart. {HARM}")
+    comparable = run.plain and not run.control and any(run.lam)
+    if not comparable or None in (far["to_average"], far["to_target"]):
+        return warnings
     # The way to the target, squared, is that of the average and the codec's error,
     # squared: where the error is the larger one, it is over sqrt(1/2) of the whole way.
     # (Draws are noise on purpose: with --samples it is no error of the codec.)
@@ -911,6 +886,9 @@ def companions(model):
     for where, folders, names in os.walk(model.folder):
         folders[:] = [name for name in folders if name[0] != "."]      # .git, .cache
         sub = relpath(where, model.folder)
+        # Links to folders are not followed, but named.
+        behind += [normpath(join(sub, name)) for name in folders
+                   if islink(join(where, name))]
         part = sub[0].isdigit()
         weights = [name for name in names if name.endswith(WEIGHTS) and not part]
         if weights and sub != ".":
@@ -1123,20 +1101,32 @@ def check_usage(run, parser):
 
 
 # --- From Python ----------------------------------------------------------------------
-def merge_state_dicts(target, *sources, **flags):
-    """What the command does, for state dicts: {name: tensor}, all of them new. The
-    command's flags by their names, with values; what is printed is not printed.
-    Example:  merge_state_dicts(a, b, lam=0.3, vae="exact")
+def merge_state_dicts(target, *sources, base=None, **flags):
+    """What the command does, for state dicts: {name: tensor}, all of them new.
+
+    base:     the state dict of the sources' ancestor, for task arithmetic
+    flags:    the command's, by their names: a value, a list of lambdas, or True for a
+              flag without a value. What is printed is not printed
+    Example:  merge_state_dicts(a, b, lam=0.3, vae="exact", residual=True)
     Raises:   CheckpointError; SystemExit for what is a usage error of the command
     """
     with tempfile.TemporaryDirectory() as folder:
         result = join(folder, "merged.safetensors")
         argv = ["--quiet", f"--output={result}"]
         for name, value in flags.items():
-            argv.append(f"--{name.replace('_', '-')}={value}")
+            flag = f"--{name.replace('_', '-')}"
+            if isinstance(value, list):
+                value = ",".join(map(str, value))
+            if value is not True:
+                flag = f"{flag}={value}"
+            argv.append(flag)
         for k, tensors in enumerate((target, *sources)):
             argv.append(join(folder, f"model{k}.safetensors"))
             write_tensors(argv[-1], tensors, {})
+        if base:
+            file = join(folder, "base.safetensors")
+            write_tensors(file, base, {})
+            argv.append(f"--base={file}")
         with contextlib.redirect_stdout(io.StringIO()):
             main(argv)
         merged = Checkpoint(result)

@@ -42,7 +42,7 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, fields
-from os.path import basename, exists, normpath
+from os.path import basename, normpath
 
 import torch
 from torch import distributed
@@ -114,7 +114,12 @@ def train_vae(parents, config, schedule=Schedule(), log=lambda figures: None,
     """
     keep_freed_memory()
     gather(None)        # under torchrun: the processes meet
-    vae = copy.deepcopy(start) or VAE(config).start(generator_for(schedule.seed))
+    size = rank_and_size()[1]
+    need(schedule.batch >= size, "--batch", f"is smaller than the {size} processes",
+         "give each a window")
+    vae = VAE(config).start(generator_for(schedule.seed))
+    if start:
+        vae = copy.deepcopy(start)
     vae.to(schedule.device)
     windows = Windows(parents, vae.config, schedule)
     peak = schedule.lr or LEARNING_RATES[vae.config.init]
@@ -329,24 +334,33 @@ class Windows:
         return x_BL.view(self.shape), real_BL.view(self.shape)  # (B, T C) -> (B, T, C)
 
 
-def measure_selected(checkpoint, select=None):
-    """[TensorStats] of what a VAE is trained on: all that would be encoded."""
-    names = [entry.name for entry in checkpoint.entries.values()
-             if is_selected(entry, select)]
-    need(names, checkpoint.path, "no tensor is selected", "change --select")
-    return [measure(checkpoint, name) for name in names]
+def learn(path, checkpoints, flags, config, schedule, *more):
+    """Measure what would be encoded, train, and write the VAE file: (vae, stages).
 
+    path:   of the file; None: it is not kept
+    flags:  of the command: .select and .force
+    more:   as for train_vae
 
-def save_vae(path, vae, stages, schedule, force, **facts):
-    """The VAE file: its weights, and as JSON in the header its configuration and how it
+    The file holds the weights and, as JSON in its header, the configuration and how it
     was trained. No pickle, and nothing of the run: same inputs and seed, same bytes.
-
-    facts:  what else the record says; `trained_on` must be among them
     """
-    said = asdict(schedule)
-    del said["quiet"], said["device"]
-    record = {"stages": stages, "schedule": said, **facts}
-    write_tensors(path, *vae.to_file(record), force)
+    parents = []
+    for checkpoint in checkpoints:
+        selected = [measure(checkpoint, entry.name)
+                    for entry in checkpoint.entries.values()
+                    if is_selected(entry, flags.select)]
+        need(selected, checkpoint.path, "no tensor is selected", "change --select")
+        parents.append((checkpoint, selected))
+    vae, stages = train_vae(parents, config, schedule, *more)
+    say(*map(describe_stage, stages))
+    if path and rank_and_size()[0] == 0:    # under torchrun only one process writes
+        said = asdict(schedule)
+        del said["quiet"], said["device"]
+        names = [basename(normpath(checkpoint.path)) for checkpoint in checkpoints]
+        record = {"stages": stages, "schedule": said, "trained_on": names,
+                  "select": flags.select}
+        write_tensors(path, *vae.to_file(record), flags.force)
+    return vae, stages
 
 
 def describe_stage(record):
@@ -430,8 +444,6 @@ def parse(argv):
     a.device = pick_device(a.device)
     a.start = None
     if a.init not in LEARNING_RATES:        # it is no start of ours, so a file
-        need(exists(a.init), a.init, "is no start and no file", "give --init "
-             "random, pca, or a VAE file")
         if a.steps1 != Schedule.steps1:
             parser.error("--init FILE goes on in stage 2: drop --steps1")
         a.steps1 = 0                        # its stage 1 lies behind it
@@ -454,8 +466,8 @@ def filled(cls, a):
 
 
 def main(argv=None):
-    """Open and measure the checkpoints, train, write. All that can be refused without
-    training is refused before it. Returns the exit code."""
+    """Open the checkpoints, train, write. All that can be refused without training is
+    refused before it. Returns the exit code."""
     only_the_first_speaks()
     a, config, schedule = parse(argv)
     start = None
@@ -464,34 +476,23 @@ def main(argv=None):
         codec = Codec.load(a.start)
         start = codec.vae
         inputs += codec.files
-    parents = []
-    for path in a.checkpoints:
-        checkpoint = Checkpoint(path)
+    checkpoints = [Checkpoint(path) for path in a.checkpoints]
+    for checkpoint in checkpoints:
         inputs += checkpoint.files
-        selected = measure_selected(checkpoint, a.select)
-        parents.append((checkpoint, selected))
-        say(f"{path}: {len(selected)} tensors")
     check_output(a.output, inputs, a.force)
     if a.log:
         check_output(a.log, [*inputs, a.output], a.force, "--log")
 
     # The log appears with the VAE, in one piece: a run that fails leaves neither.
     figures = []
-    vae, stages = train_vae(parents, config, schedule, figures.append, start)
-    say(*map(describe_stage, stages))
-    if rank_and_size()[0] == 0:             # under torchrun only one process writes
-        names = [basename(normpath(path)) for path in a.checkpoints]
-        save_vae(a.output, vae, stages, schedule, a.force, trained_on=names,
-                 select=a.select)
-        if a.log:
-            with appear(a.log, a.force) as path, open(path, "w") as file:
-                print(*map(json.dumps, figures), sep="\n", file=file)
-        say(f"wrote {a.output}: r = {vae.config.true_ratio:g}")
+    vae, stages = learn(a.output, checkpoints, a, config, schedule, figures.append,
+                        start)
+    if a.log and rank_and_size()[0] == 0:
+        with appear(a.log, a.force) as path, open(path, "w") as file:
+            print(*map(json.dumps, figures), sep="\n", file=file)
+    say(f"wrote {a.output}: r = {vae.config.true_ratio:g}")
     if stages[-1]["ended"] == "interrupted":
         return 130                          # as shells expect
-    if stages[-1]["nmse"] > MAX_NMSE:
-        say(f"warning: merge.py refuses a codec whose NMSE is above {MAX_NMSE:g}: "
-            "train for longer, or at a ratio nearer to 1", stream=sys.stderr)
     return 0
 
 
