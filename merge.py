@@ -87,6 +87,7 @@ SAMPLES = 8             # draws of a self-merge: their noise shrinks by sqrt(8)
 RELATED = 0.5           # cosine of weights: trained apart 0.00, experts of one base 0.9
 STRIP = 256             # weights in a strip of a tensor, of which that cosine is taken,
 STRIPS = 11             # and their number, about: 2,816 weights tell it to 0.02
+SHARE = 1 << 8          # source weights for each of the target's, at most
 GATE_WEIGHTS = 1 << 16  # of a tensor, in windows evenly spread: the gate takes seconds
 # The names of PEFT, kohya and LyCORIS for what is added to weights.
 ADAPTER = r"(^|\.)lora_|lora\.(up|down)|hada_w|lokr_w|ia3_l|\.base_layer\."
@@ -327,8 +328,9 @@ def decide(run, task):
 
 
 def check_shapes(run, task):
-    """Refuse another shape if the operator needs equal ones: an angle and a difference
-    are between vectors of one length.
+    """Refuse another shape if the operator needs equal ones (an angle and a difference
+    are between vectors of one length), or if a piece of the target would meet more of a
+    source than fits into memory.
     Example:  128 x 128 meets 192 x 192. lerp projects 576 latents to 256; slerp, task
               arithmetic and --space weight are refused
     """
@@ -339,6 +341,9 @@ def check_shapes(run, task):
              f"{list(entry.shape)} meets {other.name!r} {list(other.shape)} of "
              f"{run.models[k].path}", f"use lerp in latent space; or, {MATCH}",
              entry.name)
+        need(other.numel <= SHARE * max(1, entry.numel), run.models[k].path,
+             f"is over {SHARE} times as large as its partner", "narrow --select",
+             other.name)
 
 
 def weight_places(model):
@@ -547,19 +552,21 @@ def round_trip(run, task):
     With x the standardised weights, of variance 1, and e = D(E(x)) - x:
 
         nmse_k      mean(e_k^2)
-        typical_k   (median(e_k^2) + noise) / max_k median(x_k^2)
+        typical_k   c_k^2 (median(e_k^2) + noise) / max_k c_k^2 median((x_k - mean)^2)
 
     NMSE weighs variance, not weights: beside one outlier of 1e4 standard deviations all
     others may be lost at an NMSE of 3e-4. So the weight in the middle is looked at,
-    too. Its unit is the largest spread of the parents, as a target near zero is none
-    for a source that is not.
+    too, and at what reaches the result, c_k of it. A target near zero is no unit for a
+    source that is not; but at lambda = 0 it is the result.
     """
     if task.action != "encoded" or not run.codecs:
         return []
     squares = []        # of the errors, of each parent
     unit = 1e-9         # of the variance, 1: float32 itself loses 1e-14 of it
-    for parent in parents_of(run, task):
-        stats = parent.stats
+    coefficients = coefficients_of(run, task, [], [])       # slerp's are near lerp's
+    parents = parents_of(run, task)
+    for c, own, parent in zip(coefficients, task.tensors.values(), parents):
+        stats = parent.stats                            # pooled, unlike its own
         # Whole windows: a chunk is lost as in the merge, beside the same neighbours.
         width = parent.codec.C * parent.codec.T
         step = width * max(1, stats.numel // GATE_WEIGHTS)
@@ -570,14 +577,16 @@ def round_trip(run, task):
         x_L = standardise(flat_L, stats).double()
         squares.append((standardise(decoded_L, stats) - x_L).square())
         # Without zeros, which are pruned weights. (NaN, of none, is not above a unit.)
-        unit = max(unit, x_L[flat_L != 0].square().median().item())
+        spread_L = (flat_L[flat_L != 0].double() - own.mean) / stats.scale
+        unit = max(unit, c * c * spread_L.square().median().item())
     # Draws are noise, each with the posterior's variance, near beta.
     noise = 0.0
     if run.samples:
         noise = run.codecs[0].vae.config.beta / run.samples
     losses = []
-    for (k, stats), square_L in zip(task.tensors.items(), squares):
-        typical = (square_L.median().item() + noise) / unit
+    measured = zip(coefficients, task.tensors.items(), squares)
+    for c, (k, stats), square_L in measured:
+        typical = c * c * (square_L.median().item() + noise) / unit
         losses.append(Lost(k, stats.name, stats.numel, square_L.mean().item(), typical))
     return losses
 
