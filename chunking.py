@@ -147,9 +147,6 @@ class Entry:
     @property
     def nbytes(self): return self.numel * self.dtype.itemsize
 
-    @property
-    def is_float(self): return self.dtype.is_floating_point
-
 
 def is_selected(entry, pattern=None):
     """Whether a tensor is encoded, to be merged in latent space.
@@ -170,7 +167,7 @@ def is_weight(entry):
     """Whether it holds weights at all, and no whole numbers; nor a table that was never
     trained: a mask, among them GPT-2's causal one, which is called `bias` and has four
     dimensions; or RoPE's frequencies."""
-    if not entry.is_float or entry.numel == 0:
+    if not entry.dtype.is_floating_point or entry.numel == 0:
         return False
     if entry.name.endswith("bias") and len(entry.shape) > 2:
         return False
@@ -717,11 +714,11 @@ def check_output(path, others, force, flag="-o", folder=None):
                  "reads or writes as well", fix)
     need(force or not exists(real), path, "the output exists",
          fix + ", or pass --force")
-    fits = isfile(real)
+    fits = isfile
     if folder is not None:
-        fits = isdir(real)
-    need(fits or not exists(real), path, "a regular file does not replace a folder or "
-         "a device, nor a folder a file", fix)
+        fits = isdir
+    need(fits(real) or not exists(real), path, "a regular file does not replace a "
+         "folder or a device, nor a folder a file", fix)
     held = {str(p.relative_to(real)) for p in real.rglob("*") if not p.is_dir()}
     foreign = sorted(held - set(folder or []))
     need(not foreign, path, f"the folder also holds {foreign[:5]}", "move that")

@@ -329,7 +329,7 @@ class Alignment(NamedTuple):
     epsilon: float = ot.EPSILON     # Sinkhorn's
 
 
-def as_source(target, source, alignment=Alignment(), seed=(0,)):
+def as_source(target, source, alignment, seed=(0,)):
     """The source as `ls_merge` takes it: itself, where chunk j meets chunk j; or its
     Transport. seed: of a control's noise.
     Example:  by default a Parent of the target's shape enters as it is; one of another
@@ -352,7 +352,7 @@ class Transport:
 
     unaligned = False
 
-    def __init__(self, target, source, alignment, seed=(0,)):
+    def __init__(self, target, source, alignment, seed):
         self.target = target                        # a Parent
         self.source = source                        # a Parent
         self.alignment = alignment                  # an Alignment
@@ -488,7 +488,7 @@ def tour(argv=None):
     # Line 3: the source's latents, projected to the number of the target's. From 576 to
     # 256 each is a mean of 2.25 latents, which shrinks the spread.
     z_target_JZ = target.latents(0, target.N)
-    transport = Transport(target, source, Alignment("gaussian"))
+    transport = Transport(target, source, Alignment("gaussian"), seed=())
     _, z_projected_JZ = transport.overlapping(0, target.N)
     show("line 3  z_s       J x Z  align.project_rows", z_projected_JZ)
     # Line 4: transported. Mean and standard deviation are now those of z_t.

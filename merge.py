@@ -313,7 +313,7 @@ def decide(run, task):
             check_shapes(run, task)
     else:
         task.tensors = alike
-    if not task.entry.is_float:
+    if not task.entry.dtype.is_floating_point:
         task.keep("whole numbers")
     elif run.kind == "self":
         return                              # merged with itself, it meets nobody

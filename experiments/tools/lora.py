@@ -145,8 +145,11 @@ NOT_LINEAR = EMBEDDING + r"|bias|position|norm|\bln_|conv|router|experts|\bgate\
 
 def is_linear(entry):
     """Whether a tensor is the matrix of a linear map, judged by its name."""
-    matrix = entry.is_float and len(entry.shape) == 2 and entry.name.endswith(".weight")
-    return matrix and entry.numel > 0 and not re.search(NOT_LINEAR, entry.name)
+    if len(entry.shape) != 2 or not entry.name.endswith(".weight"):
+        return False
+    if not entry.dtype.is_floating_point or entry.numel == 0:
+        return False
+    return not re.search(NOT_LINEAR, entry.name)
 
 
 def is_transposed(base, name):
