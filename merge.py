@@ -87,6 +87,8 @@ SAMPLES = 8             # draws of a self-merge: their noise shrinks by sqrt(8)
 RELATED = 0.5           # cosine of weights: trained apart 0.00, experts of one base 0.9
 STRIP = 256             # weights in a strip of a tensor, of which that cosine is taken,
 STRIPS = 11             # and their number, about: 2,816 weights tell it to 0.02
+FAR = 0.8               # distance of two parents over the target's norm: 1.4 (the root
+                        # of 2) for strangers, below 0.5 for experts of one base
 SHARE = 1 << 8          # source weights for each of the target's, at most
 GATE_WEIGHTS = 1 << 16  # of a tensor, in windows evenly spread: the gate takes seconds
 # The names of PEFT, kohya and LyCORIS for what is added to weights.
@@ -696,9 +698,9 @@ def coefficients_of(run, task, vectors, steps):
 
 def distances(run, task, readers, coefficients, start, piece_L):
     """{to whom: squared distance} of a merged piece: to k, the k-th model; to
-    "average", what --space weight gives; and the target's own to zero, "norm". Squares
-    add up over pieces and tensors; the report takes the root. Across shapes there is no
-    distance but to the target.
+    "average", what --space weight gives. And of the target: to zero, "norm"; to the
+    k-th model, ("apart", k). Squares add up over pieces and tensors; the report takes
+    the root. Across shapes there is no distance but to the target.
     """
     def square(one_L, other_L):         # in float64: it may leave float32
         return (one_L.double() - other_L.double()).square().sum().item()
@@ -709,6 +711,7 @@ def distances(run, task, readers, coefficients, start, piece_L):
     squares = {"norm": square(raw[0], torch.zeros(1))}
     for k, raw_L in zip(task.tensors, raw):
         squares[k] = square(piece_L, raw_L)
+        squares["apart", k] = square(raw[0], raw_L)
     if run.kind == "same-shape":
         average_L = ls.combine(raw, coefficients, task.entry)
         squares["average"] = square(piece_L, average_L)
@@ -775,12 +778,13 @@ def make_report(run, gates, trip, results):
     for whom, value in squares.items():
         if 0 < norm < math.inf and math.isfinite(value / norm):
             far[whom] = math.sqrt(value / norm)
-    sources = [far.get(k) for k in range(1, len(run.lam) + 1)]
+    ks = range(1, len(run.lam) + 1)             # of the sources
     return facts_of(run) | {
         "inputs": names_of(run), "output": basename(normpath(run.output)),
         "roundtrip": trip, "gates": gates, "seconds": run.seconds,
-        "distance": {"to_target": far.get(0), "to_source": sources,
-                     "to_average": far.get("average")},
+        "distance": {"to_target": far.get(0), "to_source": [far.get(k) for k in ks],
+                     "to_average": far.get("average"),
+                     "source_to_target": [far.get(("apart", k)) for k in ks]},
         "alignment": records,
         "unpaired": [task.entry.name for task in run.tasks if task.why == "met nobody"]}
 
@@ -849,11 +853,16 @@ def print_report(report):
 
 
 def late_warnings(run, report):
-    """What only the result shows: a codec that is too coarse for a difference so small.
+    """What only the result shows: a source that is too far from the target; a codec
+    that is too coarse for a difference so small.
     Example:  a fine-tune 1e-5 of the norm away; the codec's error is 3e-4 of it
     """
     far = report["distance"]
     warnings = []
+    for k, value in enumerate(far["source_to_target"], 1):
+        if value is not None and value > FAR:
+            warnings.append(f"source {k} is {value:.2f} of the target's norm away from "
+                            f"the target. {HARM}")
     comparable = run.plain and not run.control and any(run.lam)
     if not comparable or None in (far["to_average"], far["to_target"]):
         return warnings

@@ -42,7 +42,7 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, fields
-from os.path import basename, normpath
+from os.path import basename, exists, normpath
 
 import torch
 from torch import distributed
@@ -444,6 +444,8 @@ def parse(argv):
     a.device = pick_device(a.device)
     a.start = None
     if a.init not in LEARNING_RATES:        # it is no start of ours, so a file
+        need(exists(a.init), a.init, "is no start and no file", "give --init "
+             "random, pca, or a VAE file")
         if a.steps1 != Schedule.steps1:
             parser.error("--init FILE goes on in stage 2: drop --steps1")
         a.steps1 = 0                        # its stage 1 lies behind it
