@@ -254,17 +254,17 @@ def plan(run):
     run.tasks = [Task(entry, number, {0: entry})
                  for number, entry in enumerate(target.entries.values())]
     for k, source in enumerate(sources, 1):
-        theirs = weight_places(source)
-        pairs = ot.pair_names(weight_places(target), theirs,
+        pairs = ot.pair_names(weight_places(target), weight_places(source),
                               partial(layer_partners, target, source))
         for task in run.tasks:
             if task.entry.name in pairs:
                 task.tensors[k] = source.entries[pairs[task.entry.name]]
-        warn_of_lost(run, source, theirs.keys() - pairs.values(), "are left out: they "
-                     "have no place in the target")
     # 2. What happens to each; `decide` makes the run cross-shape where it must be.
     for task in run.tasks:
         decide(run, task)
+    for k, source in enumerate(sources, 1):
+        met = {task.tensors[k].name for task in run.tasks if k in task.tensors}
+        warn_of_lost(run, source, weight_places(source).keys() - met, "are left out")
     # What is not encoded has no latents: nothing can align it, or be a control of it,
     # and --select asks for certain tensors. So norms and embeddings are averaged with
     # their partners in a merge of one shape only, where nothing of that was asked for.
@@ -286,8 +286,8 @@ def plan(run):
          "is not needed: equal shapes share one VAE", "drop --source-vae")
     strangers(run)
     alone = {task.entry.name for task in run.tasks if is_weight(task.entry)
-             and task.why in ("met nobody", "met another shape")}
-    warn_of_lost(run, target, alone, "stay its own: they met no partner of their shape")
+             and task.why in ("met nobody", "met another shape", "no task vector")}
+    warn_of_lost(run, target, alone, "stay its own")
     # 4. Lambda, where the command line has none. The base is no source of its own.
     n = len(sources) - bool(run.base)
     share = 1 / (n + 1)
@@ -436,7 +436,8 @@ def warn_of_lost(run, model, names, what):
         lost = sum(model.entries[name].numel for name in names)
         total = sum(entry.numel for entry in model.entries.values())
         run.warnings.append(f"{model.path}: {lost / total:.1%} of its weights, "
-                            f"tensors like {min(names)} ({len(names)} in all), {what}")
+                            f"tensors like {min(names)} ({len(names)} in all), {what}: "
+                            "they met no partner of their shape")
 
 
 # --- Statistics and ties --------------------------------------------------------------
@@ -1103,7 +1104,8 @@ def check_usage(run, parser):
         (not run.roundtrip or n == 0, "--roundtrip takes TARGET alone"),
         (operator != "slerp" or n == 1, "slerp takes TARGET and one SOURCE"),
         (operator != "task-arithmetic" or run.base, "task arithmetic needs --base"),
-        (run.lam is None or len(run.lam) == n, f"--lam must have {n} values")]
+        (run.lam is None or len(run.lam) == n,
+         f"--lam must be one value, or one for each of the sources ({n})")]
     for holds, wanted in right:
         if not holds:
             parser.error(wanted)

@@ -360,7 +360,7 @@ def test_every_aligner_by_its_definition(n_source, n_target):
     projected = overlap_matrix(n_source, n_target) @ source
     m = align.Meeting(source, projected, target, Moments.of(projected),
                       Moments.of(target), 0.05)
-    assert list(align.ALIGNERS) == ["none", "mean", "gaussian", "sinkhorn"]
+    assert list(align.ALIGNERS) == ["auto", "none", "mean", "gaussian", "sinkhorn"]
     found = {name: aligner(m) for name, aligner in align.ALIGNERS.items()}
     assert found["none"].z_JZ is projected
     shifted = projected - projected.mean(0) + target.mean(0)

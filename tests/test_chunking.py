@@ -242,7 +242,7 @@ ENTRY = ck.Entry("w", torch.float32, (4,))
 
 @pytest.mark.parametrize("inside", ["", "model.safetensors"])
 @pytest.mark.parametrize("fault", ["", "an error", "a piece is missing",
-                                   "a piece comes twice", "the header is spoilt",
+                                   "a piece comes twice",
                                    "the name is taken meanwhile"])
 def test_a_result_appears_whole_or_not_at_all(tmp_path, inside, fault):
     path = tmp_path / "x"
@@ -258,9 +258,6 @@ def test_a_result_appears_whole_or_not_at_all(tmp_path, inside, fault):
                 output.put("w", 0, torch.zeros(2))
             if fault == "a piece comes twice":
                 output.put("w", 0, torch.zeros(2))
-            if fault == "the header is spoilt":
-                with open(output.path, "r+b") as file:
-                    file.write(b"\xff" * 8)
         assert not fault
     except ck.CheckpointError:
         assert fault

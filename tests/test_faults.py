@@ -92,7 +92,7 @@ def test_a_signal_while_writing(box, kind, sent, expected):
         return
     assert left and all(f".lsmerge-{pid}-" in path for path in left)
     assert ended(forked(box.log, arguments)) == 0
-    assert f"{min(left)} is of process" in said(box, "out")
+    assert f"note: {os.path.basename(min(left))}, beside" in said(box, "out")
     assert snapshot(box.folder).keys() >= left
 
 

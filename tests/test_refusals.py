@@ -38,7 +38,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
 USAGE = """
 merge.py a b --lam=2                                     | 2 | --lam, at most 1
 merge.py a b --lam=                                      | 2 | --lam
-merge.py a b --lam=0.1,0.2                               | 2 | 2 values
+merge.py a b --lam=0.1,0.2                               | 2 | one for each
 merge.py a --space=weight                                | 2 | drop --space
 merge.py a --roundtrip --samples=3                       | 2 | drop --samples
 merge.py a b --lamb=0.9                                  | 2 | --lamb
@@ -85,15 +85,12 @@ match.py a b c -o x.safetensors                          | 2 | folder
 match.py a m/b n/b -o x                                  | 2 | rename one
 greedy_soup.py --eval true a                             | 2 | two or more
 greedy_soup.py --eval true a b --lam 0.5                 | 2 | --lam
-weight_statistics.py a --figure f.png                    | 2 | .svg
 """
 PATHS = """
 merge.py b c.safetensors -o empty/..//c.safetensors --force | 1 | reads or writes
 merge.py c.safetensors b -o link.safetensors --force     | 1 | link, reads or writes
 merge.py links b -o links --force                        | 1 | links, reads or writes
 merge.py a b -o out.bin                                  | 1 | .safetensors
-merge.py model b -o model/m.safetensors                  | 1 | lies in the folder
-merge.py model b -o new --report model/new.json          | 1 | lies in the folder
 merge.py model b -o result --force --report inside/README.md | 1 | reads or writes
 merge.py a b --init random --save-vae a --force          | 1 | a, reads or writes
 merge.py void void                                       | 1 | nothing would be merged
@@ -290,11 +287,11 @@ BAD = {     # given as: {case: (its maker, words of the line)}
         # What people pass by mistake.
         "a pointer": (holding(b"version https://git-lfs.github.com/spec"), "lfs pull"),
         "pickle": (holding(pickle.dumps({"w": [1.0]})), "pickle"),
-        "torch zip": (holding(b"PK\3\4" + bytes(40)), "zip", "convert it"),
-        "no tensors": (holding(b"\2" + bytes(7) + b"{}"), "no tensors"),
+        "torch zip": (holding(b"PK\3\4" + bytes(40)), "convert a pickle"),
+        "no tensors": (holding(b"\2" + bytes(7) + b"{}"), "nothing would be merged"),
         "offsets that do not fit": (header(data_offsets=[0, 8]), "no safetensors file"),
         "a dtype of 4 bits": (header(dtype="F4", shape=[32]), "layers.0.w", "F4"),
-        "only pickles": (holding(b"x", "bad/model.bin"), "model.bin", "convert"),
+        "only pickles": (holding(b"x", "bad/model.bin"), "pickles must be conv"),
         "a shard alone": (holding(b"x", "bad/" + SHARDS[0]), "index is"),
         "an adapter alone": (adapter(), "adapter", "lora.py fold"),
         "factors of PEFT": (only(QA), "adapter", "lora.py fold"),
@@ -387,17 +384,3 @@ def test_files_that_are_refused(desk, monkeypatch, kind, case):
     for line in LINES[kind]:
         command, *arguments = line.replace("BAD", path.name).split()
         desk.refuse(*arguments, words=words, main=COMMANDS[command])
-
-
-def test_a_signal_within_argparse_is_a_signal():
-    """And not the AttributeError of argparse's own clean-up."""
-    class Interrupted(ck.argparse._StoreAction):
-        def __setattr__(self, name, value):
-            if name == "save_nargs":
-                raise KeyboardInterrupt
-            super().__setattr__(name, value)
-
-    parser = ck.Parser()
-    parser.add_argument("paths", nargs="+", action=Interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        parser.read(["a"])

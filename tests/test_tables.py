@@ -71,7 +71,7 @@ def two_texts(monkeypatch):
 def test_tables_of_merges(number, twins, zoo, two_texts, monkeypatch):
     """An exact codec ties with weight space, whatever is merged."""
     short = {"DRAWS": {"r 1": (1, 2)}, "PAIRS": (("code", "arithmetic"),),
-             "TASK_LAMBDAS": (0.3,), "DENSITIES": (0.2,), "SCALES": (0.4,),
+             "TASK_LAMBDAS": (0.3,),
              "CODECS": {"r 1": merging.EXACT}}
     for name, value in short.items():
         monkeypatch.setattr(merging, name, value)

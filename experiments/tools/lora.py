@@ -299,7 +299,7 @@ def plan(base, adapter):
         own = pairs[name]
         entry = base.entries[own]
         shape = (B.shape[0], A.shape[1])                        # (outputs, inputs)
-        fits = entry.is_float and entry.shape in (shape, shape[::-1])
+        fits = entry.dtype.is_floating_point and entry.shape in (shape, shape[::-1])
         adapter.need(fits, f"adds {[*shape]}, the base has {[*entry.shape]} of "
                      f"{entry.dtype}", name, OTHER_BASE)
         adapter.need(not is_tied(base, own), "is tied to an embedding in the base, the "
