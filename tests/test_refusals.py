@@ -144,7 +144,7 @@ def place(models, tmp_path_factory):
     save(folder / "flat", {"w": torch.ones(2, 2)})
     save(folder / "void", {"layers.0.w": torch.ones(0, 8)})
     save(folder / "zebra", {"layers.0.zebra.weight": torch.ones(8, 8)})
-    save(folder / "tiny", {"layers.0.q_proj.weight": torch.ones(8, 8)})
+    save(folder / "tiny", {"layers.0.q_proj.weight": torch.ones(32, 32)})
     save(folder / "huge", {"layers.0.q_proj.weight": torch.ones(1024, 257)})
     sharded(folder / "model", A)
     write_adapter(folder / "adapter")
