@@ -119,7 +119,7 @@ def main(argv=None):
         if model.folder and isfile(single) and single not in model.files:
             run.warnings.append(f"{single} is not used: the index names other files")
     check_outputs(run)
-    # Who meets whom; nothing but some strips of the weights has been read so far.
+    # Who meets whom. It reads headers, some strips of the weights, embeddings, heads.
     plan(run)
     warn(run.warnings)
     if run.dry_run:
@@ -475,8 +475,9 @@ def tie(run):
     merged as one: the head takes the embedding's partners, and its noise if any, so
     that both stay equal.
 
-    Equal bit for bit in the target are they, and one of them is an embedding: two heads
-    may be equal by accident (both at the start of a training), as may constants.
+    They are equal bit for bit in the target, and one of them is an embedding: two heads
+    may be equal by accident (both at the start of a training), as may constants. A
+    source's head of its own has no place then, which is told.
     """
     def comes_later(task):
         return task.action == "copied", task.entry.place.role != "embed"
@@ -490,10 +491,20 @@ def tie(run):
                 continue
             accident = measure(run.models[0], leader.entry.name).constant
             if "embed" in (role, leader.entry.place.role) and not accident:
+                warn_of_untied(run, task.tensors, leader.tensors)
                 task.tensors = dict(leader.tensors)
                 task.number = leader.number
                 task.action = leader.action
                 task.why = ""
+
+
+def warn_of_untied(run, heads, embeddings):
+    """Both: {k: Entry of the k-th model}, k = 0 the target, whose two are equal."""
+    for k in heads.keys() & embeddings.keys():
+        model = run.models[k]
+        if digest(model, heads[k]) != digest(model, embeddings[k]):
+            run.warnings.append(f"{model.path}: {heads[k].name} is left out: the target "
+                                "has one matrix for its embedding and its head")
 
 
 # --- The codec, and whether it can carry these weights --------------------------------
@@ -1126,16 +1137,16 @@ def merge_state_dicts(target, *sources, base=None, **flags):
 
     base:     the state dict of the sources' ancestor, for task arithmetic
     flags:    the command's, by their names: a value, a list of lambdas, or True for a
-              flag without a value. What is printed is not printed
+              flag without a value (not output, nor dry_run). Nothing is printed
     Example:  merge_state_dicts(a, b, lam=0.3, vae="exact", residual=True)
     Raises:   CheckpointError; SystemExit for what is a usage error of the command
     """
     with tempfile.TemporaryDirectory() as folder:
         result = join(folder, "merged.safetensors")
-        argv = ["--quiet", f"--output={result}"]
+        argv = ["--quiet"]
         for name, value in flags.items():
             flag = f"--{name.replace('_', '-')}"
-            if isinstance(value, list):
+            if isinstance(value, (list, tuple)):
                 value = ",".join(map(str, value))
             if value is not True:
                 flag = f"{flag}={value}"
@@ -1148,7 +1159,7 @@ def merge_state_dicts(target, *sources, base=None, **flags):
             write_tensors(file, base, {})
             argv.append(f"--base={file}")
         with contextlib.redirect_stdout(io.StringIO()):
-            main(argv)
+            main([*argv, f"--output={result}"])
         merged = Checkpoint(result)
         return {name: merged.read_tensor(name) for name in target}
 
