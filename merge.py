@@ -794,7 +794,8 @@ def make_report(run, gates, trip, results):
     return facts_of(run) | {
         "inputs": names_of(run), "output": basename(normpath(run.output)),
         "roundtrip": trip, "gates": gates, "seconds": run.seconds,
-        "distance": {"to_target": far.get(0), "to_source": [far.get(k) for k in ks],
+        "distance": {"to_target": far.get(0),
+                     "to_source": [far.get(k) for k in ks],
                      "to_average": far.get("average"),
                      "source_to_target": [far.get(("apart", k)) for k in ks]},
         "alignment": records,
