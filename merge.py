@@ -503,8 +503,8 @@ def warn_of_untied(run, heads, embeddings):
     for k in heads.keys() & embeddings.keys():
         model = run.models[k]
         if digest(model, heads[k]) != digest(model, embeddings[k]):
-            run.warnings.append(f"{model.path}: {heads[k].name} is left out: the target "
-                                "has one matrix for its embedding and its head")
+            run.warnings.append(f"{model.path}: {heads[k].name} is left out: the "
+                                "target has one matrix for its embedding and its head")
 
 
 # --- The codec, and whether it can carry these weights --------------------------------
