@@ -28,7 +28,6 @@ MODELS = HERE / "models"
 RESULTS = HERE / "results"
 FLOOR = 1e-4            # bits per byte; rounding makes 1e-6, in all documents alike
 LOSSLESS = 0.01         # of the loss: what still counts as the same model
-QUICK = 8               # documents per domain, of --quick
 
 
 # --- Records ------------------------------------------------------------------------
