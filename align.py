@@ -231,7 +231,7 @@ def project(z_IZ, n_target, z_target=None):
 
 # --- Line 4: the Gaussian map ---------------------------------------------------------
 # Eigenvalues of the source's covariance are at least FLOOR times the mean eigenvalue of
-# the larger cloud. With fewer chunks than latent numbers some are 0, and have no
+# the wider cloud. With fewer chunks than latent numbers some are 0, and have no
 # inverse. With the floor no direction is stretched by more than sqrt(Z / FLOOR).
 FLOOR = 1e-9
 

@@ -169,7 +169,7 @@ def is_weight(entry):
     dimensions; or RoPE's frequencies."""
     if not entry.dtype.is_floating_point or entry.numel == 0:
         return False
-    if entry.name.endswith("bias") and len(entry.shape) > 2:
+    if entry.name.endswith(("attn.bias", "attention.bias")) and len(entry.shape) > 2:
         return False
     return not entry.name.endswith(("mask", "masked_bias", "inv_freq"))
 
@@ -423,8 +423,10 @@ def refuse_quantised(entries, folder):
     for name, entry in entries.items():
         if DTYPE_NAMES[entry.dtype] in PACKED and len(entry.shape) >= 2:
             found = {name, name.rpartition(".")[0]} & scaled
-            # Their scales may lie elsewhere; but no whole number is a weight.
-            if name.endswith("weight") and not entry.dtype.is_floating_point:
+            # Scales may have other names; but such whole numbers are weights, if they
+            # are neither masks nor indices.
+            rest = name.endswith(("bias", "mask", "index", "ids"))
+            if not rest and not entry.dtype.is_floating_point:
                 found = True
             need(not found, entry.file, f"is quantised: {entry.dtype}", ORIGINAL, name)
     # Configurations say so as well. With {} or null they do not.

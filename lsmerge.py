@@ -47,7 +47,7 @@ from typing import Callable, NamedTuple
 
 import torch
 
-import align as ot
+import align as ot              # ours, not the POT library
 from chunking import (PIECE, Checkpoint, CheckpointError, Parser, TensorStats, cast,
                       chunk, command, from_windows, is_selected, measure, need, pool,
                       say, spans, standardise, to_windows, unchunk, unstandardise, wide)
@@ -461,7 +461,7 @@ def show_encoding(label, parent):
 
 def tour(argv=None):
     """Algorithm 1 on one tensor of each of two models, in one piece: the calls that
-    `ls_merge` makes. Step through it with python -m pdb.
+    `ls_merge` makes where shapes differ. Step through it with python -m pdb.
 
     For each tensor it prints its shape, by the dimension key, its mean and its standard
     deviation; and the function where it is made."""

@@ -40,7 +40,7 @@ them (run.lam, run.operator, ...), and what was found since:
     run.kind    self, same-shape or cross-shape
     run.tasks   a Task for each tensor of the target, in its order
     run.plain   whether chunk j of a source meets chunk j of the target, everywhere
-    run.output  the path of the result, whether given or not; so is run.vae
+    run.output, run.vae: paths, whether given or not
     run.warnings, said at once and again at the end
     run.sink    the Output that is written to
     run.seconds of each stage
@@ -72,7 +72,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import align as ot
+import align as ot              # ours, not the POT library
 import lsmerge as ls
 import train
 from chunking import (STOP, Checkpoint, Entry, Output, appear, check_output, command,
@@ -86,13 +86,15 @@ REFERENCE = join(dirname(abspath(__file__)), "experiments/models/vae.safetensors
 SAMPLES = 8             # draws of a self-merge: their noise shrinks by sqrt(8)
 RELATED = 0.5           # cosine of weights: trained apart 0.00, experts of one base 0.9
 STRIP = 256             # weights in a strip of a tensor, of which that cosine is taken,
-STRIPS = 11             # and their number, about: 2,816 weights tell it to 0.02
+STRIPS = 11             # and their number, about. Of 2,816 weights the second
+                        # lowest is 0.05 below the cosine of all, to 0.02
 FAR = 0.8               # distance of two parents over the target's norm: 1.4 (the root
                         # of 2) for strangers, below 0.5 for experts of one base
 SHARE = 1 << 8          # source weights for each of the target's, at most
 GATE_WEIGHTS = 1 << 16  # of a tensor, in windows evenly spread: the gate takes seconds
 # The names of PEFT, kohya and LyCORIS for what is added to weights.
-ADAPTER = r"(^|\.)lora_|lora\.(up|down)|hada_w|lokr_w|ia3_l|\.base_layer\."
+ADAPTER = (r"^base_model\.model\.|(^|\.)lora_|lora\.(up|down)|hada_w|lokr_w|ia3_l|"
+           r"\.base_layer\.")
 MATCH = "if they are relatives, run python experiments/tools/match.py first"
 HARM = ("Merging unrelated models does harm, in our measurements 0.03 to 0.09 bits per "
         "byte at lambda 0.1, and more above (experiments/RESULTS.md, Figure 4)")
@@ -274,6 +276,11 @@ def plan(run):
             if task.action == "averaged":
                 task.keep("not encoded")
     tie(run)
+    for k, source in enumerate(sources, 1):
+        alone = {task.entry.name for task in run.tasks
+                 if k not in task.tensors and task.why != "not encoded"}
+        warn_of_lost(run, target, weight_places(target).keys() & alone,
+                     f"take nothing of {source.path}")
     # 3. What is refused, and what is warned of. A copy of the target under another name
     # would look like a merge.
     why = reasons(run)
@@ -285,9 +292,6 @@ def plan(run):
     need(run.kind == "cross-shape" or not run.source_vae, run.source_vae,
          "is not needed: equal shapes share one VAE", "drop --source-vae")
     strangers(run)
-    alone = {task.entry.name for task in run.tasks if is_weight(task.entry)
-             and task.why in ("met nobody", "met another shape", "no task vector")}
-    warn_of_lost(run, target, alone, "stay its own")
     # 4. Lambda, where the command line has none. The base is no source of its own.
     n = len(sources) - bool(run.base)
     share = 1 / (n + 1)
@@ -386,10 +390,11 @@ def cosine(target, source, mine, theirs):
     strips of them. RELATED, which is neither above nor below it, where that says
     nothing: for vectors (norms are near 1 in any model), zeros, and two shapes.
 
-    A strip of a new word may be another; two are another order. Strips are spread over
-    all of a tensor, as a model whose rows stand in another order may have its first row
-    in place. They are 11 as heads are 8, 16 or 32: strips that all began where a head
-    does would see only its first row, which an order within heads may leave in place.
+    One strip may differ because a word was added; two that differ mean another order
+    of rows: so it is the second lowest. Strips are spread over all of a tensor, as a
+    model whose rows stand in another order may have its first row in place. They are 11
+    as heads are 8, 16 or 32: strips that all began where a head does would see only its
+    first row, which an order within heads may leave in place.
     """
     entry = target.entries[mine]
     if len(entry.shape) < 2 or entry.shape != source.entries[theirs].shape:
@@ -560,8 +565,8 @@ class Lost(NamedTuple):
 
 
 def round_trip(run, task):
-    """[Lost, of each parent] of an encoded tensor: of D(E(w)) on GATE_WEIGHTS of it, in
-    the unit in which it is encoded.
+    """[Lost, of each parent] of an encoded tensor: of D(E(w)) on some GATE_WEIGHTS of
+    it, in the unit in which it is encoded.
 
     With x the standardised weights, of variance 1, and e = D(E(x)) - x:
 
@@ -576,8 +581,10 @@ def round_trip(run, task):
     if task.action != "encoded" or not run.codecs:
         return []
     squares = []        # of the errors, of each parent
-    unit = 1e-9         # of the variance, 1: float32 itself loses 1e-14 of it
-    coefficients = coefficients_of(run, task, [], [])       # slerp's are near lerp's
+    unit = 1e-9         # a floor, where all weights are zero. Far above it: 1, the
+                        # variance; far below: 1e-14, what float32 itself loses
+    # Without vectors slerp takes lerp's, which are near its own.
+    coefficients = coefficients_of(run, task, [], [])
     parents = parents_of(run, task)
     for c, own, parent in zip(coefficients, task.tensors.values(), parents):
         stats = parent.stats                            # pooled, unlike its own
@@ -675,7 +682,6 @@ def merge_tensor(run, task):
         steps = spans(target.N, target.per_piece)
         coefficients = coefficients_of(run, task, latents, steps)
         alignment = ls.Alignment(run.align, run.control, run.epsilon)
-        # A control's noise has a seed of its own: not that of the source's draws.
         sources = [ls.as_source(target, source, alignment, (*source.seed, 1))
                    for source in sources]
         pieces = ls.ls_merge(target, sources, coefficients, run.residual)
@@ -766,7 +772,8 @@ def facts_of(run):
             tensors["weights_encoded"] += task.entry.numel
     facts = {"version": VERSION, "lambda": run.lam, "align": align, "ratio": ratio,
              "codec": basename(codec), "tensors": dict(tensors)}
-    for flag in ("kind operator space control samples seed residual select").split():
+    for flag in ("kind operator space control epsilon samples seed dtype residual "
+                 "select").split():
         facts[flag] = getattr(run, flag)
     return facts
 
@@ -876,11 +883,12 @@ def late_warnings(run, report):
         if value is not None and value > FAR:
             warnings.append(f"source {k} is {value:.2f} of the target's norm away from "
                             f"the target. {HARM}")
-    comparable = run.plain and not run.control and any(run.lam)
+    differ = any(far["source_to_target"])
+    comparable = run.plain and not run.control and any(run.lam) and differ
     if not comparable or None in (far["to_average"], far["to_target"]):
         return warnings
-    # The way to the target, squared, is that of the average and the codec's error,
-    # squared: where the error is the larger one, it is over sqrt(1/2) of the whole way.
+    # (Distance to the target)^2 = step^2 + error^2, where the step is that of the plain
+    # average. If the error is the larger one, it is over sqrt(1/2) of the distance.
     # (Draws are noise on purpose: with --samples it is no error of the codec.)
     if far["to_average"] > 0.71 * far["to_target"] and not run.samples:
         warnings.append("the codec's error exceeds the difference that was merged: add "
@@ -999,6 +1007,8 @@ def check_outputs(run):
     others = []
     for each in (*run.models, *run.codecs):
         others += each.files
+    # Nor may anything appear within a model: it would be another model then.
+    others += [model.folder for model in run.models if model.folder]
     held = run.result.files                     # only the result may be a folder
     for flag, path in (("-o", run.output), ("--save-vae", run.save_vae),
                        ("--report", run.report)):
@@ -1138,7 +1148,8 @@ def merge_state_dicts(target, *sources, base=None, **flags):
 
     base:     the state dict of the sources' ancestor, for task arithmetic
     flags:    the command's, by their names: a value, a list of lambdas, or True for a
-              flag without a value (not output, nor dry_run). Nothing is printed
+              flag without a value; None and False: not given. Not output, nor dry_run.
+              Warnings are printed on stderr, nothing else is
     Example:  merge_state_dicts(a, b, lam=0.3, vae="exact", residual=True)
     Raises:   CheckpointError; SystemExit for what is a usage error of the command
     """
@@ -1147,6 +1158,8 @@ def merge_state_dicts(target, *sources, base=None, **flags):
         argv = ["--quiet"]
         for name, value in flags.items():
             flag = f"--{name.replace('_', '-')}"
+            if value is None or value is False:
+                continue
             if isinstance(value, (list, tuple)):
                 value = ",".join(map(str, value))
             if value is not True:

@@ -109,8 +109,8 @@ def train_vae(parents, config, schedule=Schedule(), log=lambda figures: None,
     Returns:  the VAE in its best state; a record tells the steps, the peak of the
               learning rate, the best step, its figures (see `validate`), and how the
               stage ended
-    Raises:   CheckpointError where the loss is not finite, or nothing was learnt before
-              Ctrl-C
+    Raises:   CheckpointError where the loss is not finite; KeyboardInterrupt if it was
+              interrupted before its first check
     """
     keep_freed_memory()
     gather(None)        # under torchrun: the processes meet
@@ -132,7 +132,8 @@ def train_vae(parents, config, schedule=Schedule(), log=lambda figures: None,
             peak *= STAGE2_RATE
         run_stage(vae, windows, schedule, 2, schedule.steps2, peak, stages, log)
     except KeyboardInterrupt:           # Ctrl-C; a second one is not heard
-        need(stages, "training", "interrupted before its first check", "run it again")
+        if not stages:                  # nothing was checked yet: nothing to keep
+            raise
         stages[-1]["ended"] = "interrupted"
         if len(stages) == 1 and not start:
             # Stage 1 alone has not set the bottleneck, which merge.py goes through.
@@ -153,7 +154,7 @@ def run_stage(vae, windows, schedule, stage, steps, peak, stages, log):
                                   weight_decay=WEIGHT_DECAY)
     # ours: a rise to the peak first, while AdamW's averages are of few gradients and
     # its steps nearly random. Without it one seed of two ended at an NMSE of 1e-4, with
-    # it both at 3.5e-7 (default schedule, two experts). Then paper: cosine to zero.
+    # it both at 3.5e-7 (default schedule, two experts). Then paper: cosine to 0.
     rates = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, steps + 1,
                                                 pct_start=WARMUP, cycle_momentum=False)
     # Every process draws the same batch, and takes its share; the noise is its own.
@@ -403,7 +404,7 @@ def regex(value):
 
 
 def pick_device(name):
-    """"auto", "cpu" or "cuda" -> a torch device. Under torchrun each process has a GPU.
+    """"auto", "cpu" or "cuda" -> torch's name. Under torchrun each process has a GPU.
     Example:  rank 5 of two machines of 4 GPUs: cuda:1 of the second"""
     if name == "cpu" or not torch.cuda.is_available():
         need(name != "cuda", "--device cuda", "torch finds no GPU", "use --device cpu")

@@ -14,7 +14,7 @@ x (32, 16, 64), h (32, 16, 128), mu (32, 16, 32).
 Two starts. "random" is the paper's. "pca" is ours: the network starts out as the best
 linear autoencoder.
 
-    A pre-norm transformer computes  x + f_1(x) + f_2(x) + ...
+    A pre-norm transformer adds branches:  h_1 = x + f_1(x),  h_2 = h_1 + f_2(h_1), ...
     With the last matrix of every f at zero it is the identity: the stream carries the
     embedded chunk untouched. If the embedding is an isometry (D >= C), and the
     bottleneck holds the Z leading principal directions, then the untrained network IS
@@ -41,10 +41,10 @@ from torch import nn
 @dataclass(frozen=True)
 class VAEConfig:
     """The network's sizes, its start, and the beta of Eq. 1. ValueError where they do
-    not fit together: it names the flag of train.py."""
-    chunk: int = 64         # C. its release: 640. ours: 16,384 weights give 256 samples
+    not fit together: it names the flag of train.py. (Its code: the paper's release.)"""
+    chunk: int = 64         # C. its code: 640. ours: 16,384 weights give 256 samples
     tokens: int = 16        # T: attention sees T C = 1,024 weights of one tensor
-    ratio: float = 1.0      # r = C / Z. paper: 1.6, 2, 4; its release: 1.0
+    ratio: float = 1.0      # r = C / Z. paper: 1.6, 2, 4; its code: 1.0
     width: int = 64         # D. paper's release: 768. By trial 128 is no better
     blocks: int = 1         # in the encoder, and again in the decoder. paper: 6
     heads: int = 2          # paper's release: 4
@@ -130,7 +130,7 @@ def rotate(q_BHTK):
 
 
 class Posterior(NamedTuple):
-    """q(z | w) = N(mu, sigma^2 I) with sigma^2 = exp(logvar), a row for each chunk."""
+    """q(z | w) = N(mu, diag(sigma^2)), sigma^2 = exp(logvar), a row for each chunk."""
     mu_BTZ: torch.Tensor
     logvar_BTZ: torch.Tensor
 
@@ -235,7 +235,7 @@ class VAE(nn.Module):
         Example:  beta 1e-4 -> sigma 0.01. For a latent number of variance 1 the KL is
                   then (1 + 1e-4 - 1 - log 1e-4) / 2 = 4.605 nats, which is -log sigma.
         """
-        # At r < 1 there are more latent numbers than directions: they stay 0.
+        # At r < 1, or D < C, more latent numbers than directions: they stay 0.
         unused = self.config.latent - directions_DZ.shape[1]
         directions_DZ = F.pad(directions_DZ, (0, unused))
         self.to_mu.weight.copy_(directions_DZ.T)

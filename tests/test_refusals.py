@@ -91,6 +91,8 @@ merge.py b c.safetensors -o empty/..//c.safetensors --force | 1 | reads or write
 merge.py c.safetensors b -o link.safetensors --force     | 1 | link, reads or writes
 merge.py links b -o links --force                        | 1 | links, reads or writes
 merge.py a b -o out.bin                                  | 1 | .safetensors
+merge.py model b -o model/m.safetensors                  | 1 | lies in
+merge.py model b -o new --report model/new.json          | 1 | lies in
 merge.py model b -o result --force --report inside/README.md | 1 | reads or writes
 merge.py a b --init random --save-vae a --force          | 1 | a, reads or writes
 merge.py void void                                       | 1 | nothing would be merged
