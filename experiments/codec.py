@@ -204,7 +204,7 @@ def claims_of_curves(rows):
     yield Claim("one stage collapses, two do not", "abstract",
                 f"beta 1: NMSE {ends[0]:.2f}, two stages {ends[1]:.2f}",
                 "holds" if holds else "not reproduced", "One stage or two",
-                "stage 2, slow, stays short of Eq. 1's empty optimum")
+                "at beta 1 an empty code is best; stage 2 stays short of it")
 
 
 # --- What training finds at r = 1 ---------------------------------------------------

@@ -238,7 +238,7 @@ CLAIMS = [
      "sampling only adds noise"),
     ("a soup of ten LoRA experts gains in latents", "MMLU 49.7 → 56.0", "table3",
      "soup, latents [r 1]", "weights", "weights",
-     "Table 3: ten LoRA experts", "the soup gains; an exact codec adds nothing"),
+     "Table 3: ten LoRA experts", "the soup gains, as much without a codec"),
     ("task arithmetic of two experts gains in latents", "MMLU 52.2 → 55.1", "table4",
      "code + arithmetic: task arithmetic, latents [r 1]", "weights",
      "the same on weights", "Table 4: two experts of one base", "")]

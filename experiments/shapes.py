@@ -235,7 +235,7 @@ def claims(records):
         yield Claim("a relative of another shape, matched, lambda 0.5", "",
                     f"{pm_of(d)} to the target: {cell_gain(row)}", "ours",
                     "A relative of another shape",
-                    "after match.py both together beat the target")
+                    "matched by match.py, the two merged beat it")
 
 
 def main():
