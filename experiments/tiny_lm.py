@@ -18,7 +18,7 @@ from torch import nn
 
 import compare              # noqa: F401  (finds the two below)
 import lora
-from chunking import StateDict
+from chunking import StateDict, need
 
 VOCAB = 256         # one token per byte: no tokeniser to disagree about
 HEAD_DIM = 32       # a state dict does not say how its rows split into heads
@@ -147,6 +147,8 @@ def load(path):
     path = Path(path)
     if not path.is_dir():
         return TinyLM.from_state_dict(load_file(path))
+    need((path / "adapter_config.json").exists(), path, "is no model of this folder's",
+         "judge models of your own by a test of your own")
     config = json.loads((path / "adapter_config.json").read_text())
     base = load(path.parents[1] / f"{config['base_model_name_or_path']}.safetensors")
     folded = lora.folded_tensors(StateDict(base.state_dict()), path)
