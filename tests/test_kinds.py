@@ -114,6 +114,8 @@ def test_several_sources_of_which_each_lacks_something(desk):
     got, report = desk.merged(A, b, c)
     check_average(got, A, [b, c])
     assert report["kind"] == "same-shape" and report["unpaired"] == []
+    nothing = f"{UP} (1 in all), take nothing of {desk / '2.safetensors'}: "
+    assert desk.err.count(nothing) == 2 and desk.err.count("take nothing") == 2
     got, _ = desk.merged(A, c, b, "--lam", "0.3,0.2")
     wanted = 0.8 * A[UP].double() + 0.2 * b[UP].double()    # c's share: the target's
     assert_near({UP: got[UP]}, {UP: wanted}, rtol=1e-5)

@@ -75,35 +75,43 @@ FLAT = [{f"fc{i}.weight": torch.randn(32, 32, generator=generator(10 * seed + i)
 LONG = torch.randn(64, 8192, generator=generator())     # a row is thrice 2,816 weights
 MOVED = torch.cat([LONG[:1], LONG[1:].flip(0)])
 STRANGER = llama_tensors(77)
-REST = "gate, k, o, q, up, v"
+ALL = "down, embed, gate, k, o, q, up, v"
 FLIPPED = B | {EMBED: B[EMBED].flip(0)}
-STRANGERS = {           # (the two models, flags, words of the warning, if there is one)
+STRANGERS = {           # (the two models, flags, the roles that are told)
     "experts in place": (experts(range(8)), "", ""),
-    "experts that changed places": (experts([0, 5, 2, 3, 4, 1, 6, 7]), "",
-                                    "strangers in gate_up. "),
-    "RoPE, 4 heads of 16": (rope_of_meta(64, 4), "", "strangers in k, q. "),
-    "RoPE, 4 heads of 32": (rope_of_meta(128, 4), "", "strangers in k, q. "),
-    "RoPE, 8 heads of 32": (rope_of_meta(256, 8), "", "strangers in k, q. "),
-    "neurons": (other_neurons(), "", "strangers in down, gate, up. "),
-    "only the first row is in place": (({Q: LONG}, {Q: MOVED}), "", "strangers in q. "),
-    "another tokenizer": ((A, FLIPPED), "", "strangers in embed. "),
-    "no layers": (FLAT, "", "strangers in down, up. "),
-    "trained apart": ((A, STRANGER), "", f"strangers in down, embed, {REST}. "),
-    "the other sign": ((A, {name: -w for name, w in A.items()}), "", "down, embed, "),
-    "what is selected": ((A, STRANGER), "--select embed", "in embed. "),
-    "what is aligned": ((A, STRANGER), "--align mean", f"in down, {REST}. "),
-    "of another shape": ((A, llama_tensors(77, hidden=96)), "", "shapes differ"),
+    "experts that changed places": (experts([0, 5, 2, 3, 4, 1, 6, 7]), "", "gate_up"),
+    "RoPE, 4 heads of 16": (rope_of_meta(64, 4), "", "k, q"),
+    "RoPE, 4 heads of 32": (rope_of_meta(128, 4), "", "k, q"),
+    "RoPE, 8 heads of 32": (rope_of_meta(256, 8), "", "k, q"),
+    "neurons": (other_neurons(), "", "down, gate, up"),
+    "only one row is new": (({Q: LONG}, {Q: LONG.clone().index_fill(
+        0, torch.tensor([0]), 1.0)}), "", ""),
+    "only the first row is in place": (({Q: LONG}, {Q: MOVED}), "", "q"),
+    "another tokenizer": ((A, FLIPPED), "", "embed"),
+    "no layers": (FLAT, "", "down, up"),
+    "trained apart": ((A, STRANGER), "", ALL),
+    "the other sign": ((A, {name: -w for name, w in A.items()}), "", ALL),
+    "what is selected": ((A, STRANGER), "--select embed", "embed"),
+    "what is aligned": ((A, STRANGER), "--align mean", ALL.replace("embed, ", "")),
 }
 
 
 @pytest.mark.parametrize("case", STRANGERS)
 def test_strangers_are_told(merged, case):
-    pair, flags, words = STRANGERS[case]
+    """And nothing else but, of the result, how far away they are."""
+    pair, flags, roles = STRANGERS[case]
     code, _, errors = merged(*pair, *flags.split())
-    lines = errors.splitlines() or [""]
-    assert code == 0 and words in errors, errors
-    for line in (lines[0], lines[-1]):
-        assert line.startswith("warning: ") == bool(words), errors
+    lines = [line for line in errors.splitlines() if "norm away" not in line]
+    assert code == 0 and len(lines) == 2 * bool(roles), errors
+    words = f"1.safetensors and the target are strangers in {roles}. {merge.HARM}; "
+    assert all(re.match(r"warning: \S+/", line) and words in line for line in lines)
+
+
+def test_another_shape_is_told(merged):
+    """The embedding and five norms of either side have no partner of their shape."""
+    code, _, errors = merged(A, llama_tensors(77, hidden=96))
+    assert code == 0 and errors.count(f"like {EMBED} (6 in all)") == 4
+    assert errors.count("warning: shapes differ. ") == 2 and errors.count("\n") == 6
 
 
 def test_a_layer_that_was_removed(merged):
@@ -132,25 +140,33 @@ def in_both_layers(rest, *shape):
 
 
 DEEPER = {name: w for name, w in llama_tensors(1, layers=4).items() if name not in A}
-EXTRA = {               # (what the source has besides, words of the warning)
-    "biases": (in_both_layers("self_attn.q_proj.bias", 64), "(2 in all)"),
-    "norms of heads": (in_both_layers("self_attn.q_norm.weight", 16), "(2 in all)"),
-    "matrices": (in_both_layers("mlp.extra.weight", 64, 64), "layers.0.mlp.extra"),
-    "a head": ({HEAD: torch.ones(40, 64)}, HEAD),
-    "half a model": (DEEPER, "(18 in all)"),
-    "a tower and a draft layer": ({
+EXTRA = {               # what the source has besides
+    "biases": in_both_layers("self_attn.q_proj.bias", 64),
+    "norms of heads": in_both_layers("self_attn.q_norm.weight", 16),
+    "matrices": in_both_layers("mlp.extra.weight", 64, 64),
+    "a head": {HEAD: torch.ones(40, 64)},
+    "half a model": DEEPER,
+    "a tower and a draft layer": {
         "vision.layers.0.self_attn.q_proj.weight": torch.ones(8, 8),
-        "model.layers.2.eh_proj.weight": torch.ones(8, 8)}, "(2 in all)"),
-    "a tensor without a weight": ({"norm.weight": torch.ones(0)}, ""),
+        "model.layers.2.eh_proj.weight": torch.ones(8, 8)},
+    "a tensor without a weight": {"norm.weight": torch.ones(0)},
 }
+
+
+def share(some, of):
+    lost, total = (sum(w.numel() for w in each.values()) for each in (some, of))
+    return f"{lost / total:.1%}"
 
 
 @pytest.mark.parametrize("case", EXTRA)
 def test_what_the_target_has_no_place_for_is_told(merged, case):
-    extra, words = EXTRA[case]
+    extra = EXTRA[case]
     code, result, errors = merged(A, B | extra)
     assert code == 0 and is_average(result[Q], A[Q], B[Q])
-    assert words in errors and ("left out" in errors) == bool(words)
+    line = (f"1.safetensors: {share(extra, B | extra)} of its weights, tensors like "
+            f"{min(extra)} ({len(extra)} in all), are left out")
+    told = 2 * (case != "a tensor without a weight")
+    assert errors.count(line) == errors.count("\n") == told, errors
 
 
 def test_a_target_most_of_which_met_nobody_is_told(merged, tmp_path):
@@ -160,15 +176,17 @@ def test_a_target_most_of_which_met_nobody_is_told(merged, tmp_path):
         a |= {f"{stack}.{i}.mlp.up_proj.weight": torch.randn(16, 64) for i in (0, 1)}
     b = {HEAD: a[HEAD] + 0.01, "transformer.h.0.attn.c_attn.weight": torch.randn(8, 8)}
     code, _, errors = merged(a, b)
-    assert code == 0 and "86.5% of its weights" in errors and "take nothing of" in errors
+    up = "model.layers.0.mlp.up_proj.weight"
+    line = f"/0.safetensors: 86.5% of its weights, tensors like {up} (4 in all), take "
+    assert code == 0 and errors.count(line) == 2
     a = llama_tensors(1, mlp=256)
-    base = {name: t for name, t in a.items() if "mlp" not in name}
+    mlps = {name: w for name, w in a.items() if "mlp" in name}
+    base = {name: w for name, w in a.items() if name not in mlps}
     path = save(tmp_path / "base.safetensors", base)
     _, _, errors = merged(a, relative(a, 2), "--operator", "task-arithmetic", "--base",
                           path, "--lam", "1")
-    sizes = {name: w.numel() for name, w in a.items()}
-    share = sum(n for name, n in sizes.items() if "mlp" in name) / sum(sizes.values())
-    assert f"{share:.1%} of its weights" in errors and "take nothing of" in errors
+    assert f"/0.safetensors: {share(mlps, a)} of its weights, tensors like " in errors
+    assert f"{min(mlps)} (6 in all), take nothing of {path}: " in errors
 
 
 def test_what_stays_the_targets(merged):
