@@ -93,8 +93,7 @@ FAR = 0.8               # distance of two parents over the target's norm: 1.4 (t
 SHARE = 1 << 8          # source weights for each of the target's, at most
 GATE_WEIGHTS = 1 << 16  # of a tensor, in windows evenly spread: the gate takes seconds
 # The names of PEFT, kohya and LyCORIS for what is added to weights.
-ADAPTER = (r"^base_model\.model\.|(^|\.)lora_|lora\.(up|down)|hada_w|lokr_w|ia3_l|"
-           r"\.base_layer\.")
+ADAPTER = r"(^|\.)lora_|lora\.(up|down)|hada_w|lokr_w|ia3_l|\.base_layer\."
 MATCH = "if they are relatives, run python experiments/tools/match.py first"
 HARM = ("Merging unrelated models does harm, in our measurements 0.03 to 0.09 bits per "
         "byte at lambda 0.1, and more above (experiments/RESULTS.md, Figure 4)")

@@ -15,6 +15,7 @@ import functools
 import hashlib
 import os
 import platform
+import sys
 import sysconfig
 from collections import defaultdict
 from pathlib import Path
@@ -25,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 
-from tiny_lm import TinyLM, load
+from tiny_lm import TinyLM, load      # it finds the modules above
+from chunking import command
 
 DOMAINS = ("code", "prose", "arithmetic")
 SPLITS = {"test": 15, "validation": 15, "train": 70}    # percent; the strictest first
@@ -249,4 +251,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(main))
