@@ -144,7 +144,7 @@ def measure_vae(path):
     with tempfile.TemporaryDirectory() as folder:
         decoded, trip = round_trip(folder, path, merge.REFERENCE)
         after = bits(read_model(decoded))
-    name = Path(path).resolve().stem
+    name = Path(path).resolve().name.removesuffix(".safetensors")
     trained_on = Codec.load(merge.REFERENCE).record["trained_on"]
     return {"model": name, "seen": f"{name}.safetensors" in trained_on, **trip,
             "loss_before": bits(read_model(path)), "loss": after, **machine()}

@@ -32,8 +32,8 @@ LOSSLESS = 0.01         # of the loss: what still counts as the same model
 
 # --- Records ------------------------------------------------------------------------
 # What names a row. A new row replaces the one of the same name.
-NAMES = ("name", "file", "row", "vae", "model", "ratio", "source", "target", "align",
-         "pairing", "lam", "control", "seed", "bytes", "network")
+NAMES = ("name", "file", "row", "vae", "model", "ratio", "source", "align", "lam",
+         "control", "seed", "bytes", "network")
 
 
 def git(*arguments):

@@ -1,7 +1,7 @@
 """Train the small models that every experiment merges: a base, its experts, two
 strangers that share only its data, two relatives of other shapes, ten LoRA adapters.
 
-    python experiments/make_models.py               # all, on one core three hours
+    python experiments/make_models.py               # all, on one core 160 minutes
     python experiments/make_models.py code lora-all # or some, into models/
 
 In:    the text of evaluate.py; SPECS below.
@@ -318,6 +318,8 @@ def main():
     parser.add_argument("--out", type=Path, default=MODELS,
                         help="folder for the checkpoints, and for parents")
     args = parser.parse_args()
+    if unknown := set(args.names) - set(SPECS):
+        parser.error(f"no such model: {', '.join(sorted(unknown))}")
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.names:
         texts = [training_text(domain, SPECS[name].half) for domain in DOMAINS]

@@ -35,7 +35,7 @@ README = ("a VAE serves unseen models at r = 1",
 # --- RESULTS.md ---------------------------------------------------------------------
 def facts(name, rows):
     """What the numbers of a section hang on, as its records say it."""
-    found = [f"`results/{name}.jsonl`: {len(rows)} rows"]
+    found = [f"`results/{name}.jsonl`: {len(rows)} row{'s' * (len(rows) > 1)}"]
     for key in ("python", "torch", "threads", "documents", "commit"):
         values = {str(row[key]) for row in rows if row.get(key) is not None}
         if values:
