@@ -218,6 +218,9 @@ def test_committed_rows_have_names_of_their_own_and_a_command():
         names = [compare.name_of(row) for row in compare.read(path.stem)]
         assert len(names) == len(set(names)) > 0, path.name
         assert f"`{path.stem}`" in commands, path.name
+    for file, words in re.findall(r"`python experiments/(\w+\.py)(.*?)`", commands):
+        for flag in re.findall(r"--\w+", words):
+            assert f'"{flag}"' in (HERE / file).read_text(), (file, flag)
 
 
 def scores(*columns):
