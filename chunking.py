@@ -422,13 +422,13 @@ def refuse_quantised(entries, folder):
     scaled = {name.rpartition(".")[0] for name in entries if re.search(SCALES, name)}
     for name, entry in entries.items():
         if DTYPE_NAMES[entry.dtype] in PACKED and len(entry.shape) >= 2:
-            found = {name, name.rpartition(".")[0]} & scaled
+            beside = {name, name.rpartition(".")[0]} & scaled
             # Scales may have other names; but such whole numbers are weights, if they
             # are neither masks nor indices.
-            rest = name.endswith(("bias", "mask", "index", "ids"))
-            if not rest and not entry.dtype.is_floating_point:
-                found = True
-            need(not found, entry.file, f"is quantised: {entry.dtype}", ORIGINAL, name)
+            other = name.endswith(("bias", "mask", "index", "ids"))
+            packed = not entry.dtype.is_floating_point and not other
+            need(not beside and not packed, entry.file,
+                 f"is quantised: {entry.dtype}", ORIGINAL, name)
     # Configurations say so as well. With {} or null they do not.
     for config in Path(folder).glob("*config.json"):
         said = re.search(rb'"(quantization|compression)(_config)?"\s*:\s*\{\s*"',

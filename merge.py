@@ -252,20 +252,14 @@ def plan(run):
     if sources:
         run.kind = "same-shape"
     # 1. A task for each tensor of the target, and its partner in each source.
-    run.tasks = [Task(entry, number, {0: entry})
-                 for number, entry in enumerate(target.entries.values())]
-    for k, source in enumerate(sources, 1):
-        pairs = ot.pair_names(weight_places(target), weight_places(source),
-                              partial(layer_partners, target, source))
-        for task in run.tasks:
-            if task.entry.name in pairs:
-                task.tensors[k] = source.entries[pairs[task.entry.name]]
+    places = [weight_places(model) for model in run.models]
+    run.tasks = tasks_of(run, places)
     # 2. What happens to each; `decide` makes the run cross-shape where it must be.
     for task in run.tasks:
         decide(run, task)
     for k, source in enumerate(sources, 1):
         met = {task.tensors[k].name for task in run.tasks if k in task.tensors}
-        warn_of_lost(run, source, weight_places(source).keys() - met, "are left out")
+        warn_of_lost(run, source, places[k].keys() - met, "are left out")
     # What is not encoded has no latents: nothing can align it, or be a control of it,
     # and --select asks for certain tensors. So norms and embeddings are averaged with
     # their partners in a merge of one shape only, where nothing of that was asked for.
@@ -278,7 +272,7 @@ def plan(run):
     for k, source in enumerate(sources, 1):
         alone = {task.entry.name for task in run.tasks
                  if k not in task.tensors and task.why != "not encoded"}
-        warn_of_lost(run, target, weight_places(target).keys() & alone,
+        warn_of_lost(run, target, places[0].keys() & alone,
                      f"take nothing of {source.path}")
     # 3. What is refused, and what is warned of. A copy of the target under another name
     # would look like a merge.
@@ -299,6 +293,21 @@ def plan(run):
         if run.operator == "lerp":
             share = 0.1 / n
     run.lam = run.lam or [share] * n
+
+
+def tasks_of(run, places):
+    """A Task for each tensor of the target, with its partners. places: of each model's
+    weights, {name: Place}."""
+    target, *sources = run.models
+    tasks = [Task(entry, number, {0: entry})
+             for number, entry in enumerate(target.entries.values())]
+    for k, source in enumerate(sources, 1):
+        pairs = ot.pair_names(places[0], places[k],
+                              partial(layer_partners, target, source))
+        for task in tasks:
+            if task.entry.name in pairs:
+                task.tensors[k] = source.entries[pairs[task.entry.name]]
+    return tasks
 
 
 def decide(run, task):
@@ -520,8 +529,10 @@ def load_codecs(run):
         return []                               # none, or it is trained here
     device = pick_device(run.device)
     dtype = getattr(torch, run.dtype)
-    files = (run.vae, run.source_vae or run.vae)        # of one file: equal networks
-    return [ls.Codec.load(file, device, dtype) for file in files]
+    codec = ls.Codec.load(run.vae, device, dtype)
+    if not run.source_vae:
+        return [codec, codec]                   # one network for all
+    return [codec, ls.Codec.load(run.source_vae, device, dtype)]
 
 
 def train_codec(run):
@@ -728,7 +739,8 @@ def distances(run, task, readers, coefficients, start, piece_L):
     squares = {"norm": square(raw[0], torch.zeros(1))}
     for k, raw_L in zip(task.tensors, raw):
         squares[k] = square(piece_L, raw_L)
-        squares["apart", k] = square(raw[0], raw_L)
+        if k > 0:
+            squares["apart", k] = square(raw[0], raw_L)
     if run.kind == "same-shape":
         average_L = ls.combine(raw, coefficients, task.entry)
         squares["average"] = square(piece_L, average_L)

@@ -117,9 +117,10 @@ def train_vae(parents, config, schedule=Schedule(), log=lambda figures: None,
     size = rank_and_size()[1]
     need(schedule.batch >= size, "--batch", f"is smaller than the {size} processes",
          "give each a window")
-    vae = VAE(config).start(generator_for(schedule.seed))
     if start:
         vae = copy.deepcopy(start)
+    else:
+        vae = VAE(config).start(generator_for(schedule.seed))
     vae.to(schedule.device)
     windows = Windows(parents, vae.config, schedule)
     peak = schedule.lr or LEARNING_RATES[vae.config.init]

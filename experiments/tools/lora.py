@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from chunking import (Checkpoint, CheckpointError, Parser, appear, check_output,
-                      command, create, need, parse_name, say, write_tensors)
+                      command, create, is_weight, need, parse_name, say,
+                      write_tensors)
 from merge import Destination
 
 CONFIG = "adapter_config.json"
@@ -147,9 +148,7 @@ def is_linear(entry):
     """Whether a tensor is the matrix of a linear map, judged by its name."""
     if len(entry.shape) != 2 or not entry.name.endswith(".weight"):
         return False
-    if not entry.dtype.is_floating_point or entry.numel == 0:
-        return False
-    return not re.search(NOT_LINEAR, entry.name)
+    return is_weight(entry) and not re.search(NOT_LINEAR, entry.name)
 
 
 def is_transposed(base, name):
